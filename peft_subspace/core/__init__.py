@@ -1,0 +1,1 @@
+"""What the methods share: everything that follows from an update being a chain of matrices."""

@@ -1,0 +1,74 @@
+"""The weight of a base layer, quantised or not: read it, and put back exactly what was there."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import SubspaceLayer
+
+# Attributes besides its parameters in which a quantised layer keeps parts of its weight.
+_QUANTIZATION_STATE = ("state", "quant_state")
+
+
+class KeptWeight:
+    """What a base layer held before a merge; `restore` puts it back bit for bit.
+
+    Of an unquantised layer it is the weight tensor; of a quantised one the codes with their constants, and
+    the layer itself, which some backends replace.
+    """
+
+    def __init__(self, layer: SubspaceLayer) -> None:
+        base = layer.get_base_layer()
+        self.quantized = layer.quantization_backend is not None
+        self.data: Tensor = _on_host_if_short(base.weight.data) if not self.quantized else torch.empty(0)
+        if self.quantized:
+            unpack_codes(base)
+            self.base_layer = layer.base_layer
+            self.parameters = dict(base._parameters)
+            self.constants = {name: dict(vars(p)) for name, p in base._parameters.items() if p is not None}
+            self.state = {
+                name: copy.copy(vars(base)[name]) for name in _QUANTIZATION_STATE if name in vars(base)
+            }
+
+    def restore(self, layer: SubspaceLayer) -> None:
+        """Put the weight back, on the device where the layer is now."""
+        if not self.quantized:
+            weight = layer.get_base_layer().weight
+            weight.data = self.data.to(weight.device, weight.dtype)
+            return
+        layer.base_layer = self.base_layer
+        base = layer.get_base_layer()
+        for name, parameter in self.parameters.items():
+            if parameter is not None:
+                parameter.__dict__.clear()
+                parameter.__dict__.update(self.constants[name])
+            base._parameters[name] = parameter
+        for name, value in self.state.items():
+            setattr(base, name, value)
+
+    def nbytes(self) -> int:
+        """Bytes that the kept weight occupies beside the merged one."""
+        tensors = [p for p in self.parameters.values() if p is not None] if self.quantized else [self.data]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def unpack_codes(base: nn.Module) -> None:
+    """Undo the repacking of 4-bit codes that bitsandbytes does in place when a CPU evaluates in bf16.
+
+    Dequantising repacked codes gives garbage. Asking the layer for its state makes bitsandbytes undo it.
+    """
+    quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        base.state_dict()
+
+
+def _on_host_if_short(weight: Tensor) -> Tensor:
+    """Move a tensor to the host if its accelerator has not twice its size to spare."""
+    if weight.device.type == "cuda" and torch.cuda.mem_get_info(weight.device)[0] < 2 * weight.nbytes:
+        return weight.cpu()
+    return weight

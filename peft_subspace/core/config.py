@@ -1,0 +1,198 @@
+"""Configuration fields that the methods share, and all validation that needs no layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from .registry import peft_type
+
+VERSION = version("peft-subspace")
+
+FORMAT_VERSION = 1
+"""Version of the files that the package writes; a reader refuses newer ones."""
+
+
+def invalid(name: str, value: Any, rule: str, error: type[Exception] = ValueError) -> Exception:
+    """Return the error for a field: its name, its value, the rule it breaks and what to do instead."""
+    return error(f"{name}={value!r} {rule}")
+
+
+def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
+    """Raise unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise invalid(name, value, f"must be a whole number, such as {name}={max(minimum, 8)}", TypeError)
+    if value < minimum:
+        raise invalid(name, value, f"must be at least {minimum}; try {name}={max(minimum, 8)}")
+
+
+def check_number(name: str, value: Any, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+    """Raise unless `value` is a finite number with `minimum <= value < maximum`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(name, value, f"must be a number, such as {name}={max(minimum, 0.0):g}", TypeError)
+    if not (math.isfinite(value) and minimum <= value < maximum):
+        raise invalid(name, value, f"must be finite, at least {minimum:g} and below {maximum:g}")
+
+
+@dataclass
+class SubspaceConfig(PeftConfig):
+    """Fields of every method's configuration.
+
+    Args:
+        r: Rank of the update; what it ranks is the method's.
+        target_modules: Modules to adapt: a list of names or suffixes, a regular expression, `"all-linear"`,
+            or `None` for PEFT's default choice where it knows the architecture.
+        exclude_modules: Modules to leave out, as a list of names or suffixes, or a regular expression.
+        layers_to_transform: Index, or indices, of the blocks to adapt; all if `None`.
+        layers_pattern: Name of the module list that holds the blocks, if it is not recognised.
+        rank_pattern: Ranks of single modules, by name or regular expression, in place of `r`.
+        modules_to_save: Modules besides the adapter that are trained in full and saved with it.
+        trainable_token_indices: Token indices to train in the embedding, as a list, or by name of the
+            embedding.
+        bias: `"none"`, `"all"`, or the method's own `"…_only"` to train the biases of the adapted modules.
+        init_weights: `True` for the method's default start, the name of another one, or `False` for a start
+            that changes the output (useful in tests).
+        seed: Seed of this adapter's random initialisation; `None` follows `torch.manual_seed` without drawing
+            from the global generator.
+        initialized: Whether the adapter's tensors come from a file, so that nothing is computed from the base
+            weight for them. Set in saved configs.
+        peft_subspace_version: Version of the package that made the config; filled in.
+        format_version: Version of the file format; filled in.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a value that no layer could take.
+    """
+
+    peft_type_name: ClassVar[str]
+    init_choices: ClassVar[tuple[str, ...]] = ()
+
+    r: Any = field(default=8)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    bias: str = field(default="none")
+    init_weights: bool | str = field(default=True)
+    seed: int | None = field(default=None)
+    initialized: bool = field(default=False)
+    peft_subspace_version: str | None = field(default=None)
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.peft_type_name)
+        self.peft_subspace_version = self.peft_subspace_version or VERSION
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            if isinstance(names, list | tuple):
+                setattr(self, name, set(names))
+        self._check_format()
+        self._check_targets()
+        self._check_choices()
+        for key, rank in self._patterns("rank_pattern"):
+            self.check_rank(f"rank_pattern[{key!r}]", rank)
+        self.check_rank("r", self.r)
+        if self.seed is not None:
+            check_count("seed", self.seed, minimum=0)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, marked as that of a finished adapter."""
+        super(SubspaceConfig, replace(self, initialized=True)).save_pretrained(save_directory, **kwargs)
+
+    def check_rank(self, name: str, rank: Any) -> None:
+        """Raise unless `rank` is a rank that some layer could have."""
+        check_count(name, rank)
+
+    def rank_for(self, module_name: str) -> Any:
+        """Rank of one module: its entry in `rank_pattern`, else `r`."""
+        return _lookup(self.rank_pattern, module_name, self.r)
+
+    def scaling_for(self, module_name: str) -> float:
+        """Factor before the chain of one module."""
+        return 1.0
+
+    def _patterns(self, name: str) -> list[tuple[str, Any]]:
+        patterns = getattr(self, name)
+        if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+            raise invalid(name, patterns, "must map module names or regular expressions to values", TypeError)
+        return list(patterns.items())
+
+    def _check_format(self) -> None:
+        check_count("format_version", self.format_version)
+        if self.format_version > FORMAT_VERSION:
+            raise invalid(
+                "format_version",
+                self.format_version,
+                f"is newer than {FORMAT_VERSION}, the newest that peft_subspace {VERSION} reads; "
+                "upgrade peft_subspace",
+            )
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            if names is None or isinstance(names, str):
+                continue
+            if not isinstance(names, set) or not all(isinstance(entry, str) for entry in names):
+                raise invalid(
+                    name, names, "must be a list of module names, or one regular expression", TypeError
+                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise invalid(
+                "layers_to_transform",
+                self.layers_to_transform,
+                "needs target_modules as a list; name the layers in the regular expression instead",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise invalid(
+                "layers_pattern", self.layers_pattern, "needs layers_to_transform as well; set both"
+            )
+
+    def _check_choices(self) -> None:
+        biases = ("none", "all", f"{self.peft_type_name.lower()}_only")
+        if self.bias not in biases:
+            raise invalid("bias", self.bias, f"must be one of {biases}")
+        if self.init_weights not in (True, False, *self.init_choices):
+            raise invalid(
+                "init_weights", self.init_weights, f"must be one of {(True, False, *self.init_choices)}"
+            )
+
+
+@dataclass
+class ScaledConfig(SubspaceConfig):
+    """Fields of methods whose branch has a tunable scaling and dropout.
+
+    Args:
+        alpha: Numerator of the scaling `alpha / r`.
+        alpha_pattern: `alpha` of single modules, by name or regular expression.
+        dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
+    """
+
+    alpha: float = field(default=8)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alpha", self.alpha)
+        for key, alpha in self._patterns("alpha_pattern"):
+            check_number(f"alpha_pattern[{key!r}]", alpha)
+        check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
+
+    def scaling_for(self, module_name: str) -> float:
+        """`alpha / r` of one module, patterns applied; `r` as configured, before any clamping."""
+        rank = self.rank_for(module_name)
+        rank = rank if isinstance(rank, int) else rank[0]
+        return _lookup(self.alpha_pattern, module_name, self.alpha) / rank
+
+
+def _lookup(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(list(patterns), module_name), default)

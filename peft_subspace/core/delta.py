@@ -1,0 +1,170 @@
+"""The one abstraction: a weight update as a short chain of matrices, `ΔW = F1 F2 … Fn`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """Shape of a weight as the methods see it, whatever layout its layer stores.
+
+    Attributes:
+        out_features: Rows of `ΔW`.
+        in_features: Columns of `ΔW`; of a convolution `in_channels / groups`.
+        kernel_size: Kernel of a convolution, `()` for a matrix.
+        groups: Groups of a convolution.
+    """
+
+    out_features: int
+    in_features: int
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Axes `(out, in, *kernel)` of `ΔW`."""
+        return (self.out_features, self.in_features, *self.kernel_size)
+
+    @property
+    def columns(self) -> int:
+        """Columns of `ΔW` seen as a matrix, the kernel folded into the input axis."""
+        return self.in_features * prod(self.kernel_size)
+
+
+class Delta(nn.Module, ABC):
+    """Tensors of one adapter on one weight, and the equation that makes `ΔW` of them.
+
+    Parameters train; buffers are frozen, persistent, and keep their dtype when the module is cast. A delta
+    knows nothing of adapter names, base layers, devices, quantisation or PEFT.
+
+    Args:
+        config: Configuration of the method.
+        shape: Shape of the adapted weight.
+        rank: The config's `r`, or the entry of `rank_pattern` that applies to this module.
+
+    Attributes:
+        reads_weight: Whether the start depends on the base weight.
+    """
+
+    reads_weight: ClassVar[bool] = False
+
+    def __init__(self, config, shape: WeightShape, rank) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the chain, left to right: first `(out, ·)`, last `(·, in)`.
+
+        Of a convolution's chain exactly one factor carries the kernel, `(·, ·, *kernel_size)`.
+        """
+
+    def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
+        """Fill the parameters in place; `init_weights=False` asks for a start that changes the output."""
+        raise NotImplementedError
+
+    def reset_from_weight(self, weight: Tensor) -> None:
+        """Initialise from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
+        raise NotImplementedError
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[Delta], weights: Sequence[float]
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """Return rank and state of one delta whose update is `Σ weights[i] · deltas[i]`, exactly.
+
+        Raises:
+            NotImplementedError: If the method's chains cannot be concatenated within the method.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
+        """Apply `fn` (a move, a cast, …) to all tensors, but let buffers only move, never change dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype == tensor.dtype or tensor.is_meta:
+                return result
+            return tensor.to(result.device)
+
+        buffers = dict(self._buffers)
+        self._buffers.clear()
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(buffers)
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                self._buffers[name] = move(buffer)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes of the tensors, as a summary of the chain."""
+        tensors = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in tensors)
+
+
+def multiply(factors: Sequence[Tensor]) -> Tensor:
+    """Product of a chain, `(out, in, *kernel)`; at most one factor may carry kernel axes."""
+    product = factors[0]
+    for factor in factors[1:]:
+        if product.ndim > 2:  # (a, b, *kernel) · (b, c): contract b and put c in its place
+            product = torch.tensordot(product, factor, dims=([1], [0])).movedim(-1, 1)
+        else:
+            product = torch.tensordot(product, factor, dims=1)
+    return product
+
+
+def split(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Multiply a chain up into two factors, `(out, r)` and `(r, in, *kernel)`, at its narrowest joint.
+
+    In a convolution's chain the kernel stays on the right, so that the left factor is a matrix.
+    """
+    joint = _narrowest(factors)
+    if joint == 0:  # nothing stands left of the kernel, or the chain is one matrix
+        eye = torch.eye(factors[0].shape[0], dtype=factors[0].dtype, device=factors[0].device)
+        return eye, multiply(factors)
+    return multiply(factors[:joint]), multiply(factors[joint:])
+
+
+def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+    """Multiply up as much of a chain of matrices as makes it cheapest to apply to `tokens` rows."""
+    if len(factors) < 2:
+        return factors
+    dense = (factors[0].shape[0], factors[-1].shape[1])
+    joint = _narrowest(factors)
+    rank = factors[joint].shape[0]
+    halves = _product_cost(factors[:joint]) + _product_cost(factors[joint:])
+    costs = {
+        "chain": tokens * chain_cost(factors),
+        "split": halves + tokens * rank * sum(dense),
+        "dense": halves + (tokens + rank) * dense[0] * dense[1],
+    }
+    cheapest = min(costs, key=lambda form: costs[form])
+    if cheapest == "chain" or (len(factors) == 2 and cheapest == "split"):
+        return factors
+    return split(factors) if cheapest == "split" else (multiply(split(factors)),)
+
+
+def chain_cost(factors: Sequence[Tensor]) -> int:
+    """Multiplications to send one row through a chain, one factor after the other."""
+    return sum(factor.numel() for factor in factors)
+
+
+def _product_cost(factors: Sequence[Tensor]) -> int:
+    """Multiplications to multiply a chain of matrices up, from left to right."""
+    return sum(factors[0].shape[0] * factor.numel() for factor in factors[1:])
+
+
+def _narrowest(factors: Sequence[Tensor]) -> int:
+    """Number of factors left of the narrowest joint; 0 if no joint leaves the kernel on its right."""
+    last = next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)
+    return min(range(1, last + 1), key=lambda i: factors[i].shape[0], default=0)

@@ -1,0 +1,254 @@
+"""The tuner layer: adapters by name around one base layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from .base_weight import KeptWeight, unpack_codes
+from .config import SubspaceConfig
+from .delta import Delta, multiply
+from .ops import Branch, ops_for
+
+
+class SubspaceLayer(nn.Module, BaseTunerLayer):
+    """A base layer with adapters: `y = base(x) + Σ s · ΔW x`, summed over the active adapters.
+
+    Subclasses set `prefix` and `delta_cls`; the rest follows from the chain that a `Delta` defines.
+
+    Args:
+        base_layer: The layer to adapt, quantised or not.
+        backend_kwargs: What PEFT's `resolve_quantization_backend` needs besides the layer.
+
+    Raises:
+        TypeError: If layers of this type cannot be adapted.
+        ValueError: If the layer has no weight yet, or groups that do not divide its channels.
+    """
+
+    prefix: ClassVar[str]
+    delta_cls: ClassVar[type[Delta]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = (f"{cls.prefix}delta",)
+        cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
+
+    def __init__(self, base_layer: nn.Module, **backend_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **backend_kwargs)
+        self.ops = ops_for(base, quantized=self.quantization_backend is not None)
+        self.in_features = self.ops.shape.in_features * self.ops.shape.groups
+        self.out_features = self.ops.shape.out_features
+        self.add_module(f"{self.prefix}delta", nn.ModuleDict())
+        self.add_module(f"{self.prefix}dropout", nn.ModuleDict())
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._disable_adapters = False
+        self._kept: KeptWeight | None = None
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """Deltas by adapter name."""
+        return getattr(self, f"{self.prefix}delta")
+
+    @property
+    def dropouts(self) -> nn.ModuleDict:
+        """Dropout on the branch's input by adapter name, of those adapters that have any."""
+        return getattr(self, f"{self.prefix}dropout")
+
+    def update_layer(
+        self, adapter_name: str, config: SubspaceConfig, module_name: str, twin: str | None = None
+    ) -> None:
+        """Create an adapter, initialise it and put it where the base layer is.
+
+        Args:
+            adapter_name: Name of the new adapter.
+            config: Its configuration.
+            module_name: Name of this module in the model.
+            twin: Existing adapter of the same config object, whose frozen tensors the new one copies.
+        """
+        delta = self.delta_cls(config, self.ops.shape, config.rank_for(module_name))
+        if not any(parameter.is_meta for parameter in delta.parameters()):
+            delta.reset_parameters(config.init_weights, _generator(config.seed, module_name, adapter_name))
+            if twin is not None and twin in self.deltas:
+                delta.load_state_dict(dict(self.deltas[twin].named_buffers()), strict=False)
+            elif delta.reads_weight and not config.initialized:
+                delta.reset_from_weight(self.ops.to_layout(self.get_base_weight()).float())
+        self.deltas[adapter_name] = delta
+        dropout = getattr(config, "dropout", 0.0)
+        if dropout and self.ops.dropout_cls is not None:
+            self.dropouts[adapter_name] = self.ops.dropout_cls(dropout)
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scaling_for(module_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move one adapter to the base layer's device; its parameters also take a floating dtype."""
+        if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
+            return
+        base = self.get_base_layer()
+        base_device, dtype = self._get_base_layer_device_and_dtype(base)
+        device = device or base_device or next(base.parameters()).device
+        self.deltas[adapter_name].to(device, dtype if dtype is not None and dtype.is_floating_point else None)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Run the base layer and add the active adapters, or one adapter per sample with `adapter_names`."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = [n for n in self.active_adapters if n in self.deltas and n not in self.merged_adapters]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        branches = [self._branch(name) for name in active]
+        if (
+            not args
+            and not kwargs
+            and self.quantization_backend is None
+            and not isinstance(self.base_layer, BaseTunerLayer)
+        ):
+            result = self.ops.merged_forward(self.base_layer, branches, x)
+            if result is not None:
+                return result
+        result = self.base_layer(x, *args, **kwargs)
+        for branch in branches:
+            result = self._add(result, branch, x)
+        return result
+
+    def _branch(self, adapter_name: str) -> Branch:
+        dropouts = self.dropouts
+        dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
+        return Branch.scaled(self.deltas[adapter_name].factors(), self.scaling[adapter_name], dropout)
+
+    def _add(self, result: Tensor, branch: Branch, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            x = self._cast_input_dtype(x, branch.factors[-1].dtype)
+        return self.ops.add(result, self.get_base_layer(), branch, x)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Run the base layer once, and each sample's adapter on its rows."""
+        if self.merged:
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
+            )
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per "
+                "sample"
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.deltas:
+                rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+                part = self._add(result[rows], self._branch(name), x[rows])
+                result = result.index_copy(0, rows, part)
+        return result
+
+    def get_base_weight(self) -> Tensor:
+        """Weight of the base layer as it stores it, dequantised if need be."""
+        unpack_codes(self.get_base_layer())
+        return super().get_base_weight()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
+        delta = self.deltas[adapter]
+        with torch.no_grad():
+            product = multiply([factor.float() for factor in delta.factors()])
+        return self.ops.to_layout(product * self.scaling[adapter])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's own conversion can handle the layer; `peft_subspace.to_lora` is exact, too."""
+        return self.ops.linear
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add `ΔW` of the given (default: all active) adapters to the base weight.
+
+        The sum is taken in fp32, always from the original weight: merging one by one or together is the same.
+
+        Raises:
+            ValueError: If `safe_merge` and the update is not finite.
+            TypeError: If the base layer's quantisation cannot be written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas]
+        if not names:
+            return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"{self.quantization_backend.backend_name} weights cannot be rewritten, so adapters cannot "
+                "be merged into them; serve the adapter unmerged, or export it with "
+                "peft_subspace.save_as_lora"
+            )
+        if safe_merge:
+            self._check_finite(names)
+        kept = self._kept or KeptWeight(self)
+        if self.merged:
+            kept.restore(self)
+        weight = self.get_base_weight()
+        total = sum(
+            (self.get_delta_weight(name) for name in [*self.merged_adapters, *names]), start=weight.float()
+        )
+        self.set_base_weight(total.to(weight.dtype))
+        self._kept = kept
+        self.merged_adapters.extend(names)
+
+    def _check_finite(self, names: Iterable[str]) -> None:
+        for name in names:
+            if not torch.isfinite(self.get_delta_weight(name)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._kept is not None:
+            self._kept.restore(self)
+        self._kept = None
+        self.merged_adapters.clear()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a merged layer keeps to be able to unmerge."""
+        return 0 if self._kept is None else self._kept.nbytes()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set one adapter's scaling to its initial value times `scale`."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters by `scale`."""
+        for name in self._active_here():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`, or put it back to the start."""
+        for name in self._active_here():
+            self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.deltas]
+
+    def extra_repr(self) -> str:
+        """Name the quantisation of the base layer, if it has any."""
+        return quantization_extra_repr(self)
+
+
+def _generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
+    """Generator for one adapter on one module: reads the global seed where none is set, and draws nothing."""
+    seed = torch.initial_seed() if seed is None else seed
+    digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

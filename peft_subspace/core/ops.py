@@ -1,0 +1,278 @@
+"""What a chain of factors does in place of each kind of layer.
+
+One class per kind, chosen by `ops_for`. An instance holds plain data only; the base layer is passed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that torch's own documentation uses
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from .delta import WeightShape, chain_cost, multiply, shorten, split
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# A factored branch makes several thin passes over the activations where a dense convolution makes one thick
+# one. Measured per multiplication it is this much slower (examples/benchmarks/convolution.py).
+_THIN = 4
+
+
+@dataclass
+class Branch:
+    """One active adapter at work: its chain, scaled, and the dropout on its input (or None)."""
+
+    factors: tuple[Tensor, ...]
+    dropout: nn.Module | None = None
+
+    @classmethod
+    def scaled(cls, factors: tuple[Tensor, ...], scaling: float, dropout: nn.Module | None) -> Branch:
+        """Scale the chain by its smallest factor, the cheapest place to do it."""
+        if scaling != 1:
+            small = min(range(len(factors)), key=lambda i: factors[i].numel())
+            factors = (*factors[:small], factors[small] * scaling, *factors[small + 1 :])
+        return cls(factors, dropout)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Input of the branch."""
+        return x if self.dropout is None else self.dropout(x)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work now."""
+        return self.dropout is not None and self.dropout.training
+
+
+class LayerOps:
+    """A chain in place of one kind of layer.
+
+    Attributes:
+        shape: Shape of the weight as the methods see it.
+        linear: Whether `ΔW` is a matrix that acts on the last axis of the input.
+        dropout_cls: Dropout that suits the branch's input, None where nothing can be dropped.
+    """
+
+    linear = False
+    dropout_cls: type[nn.Module] | None = nn.Dropout
+
+    def __init__(self, shape: WeightShape) -> None:
+        self.shape = shape
+
+    def to_layout(self, delta: Tensor) -> Tensor:
+        """Rearrange `ΔW`, `(out, in, *kernel)`, as the layer stores its weight (or back)."""
+        return delta
+
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+        """Return the layer's `result` plus what the branch makes of its input `x`."""
+        raise NotImplementedError
+
+    def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
+        """Run the layer once with `W + ΔW`, or return None to ask for separate branches."""
+        return None
+
+
+class LinearOps(LayerOps):
+    """`nn.Linear`, and quantised layers that stand for one."""
+
+    linear = True
+
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+        """Apply the factors from right to left."""
+        return _add_chain(result, branch.factors, branch.drop(x))
+
+
+class _TransposedOps(LinearOps):
+    """A layer that stores its weight as `(in, out)`."""
+
+    def to_layout(self, delta: Tensor) -> Tensor:
+        """Transpose."""
+        return delta.transpose(0, 1)
+
+
+class Conv1DOps(_TransposedOps):
+    """The `Conv1D` of transformers, a linear layer."""
+
+
+class EmbeddingOps(_TransposedOps):
+    """`nn.Embedding`: a linear layer on one-hot rows, without dropout, for its input is indices."""
+
+    linear = False
+    dropout_cls = None
+
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+        """Look the indices up in the last factor and apply the others."""
+        *rest, last = branch.factors
+        rows = F.embedding(
+            x, last.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+        )
+        scale = getattr(base, "embed_scale", None)  # Gemma's embedding, and others, scale their output by it
+        if scale is not None:
+            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        return _add_chain(result, tuple(rest), rows) if rest else (result + rows).to(result.dtype)
+
+
+class ConvOps(LayerOps):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
+
+    def __init__(self, shape: WeightShape) -> None:
+        super().__init__(shape)
+        # Neighbouring pixels say the same: dropping single ones drops nothing, so whole channels are dropped.
+        self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
+
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+        """Run 1×1 → kernel → 1×1, or one convolution with `ΔW` where that is cheaper."""
+        if x.ndim == 1 + len(self.shape.kernel_size):  # a single sample
+            return self.add(result[None], base, branch, x[None])[0]
+        x = branch.drop(x)
+        if not _only_convolves(base):
+            x = x.to(base.weight.dtype)
+            return (result + (_call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
+        if self._prefers_factors(base, branch, x, dense_passes=3):
+            return self._add_factored(result, base, branch.factors, x)
+        return (result + base._conv_forward(x, multiply(branch.factors), None)).to(result.dtype)
+
+    def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
+        """Convolve once with `W + ΔW`, where that is exact and no factored branch is cheaper."""
+        if any(branch.drops for branch in branches):
+            return None
+        if not _only_convolves(base):
+            return _call_updated(base, self, branches, x)
+        if not _sums_exactly(base, branches, x) or _has_hooks(base):
+            return None
+        if all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
+            return None
+        return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+
+    def _prefers_factors(self, base: nn.Module, branch: Branch, x: Tensor, dense_passes: int) -> bool:
+        """Whether three passes through the factors are cheaper than `dense_passes` dense convolutions."""
+        if self.shape.groups > 1:
+            return False
+        inputs = x.numel() // x.shape[-1 - len(self.shape.kernel_size)]
+        outputs = inputs // prod(base.stride)
+        thin = self._factored_cost(branch.factors, inputs, outputs)
+        return 3 * _THIN * thin < dense_passes * outputs * prod(self.shape.dims)
+
+    def _factored_cost(self, factors: Sequence[Tensor], inputs: int, outputs: int) -> int:
+        joint = _kernel_at(factors)
+        return outputs * chain_cost(factors[: joint + 1]) + inputs * chain_cost(factors[joint + 1 :])
+
+    def _add_factored(self, result: Tensor, base: nn.Module, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        if (
+            prod(self.shape.kernel_size) == 1
+        ):  # then the kernel factor is a matrix too, and joins its neighbours
+            factors = split(factors)
+        joint = _kernel_at(factors)
+        for factor in reversed(factors[joint + 1 :]):
+            x = _pointwise(x, factor)
+        x = base._conv_forward(x, factors[joint], None)
+        for factor in reversed(factors[1:joint]):
+            x = _pointwise(x, factor)
+        return _add_pointwise(result, x, factors[0]) if joint else (result + x).to(result.dtype)
+
+
+def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
+    """Choose the operations for a base layer.
+
+    Raises:
+        TypeError: If no method can adapt layers of this type.
+        ValueError: If the layer has no weight yet, or groups that do not divide its channels.
+    """
+    if getattr(base, "has_uninitialized_params", lambda: False)():
+        raise ValueError(f"{type(base).__name__} has no weight yet; run one batch through the model first")
+    if isinstance(base, nn.Embedding):
+        return EmbeddingOps(WeightShape(base.embedding_dim, base.num_embeddings))
+    if isinstance(base, _CONVOLUTIONS):
+        channels = (base.in_channels, base.out_channels)
+        if any(count % base.groups for count in channels):
+            raise ValueError(
+                f"groups={base.groups} must divide in_channels={channels[0]} and out_channels={channels[1]}; "
+                "correct the layer, or exclude it"
+            )
+        per_group = base.in_channels // base.groups
+        return ConvOps(WeightShape(base.out_channels, per_group, tuple(base.kernel_size), base.groups))
+    if isinstance(base, nn.Linear | Conv1D) or quantized:
+        in_features, out_features = (int(size or 0) for size in _get_in_out_features(base))
+        ops = Conv1DOps if isinstance(base, Conv1D) else LinearOps
+        return ops(WeightShape(out_features, in_features))
+    raise TypeError(
+        f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
+        "Conv1d, Conv2d, Conv3d, their subclasses, and the quantised linear layers that PEFT knows"
+    )
+
+
+def _add_chain(result: Tensor, factors: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """`result + x Fnᵀ … F1ᵀ`, the last product and the sum in one call where dtypes allow."""
+    factors = shorten(factors, x.numel() // x.shape[-1])
+    for factor in reversed(factors[1:]):
+        x = F.linear(x, factor)
+    first = factors[0]
+    if result.dtype == x.dtype == first.dtype and not torch.is_autocast_enabled(x.device.type):
+        rows, hidden = result.reshape(-1, first.shape[0]), x.reshape(-1, first.shape[1])
+        return torch.addmm(rows, hidden, first.T).view_as(result)
+    return (result + F.linear(x, first)).to(result.dtype)
+
+
+def _pointwise(x: Tensor, factor: Tensor) -> Tensor:
+    """1×1 convolution of `x`, `(…, channels, *spatial)`, with a matrix `(out, channels)`."""
+    axes = x.ndim - 2
+    if x.is_contiguous():
+        return torch.matmul(factor, x.flatten(2)).unflatten(2, x.shape[2:])
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    return convolve(x, factor.reshape(*factor.shape, *[1] * axes))
+
+
+def _add_pointwise(result: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """`result` plus a 1×1 convolution, in one call where layouts and dtypes allow."""
+    same = result.dtype == x.dtype == factor.dtype and not torch.is_autocast_enabled(x.device.type)
+    if same and result.is_contiguous() and x.is_contiguous():
+        batch = factor.expand(len(x), -1, -1)
+        return torch.baddbmm(result.flatten(2), batch, x.flatten(2)).view_as(result)
+    return (result + _pointwise(x, factor)).to(result.dtype)
+
+
+def _kernel_at(factors: Sequence[Tensor]) -> int:
+    """Position of the factor that carries the kernel axes."""
+    return next(i for i, factor in enumerate(factors) if factor.ndim > 2)
+
+
+def _only_convolves(base: nn.Module) -> bool:
+    """Whether a layer's forward is that of `nn.ConvNd`.
+
+    Others do more (pad by the size of the input, standardise the weight, …): only the layer itself then knows
+    what an updated weight does, so it is called with one.
+    """
+    cls = type(base)
+    return any(
+        cls.forward is conv.forward and cls._conv_forward is conv._conv_forward
+        for conv in _CONVOLUTIONS
+        if isinstance(base, conv)
+    )
+
+
+def _has_hooks(base: nn.Module) -> bool:
+    """Whether calling the layer does more than its forward: hooks, or a forward replaced by accelerate."""
+    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+
+
+def _sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:
+    """Whether `W + ΔW` loses nothing: in less than fp32 the sum would round `ΔW` to the steps of `W`."""
+    dtypes = {x.dtype, base.weight.dtype, *(factor.dtype for branch in branches for factor in branch.factors)}
+    return dtypes <= {torch.float32} or dtypes <= {torch.float64}
+
+
+def _updated_weight(base: nn.Module, ops: LayerOps, branches: Sequence[Branch]) -> Tensor:
+    weight = base.weight
+    for branch in branches:
+        weight = weight + ops.to_layout(multiply(branch.factors))
+    return weight.to(base.weight.dtype)
+
+
+def _call_updated(base: nn.Module, ops: LayerOps, branches: Sequence[Branch], x: Tensor) -> Tensor:
+    return functional_call(base, {"weight": _updated_weight(base, ops, branches)}, (x,))

@@ -1,0 +1,32 @@
+"""FLoRA: Tucker-decomposed updates for weights of any number of axes."""
+
+from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.core.model import SubspaceModel
+from peft_subspace.core.registry import register
+
+from .config import FLoRAConfig
+from .delta import FLoRADelta
+
+
+class FLoRALayer(SubspaceLayer):
+    """Layer with FLoRA adapters."""
+
+    prefix = "flora_"
+    delta_cls = FLoRADelta
+
+
+class FLoRALinear(FLoRALayer):
+    """Linear layer with FLoRA adapters."""
+
+
+class FLoRAModel(SubspaceModel):
+    """Model with FLoRA adapters."""
+
+    prefix = "flora_"
+    tuner_layer_cls = FLoRALayer
+    linear_layer_cls = FLoRALinear
+
+
+register("FLORA", FLoRAConfig, FLoRAModel)
+
+__all__ = ["FLoRAConfig", "FLoRADelta", "FLoRALayer", "FLoRAModel"]

@@ -1,0 +1,63 @@
+"""Configuration of FLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft_subspace.core.config import ScaledConfig, check_count, check_number, invalid
+
+
+@dataclass
+class FLoRAConfig(ScaledConfig):
+    """Configuration of `FLoRAModel`: a Tucker-decomposed update for weights of any number of axes.
+
+    Args:
+        r: Rank of the input and output modes, or one rank per mode, `[in, out, *kernel]`, of which the
+            kernel's may be left out. A rank above its dimension is lowered to it.
+        kernel_r: Rank of the kernel modes of a convolution, one for all or a list; `None` for full size.
+        alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
+        scale: The scaling itself, in place of `alpha / r`.
+        dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
+        init_weights: Start of the factors; the core starts at zero, so the update does too.
+            `"kaiming_normal"` draws from N(0, 1/(2 · rank)), `"normal"` from N(0, 0.02²), `"kaiming_uniform"`
+            from U(-1/√rank, 1/√rank). `True` is `"kaiming_normal"`. `False` starts the core at random as
+            well.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a value that no layer could take.
+
+    Reference:
+        Si et al., "Maintaining Structural Integrity in Parameter Spaces for Parameter Efficient Fine-tuning"
+        (arXiv 2405.14739).
+    """
+
+    peft_type_name: ClassVar[str] = "FLORA"
+    init_choices: ClassVar[tuple[str, ...]] = ("kaiming_normal", "normal", "kaiming_uniform")
+
+    r: int | list[int] = field(default=8)
+    kernel_r: int | list[int] | None = field(default=None)
+    scale: float | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel_r is not None:
+            for rank in self.kernel_r if isinstance(self.kernel_r, list) else [self.kernel_r]:
+                check_count("kernel_r", rank)
+        if self.scale is not None:
+            check_number("scale", self.scale)
+
+    def check_rank(self, name: str, rank: Any) -> None:
+        """Accept a whole number, or a list of at least two."""
+        if not isinstance(rank, list | tuple):
+            check_count(name, rank)
+            return
+        if len(rank) < 2:
+            raise invalid(name, rank, "must have a rank for each mode, [in, out, *kernel], or be one number")
+        for entry in rank:
+            check_count(name, entry)
+
+    def scaling_for(self, module_name: str) -> float:
+        """`scale` if set, else `alpha / r` of one module."""
+        return super().scaling_for(module_name) if self.scale is None else self.scale
