@@ -116,6 +116,7 @@ def multiply(factors: Sequence[Tensor]) -> Tensor:
     """Product of a chain, `(out, in, *kernel)`; at most one factor may carry kernel axes."""
     product = factors[0]
     for factor in factors[1:]:
+        factor = factor.to(product.dtype)  # autocast lowers the dtype of products
         if product.ndim > 2:  # (a, b, *kernel) · (b, c): contract b and put c in its place
             product = torch.tensordot(product, factor, dims=([1], [0])).movedim(-1, 1)
         else:
@@ -143,15 +144,12 @@ def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
     joint = _narrowest(factors)
     rank = factors[joint].shape[0]
     halves = _product_cost(factors[:joint]) + _product_cost(factors[joint:])
-    costs = {
-        "chain": tokens * chain_cost(factors),
-        "split": halves + tokens * rank * sum(dense),
-        "dense": halves + (tokens + rank) * dense[0] * dense[1],
-    }
-    cheapest = min(costs, key=lambda form: costs[form])
-    if cheapest == "chain" or (len(factors) == 2 and cheapest == "split"):
-        return factors
-    return split(factors) if cheapest == "split" else (multiply(split(factors)),)
+    as_chain = tokens * chain_cost(factors)
+    as_pair = halves + tokens * rank * sum(dense)
+    as_matrix = halves + (tokens + rank) * dense[0] * dense[1]
+    if as_matrix < min(as_chain, as_pair):
+        return (multiply(split(factors)),)
+    return factors if as_chain <= as_pair or len(factors) == 2 else split(factors)
 
 
 def chain_cost(factors: Sequence[Tensor]) -> int:
@@ -167,4 +165,5 @@ def _product_cost(factors: Sequence[Tensor]) -> int:
 def _narrowest(factors: Sequence[Tensor]) -> int:
     """Number of factors left of the narrowest joint; 0 if no joint leaves the kernel on its right."""
     last = next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)
-    return min(range(1, last + 1), key=lambda i: factors[i].shape[0], default=0)
+    ranks = [factor.shape[0] for factor in factors[1 : last + 1]]
+    return 1 + ranks.index(min(ranks)) if ranks else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .delta import split
 from .layer import SubspaceLayer
-from .ops import EmbeddingOps
+from .ops import Conv1DOps, EmbeddingOps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,8 +33,9 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         Configuration and state dict of a LoRA adapter, as PEFT saves it.
 
     Raises:
-        ValueError: If the model has no such adapter of this package, or a grouped convolution is adapted,
-            whose update is no LoRA.
+        ValueError: If the model has no such adapter of this package, or it adapts layers whose update is no
+            LoRA that PEFT runs: grouped or dilated convolutions, those with a `padding_mode` other than
+            `"zeros"`, and layers with a forward of their own.
     """
     layers = {
         name.removeprefix("base_model.model."): layer
@@ -43,11 +44,12 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     }
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
-    grouped = sorted(name for name, layer in layers.items() if layer.ops.shape.groups > 1)
-    if grouped:
+    reasons = {name: reason for name, layer in sorted(layers.items()) if (reason := _no_lora_form(layer))}
+    if reasons:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
         raise ValueError(
-            f"grouped convolutions have no LoRA form, and {len(grouped)} are adapted: {', '.join(grouped)}; "
-            "leave them out of target_modules, or serve the merged model (merge_and_unload)"
+            f"{len(reasons)} of the adapted layers have no LoRA form that PEFT runs: {listed}; leave them "
+            "out of target_modules, or serve the merged model (merge_and_unload)"
         )
     pairs = {name: _lora_pair(layer, adapter_name) for name, layer in layers.items()}
     rank = max(left.shape[1] for left, _ in pairs.values())
@@ -77,6 +79,19 @@ def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "d
     )
     partial.rename(folder / SAFETENSORS_WEIGHTS_NAME)
     config.save_pretrained(str(folder))
+
+
+def _no_lora_form(layer: SubspaceLayer) -> str | None:
+    """Why PEFT's LoRA cannot stand for the layer's update, None if it can."""
+    base: Any = layer.get_base_layer()
+    if layer.ops.shape.groups > 1:
+        return f"groups={base.groups}"
+    if layer.ops.shape.kernel_size:  # PEFT builds its convolution with the base's stride and padding only
+        if set(base.dilation) != {1}:
+            return f"dilation={base.dilation}"
+        if base.padding_mode != "zeros":
+            return f"padding_mode={base.padding_mode!r}"
+    return "a forward of its own" if layer.ops.calls_layer else None
 
 
 @torch.no_grad()
@@ -119,6 +134,7 @@ def _lora_config(
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
+        fan_in_fan_out=all(isinstance(layer.ops, Conv1DOps) for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

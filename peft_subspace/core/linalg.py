@@ -10,6 +10,7 @@ from torch import Tensor
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiply the axis `mode` of `tensor`, of size `rank`, by `matrix` of shape `(dim, rank)`."""
+    matrix = matrix.to(tensor.dtype)  # autocast lowers the dtype of products
     return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
 
 

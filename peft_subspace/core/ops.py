@@ -36,7 +36,8 @@ class Branch:
     def scaled(cls, factors: tuple[Tensor, ...], scaling: float, dropout: nn.Module | None) -> Branch:
         """Scale the chain by its smallest factor, the cheapest place to do it."""
         if scaling != 1:
-            small = min(range(len(factors)), key=lambda i: factors[i].numel())
+            sizes = [factor.numel() for factor in factors]
+            small = sizes.index(min(sizes))
             factors = (*factors[:small], factors[small] * scaling, *factors[small + 1 :])
         return cls(factors, dropout)
 
@@ -57,13 +58,17 @@ class LayerOps:
         shape: Shape of the weight as the methods see it.
         linear: Whether `ΔW` is a matrix that acts on the last axis of the input.
         dropout_cls: Dropout that suits the branch's input, None where nothing can be dropped.
+        calls_layer: Whether the layer has a forward of its own. Only the layer itself then knows what an
+            updated weight does (it pads by the size of its input, standardises the weight, …), so it is
+            called with one.
     """
 
     linear = False
     dropout_cls: type[nn.Module] | None = nn.Dropout
 
-    def __init__(self, shape: WeightShape) -> None:
+    def __init__(self, shape: WeightShape, *, calls_layer: bool = False) -> None:
         self.shape = shape
+        self.calls_layer = calls_layer
 
     def to_layout(self, delta: Tensor) -> Tensor:
         """Rearrange `ΔW`, `(out, in, *kernel)`, as the layer stores its weight (or back)."""
@@ -75,7 +80,14 @@ class LayerOps:
 
     def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
         """Run the layer once with `W + ΔW`, or return None to ask for separate branches."""
+        if self.calls_layer and not any(branch.drops for branch in branches):
+            return _call_updated(base, self, branches, x)
         return None
+
+    def _add_by_calling(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+        x = branch.drop(x)
+        x = x.to(base.weight.dtype) if x.is_floating_point() else x
+        return (result + (_call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
 
 
 class LinearOps(LayerOps):
@@ -85,6 +97,8 @@ class LinearOps(LayerOps):
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Apply the factors from right to left."""
+        if self.calls_layer:
+            return self._add_by_calling(result, base, branch, x)
         return _add_chain(result, branch.factors, branch.drop(x))
 
 
@@ -108,6 +122,8 @@ class EmbeddingOps(_TransposedOps):
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Look the indices up in the last factor and apply the others."""
+        if self.calls_layer:
+            return self._add_by_calling(result, base, branch, x)
         *rest, last = branch.factors
         rows = F.embedding(
             x, last.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
@@ -115,14 +131,18 @@ class EmbeddingOps(_TransposedOps):
         scale = getattr(base, "embed_scale", None)  # Gemma's embedding, and others, scale their output by it
         if scale is not None:
             rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
-        return _add_chain(result, tuple(rest), rows) if rest else (result + rows).to(result.dtype)
+        result = _add_chain(result, tuple(rest), rows) if rest else (result + rows).to(result.dtype)
+        if base.padding_idx is None or not result.requires_grad:
+            return result
+        padding = (x == base.padding_idx)[..., None]
+        return torch.where(padding, result.detach(), result)  # as in the base layer, padding trains nothing
 
 
 class ConvOps(LayerOps):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
 
-    def __init__(self, shape: WeightShape) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: WeightShape, *, calls_layer: bool = False) -> None:
+        super().__init__(shape, calls_layer=calls_layer)
         # Neighbouring pixels say the same: dropping single ones drops nothing, so whole channels are dropped.
         self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
 
@@ -130,20 +150,17 @@ class ConvOps(LayerOps):
         """Run 1×1 → kernel → 1×1, or one convolution with `ΔW` where that is cheaper."""
         if x.ndim == 1 + len(self.shape.kernel_size):  # a single sample
             return self.add(result[None], base, branch, x[None])[0]
+        if self.calls_layer:
+            return self._add_by_calling(result, base, branch, x)
         x = branch.drop(x)
-        if not _only_convolves(base):
-            x = x.to(base.weight.dtype)
-            return (result + (_call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
         if self._prefers_factors(base, branch, x, dense_passes=3):
             return self._add_factored(result, base, branch.factors, x)
         return (result + base._conv_forward(x, multiply(branch.factors), None)).to(result.dtype)
 
     def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
         """Convolve once with `W + ΔW`, where that is exact and no factored branch is cheaper."""
-        if any(branch.drops for branch in branches):
-            return None
-        if not _only_convolves(base):
-            return _call_updated(base, self, branches, x)
+        if self.calls_layer or any(branch.drops for branch in branches):
+            return super().merged_forward(base, branches, x)
         if not _sums_exactly(base, branches, x) or _has_hooks(base):
             return None
         if all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
@@ -187,7 +204,9 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
     if getattr(base, "has_uninitialized_params", lambda: False)():
         raise ValueError(f"{type(base).__name__} has no weight yet; run one batch through the model first")
     if isinstance(base, nn.Embedding):
-        return EmbeddingOps(WeightShape(base.embedding_dim, base.num_embeddings))
+        shape = WeightShape(base.embedding_dim, base.num_embeddings)
+        calls_layer = _has_own_forward(base) and not hasattr(base, "embed_scale")
+        return EmbeddingOps(shape, calls_layer=calls_layer)
     if isinstance(base, _CONVOLUTIONS):
         channels = (base.in_channels, base.out_channels)
         if any(count % base.groups for count in channels):
@@ -196,11 +215,13 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
                 "correct the layer, or exclude it"
             )
         per_group = base.in_channels // base.groups
-        return ConvOps(WeightShape(base.out_channels, per_group, tuple(base.kernel_size), base.groups))
+        shape = WeightShape(base.out_channels, per_group, tuple(base.kernel_size), base.groups)
+        return ConvOps(shape, calls_layer=_has_own_forward(base))
     if isinstance(base, nn.Linear | Conv1D) or quantized:
         in_features, out_features = (int(size or 0) for size in _get_in_out_features(base))
         ops = Conv1DOps if isinstance(base, Conv1D) else LinearOps
-        return ops(WeightShape(out_features, in_features))
+        calls_layer = not quantized and base.weight.dtype.itemsize > 1 and _has_own_forward(base)
+        return ops(WeightShape(out_features, in_features), calls_layer=calls_layer)
     raise TypeError(
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
         "Conv1d, Conv2d, Conv3d, their subclasses, and the quantised linear layers that PEFT knows"
@@ -242,18 +263,11 @@ def _kernel_at(factors: Sequence[Tensor]) -> int:
     return next(i for i, factor in enumerate(factors) if factor.ndim > 2)
 
 
-def _only_convolves(base: nn.Module) -> bool:
-    """Whether a layer's forward is that of `nn.ConvNd`.
-
-    Others do more (pad by the size of the input, standardise the weight, …): only the layer itself then knows
-    what an updated weight does, so it is called with one.
-    """
-    cls = type(base)
-    return any(
-        cls.forward is conv.forward and cls._conv_forward is conv._conv_forward
-        for conv in _CONVOLUTIONS
-        if isinstance(base, conv)
-    )
+def _has_own_forward(base: nn.Module) -> bool:
+    """Whether a subclass has changed the forward of its kind of layer."""
+    kind = next(kind for kind in (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS) if isinstance(base, kind))
+    methods = ("forward", "_conv_forward")
+    return any(getattr(type(base), name, None) is not getattr(kind, name, None) for name in methods)
 
 
 def _has_hooks(base: nn.Module) -> bool:

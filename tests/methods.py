@@ -1,0 +1,51 @@
+"""The methods under test. A new method is one more line in `METHODS`; the contract then holds for it, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracles
+from torch import Tensor, nn
+
+import peft_subspace
+
+LINEAR = frozenset({"linear", "transposed"})
+ALL_KINDS = LINEAR | {"embedding", "conv"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: how to configure it small, and what its update is.
+
+    `delta_weight(delta, config)` returns the scaled update as `(out, in, *kernel)` in double precision, with
+    gradients to the parameters of `delta`.
+    """
+
+    name: str
+    config_cls: type
+    delta_weight: Callable[[nn.Module, Any], Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    kinds: frozenset[str] = ALL_KINDS
+    has_dropout: bool = True
+    has_alpha: bool = True
+    combines: bool = True
+    """Whether `add_weighted_adapter` works; if not, it must refuse."""
+    injectable: bool = True
+    """Whether the method works without a tuner object around the model."""
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.config_cls.peft_type_name.lower()}_"
+
+    def config(self, **options: Any) -> Any:
+        return self.config_cls(**{"target_modules": ["layer"], **self.options, **options})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+METHODS = [
+    Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
+]

@@ -1,0 +1,50 @@
+"""Each method's ΔW from its definition: loops in double precision, nothing shared with the package.
+
+Gradients flow through the tensor versions, so that they also tell what every parameter's gradient has to be.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+def flora(delta: nn.Module, config) -> Tensor:
+    """s · Σ_abcd G[a, b, c, d] · A1[:, a] ⊗ A2[:, b] ⊗ A3[:, c] ⊗ A4[:, d], as `(out, in, *kernel)`."""
+    tensors = {name: p.double() for name, p in delta.named_parameters()}
+    core = tensors.pop("core")
+    modes = [tensors.pop(f"mode_factor_{n}") for n in range(core.ndim)]
+    assert not tensors, f"tensors that are not in the equation: {sorted(tensors)}"
+    total = core.new_zeros([len(mode) for mode in modes])
+    for index in product(*(range(size) for size in core.shape)):
+        term = core[index]
+        for mode, rank in zip(modes, index, strict=True):
+            term = term[..., None] * mode[:, rank]
+        total = total + term
+    return (flora_scale(config) * total).transpose(0, 1)
+
+
+def flora_entries(core: Tensor, modes: list[Tensor], scale: float) -> Tensor:
+    """The same, entry by entry on Python's own floats."""
+    values = core.double().tolist()
+    columns = [mode.double().tolist() for mode in modes]
+    shape = [len(mode) for mode in columns]
+    entries = torch.zeros(shape, dtype=torch.float64)
+    for entry in product(*(range(size) for size in shape)):
+        total = 0.0
+        for index in product(*(range(size) for size in core.shape)):
+            value = values
+            for i in index:
+                value = value[i]
+            total += value * prod(columns[n][entry[n]][index[n]] for n in range(len(index)))
+        entries[entry] = scale * total
+    return entries.transpose(0, 1)
+
+
+def flora_scale(config) -> float:
+    if config.scale is not None:
+        return config.scale
+    return config.alpha / (config.r if isinstance(config.r, int) else config.r[0])
