@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from .card import write_card
 from .registry import peft_type
 
 VERSION = version("peft-subspace")
@@ -105,8 +107,9 @@ class SubspaceConfig(PeftConfig):
             check_count("seed", self.seed, minimum=0)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config, marked as that of a finished adapter."""
+        """Write the config, marked as that of a finished adapter, and our part of the model card."""
         super(SubspaceConfig, replace(self, initialized=True)).save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Raise unless `rank` is a rank that some layer could have."""

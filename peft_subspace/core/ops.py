@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that torch's own documentation uses
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from . import depthwise
 from .delta import WeightShape, chain_cost, multiply, shorten, split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -155,7 +157,7 @@ class ConvOps(LayerOps):
         x = branch.drop(x)
         if self._prefers_factors(base, branch, x, dense_passes=3):
             return self._add_factored(result, base, branch.factors, x)
-        return (result + base._conv_forward(x, multiply(branch.factors), None)).to(result.dtype)
+        return (result + _convolve(base, x, multiply(branch.factors), None)).to(result.dtype)
 
     def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
         """Convolve once with `W + ΔW`, where that is exact and no factored branch is cheaper."""
@@ -165,7 +167,7 @@ class ConvOps(LayerOps):
             return None
         if all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
             return None
-        return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+        return _convolve(base, x, _updated_weight(base, self, branches), base.bias)
 
     def _prefers_factors(self, base: nn.Module, branch: Branch, x: Tensor, dense_passes: int) -> bool:
         """Whether three passes through the factors are cheaper than `dense_passes` dense convolutions."""
@@ -256,6 +258,13 @@ def _add_pointwise(result: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         batch = factor.expand(len(x), -1, -1)
         return torch.baddbmm(result.flatten(2), batch, x.flatten(2)).view_as(result)
     return (result + _pointwise(x, factor)).to(result.dtype)
+
+
+def _convolve(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve as `base` would, but with another weight."""
+    if weight.requires_grad and depthwise.suits(base, x):
+        return depthwise.convolve(base, x, weight, bias)
+    return base._conv_forward(x, weight, bias)
 
 
 def _kernel_at(factors: Sequence[Tensor]) -> int:

@@ -1,0 +1,108 @@
+"""Timing and memory of train steps, shared by the benchmarks in this folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RESULTS = Path("outputs") / "benchmarks"
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` times, taken in turn so that a drifting machine is fair to all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(warmup + repeats):
+        for name, step in steps.items():
+            gc.collect()
+            start = time.perf_counter()
+            step()
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> dict[str, float]:
+    """Median, smallest and largest ratio of two steps, taken repeat by repeat."""
+    ratios = sorted(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+    return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+
+
+def peak_mib(script: str, *arguments: str) -> float:
+    """Peak resident MiB that `script --peak …` needs beyond its imports, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, script, "--peak", *arguments], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def print_peak(work: Callable[[], Any]) -> None:
+    """Run `work` and print by how many MiB the process's peak grew; the other half of `peak_mib`."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def transformer(layers: int = 24, width: int = 1024, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Decoder with random weights, of the size at which linear layers are timed."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_attention_heads=width // 64,
+        vocab_size=1000,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(dtype)
+
+
+def train_step(model: nn.Module, batch: int = 4, tokens: int = 256) -> Callable[[], None]:
+    """Forward and backward of a language model on random tokens, gradients freed afterwards."""
+    ids = torch.randint(0, 1000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    model.train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        # A frozen model has no gradients at all unless its input asks for them, as an adapter below would.
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under a header, columns aligned."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in [list(header), *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write results as JSON, with the versions and the machine that they hold for."""
+    packages = ("torch", "transformers", "peft", "peft-subspace")
+    about = {
+        "versions": {package: version(package) for package in packages},
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**about, **results}, indent=1))
+    print(f"\nwritten to {path}")
