@@ -21,6 +21,8 @@ from transformers import (
 
 from support.task import Task
 
+Loader = Callable[[list[str]], tuple[PreTrainedModel, list[str]]]
+"""Loads the base with the named modules unquantised, and says which modules its checkpoint lacks."""
 SPLIT_SEED = 0
 HELD_OUT = 0.1
 
@@ -81,17 +83,17 @@ def _causal_lm(options: argparse.Namespace, *splits: Dataset) -> Task:
 
 def _task(
     options: argparse.Namespace,
-    make_base: Callable[[], tuple[PreTrainedModel, list[str]]],
+    make_base: Loader,
     splits: list[Dataset],
     collate: Callable[[list], dict[str, torch.Tensor]],
     processor: Any,
     peft_task_type: str | None = None,
 ) -> Task:
-    _, new_modules = make_base()
+    _, new_modules = make_base([])
     train, validation, test = splits
     return Task(
         f"{options.model} on {options.dataset}",
-        lambda: make_base()[0],
+        lambda: make_base(new_modules)[0],
         train,
         validation,
         test,
@@ -103,33 +105,40 @@ def _task(
     )
 
 
-def _base(
-    auto: Any, options: argparse.Namespace, classes: dict | None = None, **settings: Any
-) -> Callable[[], tuple[PreTrainedModel, list[str]]]:
-    """Gives a function that loads the base and names the modules that its checkpoint lacks."""
+def _base(auto: Any, options: argparse.Namespace, classes: dict | None = None, **settings: Any) -> Loader:
     if classes is not None:
         settings["id2label"] = dict(classes.values())
         settings["label2id"] = {name: index for index, name in classes.values()}
-    settings["quantization_config"] = _quantization(options.quantize)
 
-    def make_base() -> tuple[PreTrainedModel, list[str]]:
+    def make_base(unquantised: list[str]) -> tuple[PreTrainedModel, list[str]]:
+        settings["quantization_config"] = _quantization(options.quantize, unquantised)
         model, report = auto.from_pretrained(
             options.model, ignore_mismatched_sizes=True, output_loading_info=True, **settings
         )
+        _keep_training_layout(model)
         absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
         return model, sorted({key.rpartition(".")[0] for key in absent})
 
     return make_base
 
 
-def _quantization(kind: str | None) -> BitsAndBytesConfig | None:
+def _quantization(kind: str | None, unquantised: list[str]) -> BitsAndBytesConfig | None:
     if kind is None:
         return None
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_8bit=kind == "8bit",
+        load_in_4bit=kind == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=unquantised or None,
     )
+
+
+def _keep_training_layout(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights when a CPU evaluates: training breaks after it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _tokenizer(model: str) -> Any:
