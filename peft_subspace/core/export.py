@@ -75,7 +75,9 @@ def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "d
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.part"
     save_file(
-        {key: tensor.contiguous().cpu() for key, tensor in state.items()}, partial, metadata={"format": "pt"}
+        {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()},
+        partial,
+        metadata={"format": "pt"},
     )
     partial.rename(folder / SAFETENSORS_WEIGHTS_NAME)
     config.save_pretrained(str(folder))
@@ -134,7 +136,7 @@ def _lora_config(
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
-        fan_in_fan_out=all(isinstance(layer.ops, Conv1DOps) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer.ops, Conv1DOps) for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

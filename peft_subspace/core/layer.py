@@ -45,6 +45,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **backend_kwargs)
         self.ops = ops_for(base, quantized=self.quantization_backend is not None)
+        for name in getattr(base, "__constants__", ()):  # models read some, such as a convolution's stride
+            setattr(self, name, getattr(base, name))
         self.in_features = self.ops.shape.in_features * self.ops.shape.groups
         self.out_features = self.ops.shape.out_features
         self.add_module(f"{self.prefix}delta", nn.ModuleDict())

@@ -29,8 +29,8 @@ logger = getLogger("peft_subspace")
 
 # Vision models that PEFT's own table lacks.
 _MORE_TARGETS = {
-    "vit": ["query", "value"],
-    "dinov2": ["query", "value"],
+    "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
+    "dinov2": ["q_proj", "v_proj", "query", "value"],
     "clip_vision_model": ["q_proj", "v_proj"],
     "resnet": ["convolution"],
     "mobilenet_v2": ["convolution"],

@@ -1,0 +1,174 @@
+"""Configs: messages for every wrong value, round trips, and defaults that fit any layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from methods import METHODS
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+import peft_subspace
+from peft_subspace.core.config import FORMAT_VERSION, VERSION
+
+VALUES = {
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": ["lm_head"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 3},
+    "modules_to_save": ["score"],
+    "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "bias": "all",
+    "init_weights": False,
+    "seed": 7,
+    "r": 4,
+}
+
+
+def own(fields, method):
+    """The fields that this method has."""
+    names = method.config_cls.__dataclass_fields__
+    return {name: value for name, value in fields.items() if name in names}
+
+
+WRONG = [
+    ({"r": 0}, ValueError, "r=0 must be at least 1; try r=8"),
+    ({"r": -1}, ValueError, "r=-1 must be at least 1; try r=8"),
+    ({"r": 2.5}, TypeError, "r=2.5 must be a whole number, such as r=8"),
+    ({"r": True}, TypeError, "r=True must be a whole number"),
+    ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\]=0 must be at least 1; try"),
+    ({"rank_pattern": ["q_proj"]}, TypeError, r"rank_pattern=\['q_proj'\] must map module names"),
+    ({"rank_pattern": {3: 4}}, TypeError, r"rank_pattern=\{3: 4\} must map module names"),
+    ({"init_weights": "best"}, ValueError, r"init_weights='best' must be one of \(True, False"),
+    ({"init_weights": None}, ValueError, r"init_weights=None must be one of \(True, False"),
+    ({"bias": "lora_only"}, ValueError, r"bias='lora_only' must be one of \('none', 'all', '\w+_only'\)"),
+    ({"target_modules": 3}, TypeError, "target_modules=3 must be a list of module names, or one regular"),
+    ({"target_modules": [3]}, TypeError, r"target_modules=\{3\} must be a list of module"),
+    ({"exclude_modules": {"a": 1}}, TypeError, r"exclude_modules=\{'a': 1\} must be a list of"),
+    ({"target_modules": ".*", "layers_to_transform": [0]}, ValueError, r"layers_to_transform=\[0\] needs"),
+    ({"target_modules": ["q"], "layers_pattern": "h"}, ValueError, "layers_pattern='h' needs layers_to"),
+    ({"seed": -1}, ValueError, "seed=-1 must be at least 0"),
+    ({"seed": "x"}, TypeError, "seed='x' must be a whole number"),
+    ({"format_version": FORMAT_VERSION + 1}, ValueError, r"format_version=2 is newer than 1, .*; upgrade"),
+    ({"alpha": float("nan")}, ValueError, "alpha=nan must be finite"),
+    ({"alpha": "8"}, TypeError, "alpha='8' must be a number, such as"),
+    ({"alpha_pattern": {"q": float("inf")}}, ValueError, r"alpha_pattern\['q'\]=inf must be finite"),
+    ({"alpha_pattern": 3}, TypeError, "alpha_pattern=3 must map module names"),
+    ({"dropout": 1.0}, ValueError, "dropout=1.0 must be finite, at least 0 and below 1"),
+    ({"dropout": -0.1}, ValueError, "dropout=-0.1 must be finite, at least 0 and below 1"),
+    ({"dropout": None}, TypeError, "dropout=None must be a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_value_is_refused_with_field_value_rule_and_remedy(method, fields, error, message):
+    if own(fields, method) != fields:
+        pytest.skip("the method has no such field")
+    with pytest.raises(error, match=message):
+        method.config_cls(**fields)
+
+
+def test_right_values_are_accepted(method):
+    config = method.config_cls(**own(VALUES, method))
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.peft_type == method.config_cls.peft_type_name
+    assert config.peft_subspace_version == VERSION
+
+
+def test_unknown_field_is_refused(method):
+    with pytest.raises(TypeError, match="lora_alpha"):
+        method.config_cls(lora_alpha=16)
+
+
+def test_the_methods_own_bias_option_is_accepted(method):
+    bias = f"{method.prefix}only"
+    assert method.config_cls(bias=bias).bias == bias
+
+
+def fields_of(config):
+    """Its fields as JSON would have them, without the mark of a saved config."""
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k != "initialized"}, default=str))
+
+
+@pytest.mark.parametrize("fields", [{}, VALUES], ids=["defaults", "values"])
+def test_config_survives_json_dict_pickle_and_copy(method, fields, tmp_path):
+    config = method.config_cls(**own(fields, method))
+    config.save_pretrained(tmp_path)
+    for again in (
+        PeftConfig.from_pretrained(tmp_path),
+        method.config_cls.from_pretrained(tmp_path),
+        method.config_cls(**config.to_dict()),
+        pickle.loads(pickle.dumps(config)),
+        copy.copy(config),
+        copy.deepcopy(config),
+    ):
+        assert type(again) is type(config)
+        assert fields_of(again) == fields_of(config)
+
+
+def test_saving_marks_the_file_but_not_the_config(method, tmp_path):
+    config = method.config_cls()
+    config.save_pretrained(tmp_path)
+    assert not config.initialized
+    assert method.config_cls.from_pretrained(tmp_path).initialized
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == method.config_cls.peft_type_name
+    assert saved["peft_subspace_version"] == VERSION
+    assert saved["format_version"] == FORMAT_VERSION
+
+
+def test_version_of_the_saving_package_is_kept(method):
+    assert method.config_cls(peft_subspace_version="0.0.1").peft_subspace_version == "0.0.1"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(256, 256),
+        lambda: nn.Linear(10, 20),
+        lambda: nn.Linear(10, 10),
+        lambda: nn.Linear(1, 2),
+        lambda: nn.Linear(2, 1),
+        lambda: nn.Embedding(3, 2),
+        lambda: nn.Conv2d(1, 2, 1),
+        lambda: nn.Conv2d(2, 2, 3, groups=2),
+    ],
+    ids=["256x256", "10x20", "10x10", "1x2", "2x1", "embedding", "conv", "depthwise"],
+)
+def test_defaults_fit_any_layer(method, make):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make()
+
+    layer = make()
+    kind = {nn.Linear: "linear", nn.Embedding: "embedding", nn.Conv2d: "conv"}[type(layer)]
+    if kind not in method.kinds:
+        pytest.skip("the method does not adapt such layers")
+    model = get_peft_model(Net(), method.config_cls(target_modules=["layer"]))
+    x = {
+        "linear": lambda: torch.randn(3, layer.in_features),
+        "embedding": lambda: torch.tensor([0, 2]),
+        "conv": lambda: torch.randn(2, layer.in_channels, 4, 4),
+    }[kind]()
+    model.base_model.model.layer(x).square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.numel() and p.grad is not None for p in trained)
+
+
+def test_config_without_arguments_is_valid(method):
+    assert method.config_cls().target_modules is None
+    assert method.config_cls().inference_mode is False
+
+
+def test_public_names_are_sorted_and_exist():
+    assert peft_subspace.__all__ == sorted(peft_subspace.__all__)
+    assert all(hasattr(peft_subspace, name) for name in peft_subspace.__all__)
+    assert {method.config_cls.__name__ for method in METHODS} <= set(peft_subspace.__all__)

@@ -1,0 +1,326 @@
+"""Bad adapters: one clear error each, and the model as it was before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from methods import METHODS
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft_subspace
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Network(nn.Module):
+    """A layer of each kind, and one that cannot be adapted."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.conv = nn.Conv1d(4, width, 3, padding=1)
+        self.upsample = nn.ConvTranspose1d(width, width, 1)
+        self.norm = nn.LayerNorm(width)
+        self.layer = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.conv(self.embed(x).transpose(1, 2))
+        return self.layer(self.norm(self.upsample(x).transpose(1, 2)))
+
+
+X = torch.arange(22).reshape(2, 11) % 11
+ALL = ["conv", "layer"]
+
+
+def base_model(width=6):
+    torch.manual_seed(1)
+    return Network(width)
+
+
+@pytest.fixture
+def saved(method, tmp_path):
+    """A sound adapter, saved."""
+    torch.manual_seed(2)
+    config = method.config(target_modules=ALL, init_weights=False)
+    model = get_peft_model(base_model(), config)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensor(folder, change, part="layer"):
+    state = load_file(folder / WEIGHTS)
+    key = next(key for key in sorted(state) if f".{part}." in key)
+    state[key] = change(state[key])
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    return key
+
+
+def with_value(value):
+    def change(tensor):
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+def snapshot(model):
+    modules = {name: type(module) for name, module in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return modules, state, {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    modules, state, trained = snapshot(model)
+    assert modules == before[0]
+    assert state.keys() == before[1].keys()
+    assert all(torch.equal(state[name], before[1][name]) for name in state)
+    assert trained == before[2]
+
+
+def assert_refuses(folder, error, message):
+    """Own loader: refused with this message on a bare model and on one with an adapter, both untouched."""
+    for model in (base_model(), with_adapter()):
+        before = snapshot(model)
+        with pytest.raises(error, match=message):
+            peft_subspace.load(model, folder, "new")
+        assert_untouched(model, before)
+        assert "new" not in getattr(model, "peft_config", {})
+        model(X)
+
+
+def with_adapter():
+    torch.manual_seed(3)
+    return get_peft_model(base_model(), METHODS[0].config(target_modules=["layer"], init_weights=False))
+
+
+def assert_peft_refuses(folder, error, message):
+    """PEFT's loader: refused with this message, the new adapter is gone, and the model works as before."""
+    model = base_model()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        PeftModel.from_pretrained(model, folder)
+    assert snapshot(model)[0] == before[0]
+    assert all(torch.equal(tensor, before[1][name]) for name, tensor in model.state_dict().items())
+
+    model = with_adapter().eval()
+    before, output = snapshot(model), model(X)
+    with pytest.raises(error, match=message):
+        model.load_adapter(folder, "new")
+    assert "new" not in model.peft_config
+    assert not [name for name in model.state_dict() if ".new" in name]
+    assert torch.equal(model(X), output)
+    assert {n for n, trains in before[2].items() if trains} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+# ------------------------------------------------------------------------------------ sound adapters
+
+
+def test_sound_adapter_loads_alike_through_both_loaders(saved):
+    ours = peft_subspace.load(base_model(), saved)
+    theirs = PeftModel.from_pretrained(base_model(), saved)
+    assert torch.equal(ours(X), theirs(X))
+    assert not torch.equal(ours(X), base_model()(X))
+
+
+def test_own_loader_hands_its_options_on(saved):
+    model = peft_subspace.load(base_model(), saved, is_trainable=True)
+    assert any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in peft_subspace.load(base_model(), str(saved)).parameters())
+
+
+def test_name_that_exists_is_refused(saved):
+    model = with_adapter()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter_name='default' exists already"):
+        peft_subspace.load(model, saved)
+    assert_untouched(model, before)
+
+
+# ------------------------------------------------------------------------------------- broken tensors
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(saved, value):
+    key = change_tensor(saved, with_value(value))
+    assert_refuses(saved, ValueError, f"{key} has NaN or infinite values.*train it again")
+    assert_peft_refuses(saved, ValueError, r"layer.* has NaN or infinite values.*train it again")
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_tensors_of_another_shape_are_refused(saved, part):
+    change_tensor(saved, lambda tensor: torch.cat([tensor, tensor]), part)
+    message = rf"{part}.* has shape .* but the base model needs .*; load the adapter on the base model"
+    assert_refuses(saved, ValueError, message)
+    assert_peft_refuses(saved, ValueError, message)
+
+
+def test_base_model_of_another_width_is_refused(saved):
+    for load in (peft_subspace.load, PeftModel.from_pretrained):
+        model = base_model(width=9)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"has shape .* but the base model needs .* trained on"):
+            load(model, saved)
+        assert snapshot(model)[0] == before[0]
+
+
+def test_missing_tensors_are_refused(saved):
+    state = load_file(saved / WEIGHTS)
+    key = sorted(state)[0]
+    del state[key]
+    save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
+    assert_refuses(saved, ValueError, f"1 tensors .* are missing, such as {key}; load")
+
+
+# -------------------------------------------------------------------------------------- broken files
+
+
+@pytest.mark.parametrize("keep", [0, 4, 0.5, -1], ids=["empty", "in-the-length", "half", "last-byte"])
+def test_truncated_files_are_refused(saved, keep):
+    path = saved / WEIGHTS
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    assert_refuses(saved, ValueError, r"adapter_model.safetensors is not a complete safetensors file.*again")
+
+
+def test_truncated_file_leaves_a_model_that_peft_loaded_it_on_usable(saved):
+    """PEFT adds the adapter before it opens the file, and asks no tuner when that fails."""
+    path = saved / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+    model = with_adapter().eval()
+    output = model(X)
+    with pytest.raises(SafetensorError):
+        model.load_adapter(saved, "new")
+    assert torch.equal(model(X), output)
+    model.delete_adapter("new")
+    assert torch.equal(model(X), output)
+
+
+def test_pickled_files_are_refused(saved):
+    torch.save({"tensor": torch.ones(1)}, saved / WEIGHTS)
+    assert_refuses(saved, ValueError, "not a complete safetensors file")
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    assert_refuses(saved, FileNotFoundError, "has no adapter_model.safetensors; save the adapter with")
+
+
+def test_missing_config_is_refused(saved):
+    (saved / CONFIG).unlink()
+    assert_refuses(saved, FileNotFoundError, "has no adapter_config.json; save the adapter with")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"flora"'])
+def test_config_that_is_no_json_object_is_refused(saved, text):
+    (saved / CONFIG).write_text(text)
+    assert_refuses(saved, ValueError, "adapter_config.json is not a JSON object.*save the adapter again")
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "NONE_OF_OURS", None])
+def test_adapters_of_other_methods_are_refused(saved, peft_type):
+    change_config(saved, peft_type=peft_type)
+    assert_refuses(saved, ValueError, rf"peft_type={peft_type!r} is none of .*PeftModel.from_pretrained")
+
+
+def test_files_of_a_newer_format_are_refused(saved):
+    change_config(saved, format_version=99)
+    message = "format_version=99 is newer than 1.*upgrade peft_subspace"
+    assert_refuses(saved, ValueError, message)
+    assert_peft_refuses(saved, ValueError, message)
+
+
+# ------------------------------------------------------------------------------------ broken configs
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"r": 0}, ValueError, r"r=0 must be at least 1; try r=8"),
+        ({"r": -3}, ValueError, r"r=-3 must be at least 1; try r=8"),
+        ({"r": "8"}, TypeError, r"r='8' must be a whole number, such as r=8"),
+        ({"init_weights": "zeros"}, ValueError, r"init_weights='zeros' must be one of \(True, False"),
+        ({"bias": "some"}, ValueError, r"bias='some' must be one of \('none', 'all', "),
+    ],
+    ids=["zero-rank", "negative-rank", "rank-of-text", "unknown-init", "unknown-bias"],
+)
+def test_configs_that_no_layer_could_take_are_refused(saved, changes, error, message):
+    change_config(saved, **changes)
+    assert_refuses(saved, error, message)
+    assert_peft_refuses(saved, error, message)
+
+
+def test_modules_that_cannot_be_adapted_are_refused(saved):
+    for name, kind in (("upsample", "ConvTranspose1d"), ("norm", "LayerNorm")):
+        change_config(saved, target_modules=[name, "layer"])
+        message = f"{name}: {kind} cannot be adapted; supported are Linear, Conv1D .*, Embedding, Conv1d"
+        assert_refuses(saved, TypeError, message)
+        assert_peft_refuses(saved, TypeError, message)
+
+
+def test_targets_that_match_nothing_are_refused(saved):
+    change_config(saved, target_modules=["q_proj", "v_proj"])
+    assert_refuses(saved, ValueError, "target_modules=.*match no module of Network; load the adapter on")
+    assert_peft_refuses(saved, ValueError, "[Tt]arget modules .*not found")
+
+
+def test_groups_that_do_not_divide_are_refused(saved, method):
+    for load in (peft_subspace.load, PeftModel.from_pretrained):
+        model = base_model()
+        model.conv.groups = 3
+        before = snapshot(model)
+        message = r"conv: groups=3 must divide in_channels=4 and out_channels=6; correct the layer"
+        with pytest.raises(ValueError, match=message):
+            load(model, saved)
+        assert_untouched(model, before)
+
+
+# ---------------------------------------------------------------------- the same without a file
+
+
+@pytest.mark.parametrize("target", ["upsample", "norm"])
+def test_wrapping_refuses_before_it_replaces_anything(method, target):
+    model = base_model()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"{target}: .* cannot be adapted; supported are"):
+        get_peft_model(model, method.config(target_modules=["layer", "conv", target]))
+    assert_untouched(model, before)
+
+
+def test_adapter_that_fails_to_be_added_is_forgotten(method):
+    model = get_peft_model(base_model(), method.config(target_modules=["layer"], init_weights=False))
+    before, output = snapshot(model), model(X)
+    with pytest.raises(TypeError, match="norm: LayerNorm cannot be adapted"):
+        model.add_adapter("new", method.config(target_modules=["layer", "norm"]))
+    assert_untouched(model, before)
+    assert "new" not in model.peft_config
+    assert torch.equal(model(X), output)
+    model.add_adapter("new", method.config(target_modules=["layer"]))
+
+
+def test_layer_inside_multihead_attention_is_refused(method):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    with pytest.raises(TypeError, match=r"attention.out_proj: .*MultiheadAttention.*exclude_modules"):
+        get_peft_model(Attending(), method.config(target_modules=["out_proj"]))
+
+
+def test_layer_without_a_weight_yet_is_refused(method):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LazyLinear(4)
+
+    with pytest.raises(ValueError, match=r"layer: LazyLinear has no weight yet; run one batch"):
+        get_peft_model(Lazy(), method.config())
