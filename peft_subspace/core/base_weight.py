@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,21 @@ class KeptWeight:
 def unpack_codes(base: nn.Module) -> None:
     """Undo the repacking of 4-bit codes that bitsandbytes does in place when a CPU evaluates in bf16.
 
-    Dequantising repacked codes gives garbage. Asking the layer for its state makes bitsandbytes undo it.
+    Dequantising repacked codes gives garbage. Asking the layer for its state makes bitsandbytes undo it, but
+    for the order of scales that are not quantised themselves; and all scales stay rounded to bf16.
     """
-    quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
+    quant_state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         base.state_dict()
+        if not quant_state.nested:
+            quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
+
+
+def keep_codes(base: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit codes, which loses precision and cannot be trained on."""
+    if hasattr(base, "support_avx512bf16_for_cpu"):
+        unpack_codes(base)
+        base.support_avx512bf16_for_cpu = False
 
 
 def _on_host_if_short(weight: Tensor) -> Tensor:

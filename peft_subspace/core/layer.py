@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from .base_weight import KeptWeight, unpack_codes
+from .base_weight import KeptWeight, keep_codes, unpack_codes
 from .config import SubspaceConfig
 from .delta import Delta, multiply
 from .ops import Branch, ops_for
@@ -43,6 +43,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         base = self.get_base_layer()
+        keep_codes(base)
         self.quantization_backend = resolve_quantization_backend(base, **backend_kwargs)
         self.ops = ops_for(base, quantized=self.quantization_backend is not None)
         for name in getattr(base, "__constants__", ()):  # models read some, such as a convolution's stride
