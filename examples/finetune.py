@@ -112,6 +112,7 @@ def main() -> None:
     options = parse_arguments()
     if options.demo:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or busy machines take many times as long
     # Imported late: `--help` answers at once, and the libraries read these variables when imported.
     from support import demos, hub, run
 
