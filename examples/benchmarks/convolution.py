@@ -4,9 +4,9 @@
     python examples/benchmarks/convolution.py --quick    about 1 minute, every 8th shape
 
 Shapes: every distinct convolution of ResNet-50, ConvNeXt-T and MobileNetV2 at 224 px, batch 8. The authors'
-form makes ΔW in each step and convolves with it separately; of grouped layers, where their code fails, the same
-form with an input factor of the right size stands in. Expected: geometric means over shapes of at most 0.5 of the
-authors' form and 1.3 of the frozen layer. Figures are medians of interleaved repeats.
+form makes ΔW in each step and convolves with it separately; of grouped layers, where their code fails, the
+same form with an input factor of the right size stands in. Expected: geometric means over shapes of at most
+0.5 of the authors' form and 1.3 of the frozen layer. Figures are medians of interleaved repeats.
 """
 
 from __future__ import annotations

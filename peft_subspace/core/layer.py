@@ -118,13 +118,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if not active:
             return self.base_layer(x, *args, **kwargs)
         branches = [self._branch(name) for name in active]
-        if (
-            not args
-            and not kwargs
-            and self.quantization_backend is None
-            and not isinstance(self.base_layer, BaseTunerLayer)
-        ):
-            result = self.ops.merged_forward(self.base_layer, branches, x)
+        if self.quantization_backend is None and not isinstance(self.base_layer, BaseTunerLayer):
+            result = self.ops.merged_forward(self.base_layer, branches, x, *args, **kwargs)
             if result is not None:
                 return result
         result = self.base_layer(x, *args, **kwargs)

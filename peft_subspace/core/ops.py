@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from . import depthwise
+from .convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
 from .delta import WeightShape, chain_cost, multiply, shorten, split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# A factored branch makes several thin passes over the activations where a dense convolution makes one thick
-# one. Measured per multiplication it is this much slower (examples/benchmarks/convolution.py).
-_THIN = 4
+# Convolutions with few channels on one side are this much slower per multiplication than dense ones, and a
+# weight is updated in the time of this many samples per rank (examples/benchmarks/convolution.py).
+_THIN = 3.5
+_FEW = 64
 
 
 @dataclass
@@ -80,10 +81,12 @@ class LayerOps:
         """Return the layer's `result` plus what the branch makes of its input `x`."""
         raise NotImplementedError
 
-    def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
+    def merged_forward(
+        self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
         """Run the layer once with `W + ΔW`, or return None to ask for separate branches."""
         if self.calls_layer and not any(branch.drops for branch in branches):
-            return _call_updated(base, self, branches, x)
+            return _call_updated(base, self, branches, x, *args, **kwargs)
         return None
 
     def _add_by_calling(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
@@ -157,24 +160,39 @@ class ConvOps(LayerOps):
         x = branch.drop(x)
         if self._prefers_factors(base, branch, x, dense_passes=3):
             return self._add_factored(result, base, branch.factors, x)
-        return (result + _convolve(base, x, multiply(branch.factors), None)).to(result.dtype)
+        return (result + base._conv_forward(x, multiply(branch.factors), None)).to(result.dtype)
 
-    def merged_forward(self, base: nn.Module, branches: Sequence[Branch], x: Tensor) -> Tensor | None:
+    def merged_forward(
+        self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
         """Convolve once with `W + ΔW`, where that is exact and no factored branch is cheaper."""
         if self.calls_layer or any(branch.drops for branch in branches):
-            return super().merged_forward(base, branches, x)
+            return super().merged_forward(base, branches, x, *args, **kwargs)
         if not _sums_exactly(base, branches, x) or _has_hooks(base):
             return None
-        if all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
+        if is_slow_depthwise(base, x):
+            return convolve_depthwise(base, x, _updated_weight(base, self, branches))
+        if self.shape.groups > 1 or x.ndim == 1 + len(self.shape.kernel_size):
+            return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+        lefts, rights = zip(*(split(branch.factors) for branch in branches), strict=True)
+        left, right = torch.cat(lefts, dim=1), torch.cat(rights)
+        few = self._positions(base, x)[1] < _FEW * len(right)
+        if few and all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
             return None
-        return _convolve(base, x, _updated_weight(base, self, branches), base.bias)
+        if 2 * _THIN * (left.numel() + right.numel()) < prod(self.shape.dims):
+            return convolve_pair(base, x, left, right)
+        return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+
+    def _positions(self, base: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Positions, over all samples, at which the layer reads its input and writes its output."""
+        inputs = x.numel() // x.shape[-1 - len(self.shape.kernel_size)]
+        return inputs, inputs // prod(base.stride)
 
     def _prefers_factors(self, base: nn.Module, branch: Branch, x: Tensor, dense_passes: int) -> bool:
         """Whether three passes through the factors are cheaper than `dense_passes` dense convolutions."""
         if self.shape.groups > 1:
             return False
-        inputs = x.numel() // x.shape[-1 - len(self.shape.kernel_size)]
-        outputs = inputs // prod(base.stride)
+        inputs, outputs = self._positions(base, x)
         thin = self._factored_cost(branch.factors, inputs, outputs)
         return 3 * _THIN * thin < dense_passes * outputs * prod(self.shape.dims)
 
@@ -183,9 +201,7 @@ class ConvOps(LayerOps):
         return outputs * chain_cost(factors[: joint + 1]) + inputs * chain_cost(factors[joint + 1 :])
 
     def _add_factored(self, result: Tensor, base: nn.Module, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        if (
-            prod(self.shape.kernel_size) == 1
-        ):  # then the kernel factor is a matrix too, and joins its neighbours
+        if prod(self.shape.kernel_size) == 1:  # a kernel that is a matrix too joins its neighbours
             factors = split(factors)
         joint = _kernel_at(factors)
         for factor in reversed(factors[joint + 1 :]):
@@ -260,13 +276,6 @@ def _add_pointwise(result: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     return (result + _pointwise(x, factor)).to(result.dtype)
 
 
-def _convolve(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve as `base` would, but with another weight."""
-    if weight.requires_grad and depthwise.suits(base, x):
-        return depthwise.convolve(base, x, weight, bias)
-    return base._conv_forward(x, weight, bias)
-
-
 def _kernel_at(factors: Sequence[Tensor]) -> int:
     """Position of the factor that carries the kernel axes."""
     return next(i for i, factor in enumerate(factors) if factor.ndim > 2)
@@ -297,5 +306,7 @@ def _updated_weight(base: nn.Module, ops: LayerOps, branches: Sequence[Branch]) 
     return weight.to(base.weight.dtype)
 
 
-def _call_updated(base: nn.Module, ops: LayerOps, branches: Sequence[Branch], x: Tensor) -> Tensor:
-    return functional_call(base, {"weight": _updated_weight(base, ops, branches)}, (x,))
+def _call_updated(
+    base: nn.Module, ops: LayerOps, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    return functional_call(base, {"weight": _updated_weight(base, ops, branches)}, (x, *args), kwargs)
