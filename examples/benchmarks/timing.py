@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-RESULTS = Path("outputs") / "benchmarks"
+RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(steps: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -1,0 +1,112 @@
+"""Write the measured tables into README.md from the JSON files in `examples/benchmarks/results`.
+
+python examples/benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timing
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def results(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((timing.RESULTS / f"{name}.json").read_text())
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean ± standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def between(ratio: dict[str, float]) -> str:
+    """Median and range of a ratio."""
+    return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
+
+
+def demos() -> str:
+    """Accuracy of the demos, over seeds."""
+    rows = []
+    for file in sorted(timing.RESULTS.glob("demo_*.json")):
+        runs = json.loads(file.read_text())["runs"]
+        for lines in zip(*(run["results"] for run in runs), strict=True):
+            scores, seconds = [line["score"] for line in lines], [line["seconds"] for line in lines]
+            trained = f"{lines[0]['trained']:,}"
+            minutes = f"{statistics.median(seconds):.0f}"
+            rows.append([runs[0]["task"], lines[0]["name"], spread(scores), trained, minutes, len(runs)])
+    return markdown(["task", "", "accuracy", "trained parameters", "seconds", "seeds"], rows)
+
+
+def flora() -> str:
+    """FLoRA beside LoRA and beside its authors' form."""
+    run, conv = results("flora"), results("convolution")
+    means, shapes = conv["geometric_means"], conv["shapes"].values()
+    peaks = {name: statistics.median(values) for name, values in run["peak_mib"].items()}
+    rank = conv["options"]["rank"]
+    kept = run["merging"]["kept_mib"] / run["merging"]["adapted_mib"]
+    rows = [
+        ["train step, 24 layers, all linears, r=16 / LoRA's", between(run["train_step"]["flora"]["to_lora"])],
+        ["the frozen base alone / LoRA's", between(run["train_step"]["base"]["to_lora"])],
+        ["peak memory / LoRA's", f"{peaks['flora'] / peaks['lora']:.3f}"],
+        ["wrapping Llama-3.2-1B on the meta device / LoRA's", between(run["wrapping"]["wrap"]["to_lora"])],
+        ["loading an adapter onto it / LoRA's", between(run["wrapping"]["load"]["to_lora"])],
+        [
+            f"{len(shapes)} convolutions, r={rank}: train step / authors' form, geometric mean (worst)",
+            f"{means['flora/authors']:.2f} ({max(shape['flora/authors'] for shape in shapes):.2f})",
+        ],
+        ["the same / frozen layer, geometric mean", f"{means['flora/base']:.2f}"],
+        ["the authors' form / frozen layer, geometric mean", f"{means['authors/base']:.2f}"],
+        [
+            "merged model keeps / adapted weights",
+            f"{run['merging']['kept_mib'] / run['merging']['adapted_mib']:.2f}",
+        ],
+        *[[f"trained parameters, {name}", f"{count:,}"] for name, count in run["counts"].items()],
+    ]
+    return markdown(["", "median (range)"], rows)
+
+
+def inits() -> str:
+    """Validation loss of each start."""
+    run = results("flora_inits")
+    rows = [
+        [
+            row["task"],
+            f"`{row['init']}`",
+            f"{row['loss']:.3f} ± {row['loss_spread']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['learning_rate']:g}",
+        ]
+        for row in run["rows"]
+    ]
+    title = f"validation loss after {run['steps']} steps, {len(run['seeds'])} seeds"
+    return markdown(["task", "start", title, "accuracy", "best learning rate"], rows)
+
+
+def main() -> None:
+    """Replace what stands between the markers."""
+    text = README.read_text()
+    for name, table in {"demos": demos, "flora": flora, "inits": inits}.items():
+        marker = f"<!-- table: {name} -->\n"
+        text = re.sub(
+            f"{re.escape(marker)}.*?<!-- end -->", f"{marker}{table()}\n<!-- end -->", text, flags=re.S
+        )
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
