@@ -117,7 +117,7 @@ class SubspaceConfig(PeftConfig):
 
     def rank_for(self, module_name: str) -> Any:
         """Rank of one module: its entry in `rank_pattern`, else `r`."""
-        return _lookup(self.rank_pattern, module_name, self.r)
+        return look_up(self.rank_pattern, module_name, self.r)
 
     def scaling_for(self, module_name: str) -> float:
         """Factor before the chain of one module."""
@@ -194,8 +194,9 @@ class ScaledConfig(SubspaceConfig):
         """`alpha / r` of one module, patterns applied; `r` as configured, before any clamping."""
         rank = self.rank_for(module_name)
         rank = rank if isinstance(rank, int) else rank[0]
-        return _lookup(self.alpha_pattern, module_name, self.alpha) / rank
+        return look_up(self.alpha_pattern, module_name, self.alpha) / rank
 
 
-def _lookup(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+def look_up(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+    """Value of the first pattern, a name's end or a regular expression, that fits a module."""
     return patterns.get(get_pattern_key(list(patterns), module_name), default)

@@ -48,7 +48,8 @@ class Delta(nn.Module, ABC):
     Args:
         config: Configuration of the method.
         shape: Shape of the adapted weight.
-        rank: The config's `r`, or the entry of `rank_pattern` that applies to this module.
+        rank: The config's `r`, or the entry of `rank_pattern` that applies to this module; of methods whose
+            modules depend on each other, what `SubspaceModel.ranks` gives this one.
 
     Attributes:
         reads_weight: Whether the start depends on the base weight.
@@ -59,6 +60,7 @@ class Delta(nn.Module, ABC):
     def __init__(self, config, shape: WeightShape, rank) -> None:
         super().__init__()
         self.shape = shape
+        self.rank = rank
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
@@ -74,6 +76,13 @@ class Delta(nn.Module, ABC):
     def reset_from_weight(self, weight: Tensor) -> None:
         """Initialise from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
+
+    def check_values(self, state: dict[str, Tensor]) -> None:
+        """Raise unless values that are about to be loaded are possible; shapes are right and all is finite.
+
+        Raises:
+            ValueError: Naming the tensor.
+        """
 
     @classmethod
     def concatenate(

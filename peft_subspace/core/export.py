@@ -116,7 +116,7 @@ def _other_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter saves besides its update: biases, modules_to_save, trained tokens."""
     prefix = model.peft_config[adapter_name].peft_type.value.lower() + "_"
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: tensor for key, tensor in state.items() if f".{prefix}" not in key}
+    return {key: tensor for key, tensor in state.items() if f".{prefix}" not in f".{key}"}
 
 
 def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:

@@ -70,7 +70,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return getattr(self, f"{self.prefix}dropout")
 
     def update_layer(
-        self, adapter_name: str, config: SubspaceConfig, module_name: str, twin: str | None = None
+        self, adapter_name: str, config: SubspaceConfig, module_name: str, rank: Any, twin: str | None = None
     ) -> None:
         """Create an adapter, initialise it and put it where the base layer is.
 
@@ -78,11 +78,14 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             adapter_name: Name of the new adapter.
             config: Its configuration.
             module_name: Name of this module in the model.
+            rank: What the delta takes as its rank.
             twin: Existing adapter of the same config object, whose frozen tensors the new one copies.
         """
-        delta = self.delta_cls(config, self.ops.shape, config.rank_for(module_name))
+        delta = self.delta_cls(config, self.ops.shape, rank)
         if not any(parameter.is_meta for parameter in delta.parameters()):
-            delta.reset_parameters(config.init_weights, _generator(config.seed, module_name, adapter_name))
+            delta.reset_parameters(
+                config.init_weights, local_generator(config.seed, module_name, adapter_name)
+            )
             if twin is not None and twin in self.deltas:
                 delta.load_state_dict(dict(self.deltas[twin].named_buffers()), strict=False)
             elif delta.reads_weight and not config.initialized:
@@ -245,7 +248,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-def _generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
+def local_generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
     """Generator for one adapter on one module: reads the global seed where none is set, and draws nothing."""
     seed = torch.initial_seed() if seed is None else seed
     digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import SubspaceConfig
-from .model import check_shapes, check_state
+from .model import check_shapes, check_state, check_values
 
 
 def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
@@ -71,7 +71,9 @@ def check_adapter(model: nn.Module, folder: Path) -> SubspaceConfig:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             keys = list(file.keys())
             check_shapes(expected, {key: tuple(file.get_slice(key).get_shape()) for key in keys})
-            check_state(expected, {key: file.get_tensor(key) for key in expected})
+            state = {key: file.get_tensor(key) for key in expected}
+            check_state(expected, state)
+            check_values(tuner.keyed(tuner.plan(model, config)), state)
     except SafetensorError as error:
         raise ValueError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is not a complete safetensors file ({error}); download or "

@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import SubspaceConfig
-from .delta import Delta
+from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
 from .ops import ops_for
 
@@ -48,6 +48,7 @@ class SubspaceModel(BaseTuner):
     peft_config: dict[str, Any]
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     tuner_layer_cls: type[SubspaceLayer]
+    _ranks: dict[str, Any]
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -60,9 +61,9 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
-        lowered = [
-            n for n, delta in self.plan(model, peft_config).items() if getattr(delta, "lowered", False)
-        ]
+        plan = self.plan(model, peft_config)
+        self._ranks = {name: delta.rank for name, delta in plan.items()}
+        lowered = [name for name, delta in plan.items() if getattr(delta, "lowered", False)]
         if lowered and peft_config.r != type(peft_config).r:
             logger.warning(
                 "r=%s exceeds a dimension in %d of the adapted modules, such as %r, and is lowered to it "
@@ -80,29 +81,43 @@ class SubspaceModel(BaseTuner):
         """
         _maybe_include_all_linear_layers(config, model)  # replaces the shorthand in place
         backend_kwargs = get_quantization_kwargs(model)
-        known: dict[Any, Delta] = {}
-        plan = {}
+        shapes = {}
         for name, module in _targets(model, config):
-            try:
+            with _naming(name):
                 _refuse_attention_internals(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 quantized = resolve_quantization_backend(base, **backend_kwargs) is not None
-                shape, rank = ops_for(base, quantized=quantized).shape, config.rank_for(name)
-                key = (shape, str(rank))
-                if key not in known:
-                    with torch.device("meta"):
-                        known[key] = cls.tuner_layer_cls.delta_cls(config, shape, rank)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                shapes[name] = ops_for(base, quantized=quantized).shape
+        known: dict[Any, Delta] = {}
+        plan = {}
+        for name, rank in cls.ranks(config, shapes).items():
+            key = (shapes[name], str(rank))
+            if key not in known:
+                with _naming(name), torch.device("meta"):
+                    known[key] = cls.tuner_layer_cls.delta_cls(config, shapes[name], rank)
             plan[name] = known[key]
         return plan
+
+    @classmethod
+    def ranks(cls, config: Any, shapes: dict[str, WeightShape]) -> dict[str, Any]:
+        """What each delta takes as its rank, by module name; it may depend on all targeted modules.
+
+        Raises:
+            ValueError: If a module cannot hold what the config asks for; the message names it.
+        """
+        return {name: config.rank_for(name) for name in shapes}
+
+    @classmethod
+    def keyed(cls, plan: dict[str, Delta]) -> dict[str, Delta]:
+        """Deltas of a plan by the start of their keys in a saved adapter."""
+        return {f"base_model.model.{module}.{cls.prefix}delta": delta for module, delta in plan.items()}
 
     @classmethod
     def expected_state(cls, model: nn.Module, config: SubspaceConfig) -> dict[str, Tensor]:
         """Tensors, on the meta device, that a saved adapter of this config must hold for this base model."""
         return {
-            f"base_model.model.{module}.{cls.prefix}delta.{name}": tensor
-            for module, delta in cls.plan(model, config).items()
+            f"{key}.{name}": tensor
+            for key, delta in cls.keyed(cls.plan(model, config)).items()
             for name, tensor in delta.state_dict().items()
         }
 
@@ -117,12 +132,14 @@ class SubspaceModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         twin = next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None)
+        # Injecting by a state dict's keys reaches modules that were not planned.
+        rank = self._ranks.get(current_key, peft_config.rank_for(current_key))
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, current_key, twin)
+            target.update_layer(adapter_name, peft_config, current_key, rank, twin)
             return
         layer = self._wrap(target)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, current_key, twin)
+        layer.update_layer(adapter_name, peft_config, current_key, rank, twin)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -263,8 +280,15 @@ class SubspaceModel(BaseTuner):
         """Check the tensors that PEFT is about to load; if they are unfit, remove the new adapter again."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls)}
+        deltas = {
+            f"{name}.{cls.prefix}delta.{adapter_name}": layer.deltas[adapter_name]
+            for name, layer in layers.items()
+            if adapter_name in layer.deltas
+        }
         try:
-            check_state({key: own[key] for key in remapped if f"{cls.prefix}delta." in key}, remapped)
+            check_state({key: own[key] for key in remapped if cls.prefix in key and key in own}, remapped)
+            check_values(deltas, remapped)
         except ValueError:
             _discard(model, adapter_name, cls)
             raise
@@ -305,6 +329,18 @@ def check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
             )
 
 
+def check_values(deltas: dict[str, Delta], state: dict[str, Tensor]) -> None:
+    """Raise unless the tensors of `state` have values that the deltas, by the start of their keys, can take.
+
+    Raises:
+        ValueError: Naming the first delta with an unfit tensor.
+    """
+    for key, delta in deltas.items():
+        tensors = {name: state[f"{key}.{name}"] for name in delta.state_dict() if f"{key}.{name}" in state}
+        with _naming(key):
+            delta.check_values(tensors)
+
+
 def _discard(model: nn.Module, adapter_name: str, cls: type[SubspaceModel]) -> None:
     """Take an unfit adapter off the model; if it was the only one, restore the base model."""
     tuner = next(module for module in model.modules() if isinstance(module, cls))
@@ -324,6 +360,15 @@ def _targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn
             inside = (*inside, f"{name}.")
         if BaseTuner._check_target_module_exists(config, name):
             yield name, module
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put a name before the message of an error that `plan` or a check raises."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _refuse_attention_internals(model: nn.Module, name: str) -> None:
