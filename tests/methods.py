@@ -48,4 +48,5 @@ class Method:
 
 METHODS = [
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
+    Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False),
 ]

@@ -48,3 +48,19 @@ def flora_scale(config) -> float:
     if config.scale is not None:
         return config.scale
     return config.alpha / (config.r if isinstance(config.r, int) else config.r[0])
+
+
+def mos(delta: nn.Module, config) -> Tensor:
+    """(α / r) Σ_j b_j ⊗ a_j, every vector put together shard by shard, as `(out, in, *kernel)`."""
+    pool_a, pool_b = (pool.double() for pool in delta.pool_parameters())
+    rows_a, rows_b = delta.index_A.tolist(), delta.index_B.tolist()
+    out, *rest = delta.shape.dims
+    shards_a, shards_b = prod(rest) // pool_a.shape[1], out // pool_b.shape[1]
+    rank = len(rows_a) // shards_a
+    assert len(rows_b) == rank * shards_b
+    total = pool_a.new_zeros(out, prod(rest))
+    for j in range(rank):
+        a = torch.cat([pool_a[row] for row in rows_a[j * shards_a : (j + 1) * shards_a]])
+        b = torch.cat([pool_b[row] for row in rows_b[j * shards_b : (j + 1) * shards_b]])
+        total = total + torch.outer(b, a)
+    return (config.alpha / config.r * total).reshape(out, *rest)

@@ -30,8 +30,8 @@ class Pools(nn.Module):
                     self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
     def pair(self, group: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Pools A and B of one group."""
-        return self.get_parameter(pool_name(group, "A")), self.get_parameter(pool_name(group, "B"))
+        """Pools A and B of one group, as they are now: parameters get replaced."""
+        return getattr(self, pool_name(group, "A")), getattr(self, pool_name(group, "B"))
 
     def reset_parameters(self, group: str, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw pool A from U(±1/√in), with the whole vector's width; zero pool B, or draw it from U(±1)."""
