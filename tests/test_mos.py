@@ -386,6 +386,10 @@ def test_indices_outside_their_pool_are_refused(tmp_path, side, value):
         PeftModel.from_pretrained(base, tmp_path)
     assert not layers_of(base)
     assert not hasattr(base, "moshards_pools")
+    injected = inject_adapter_in_model(config(), base)
+    with pytest.raises(ValueError, match=f"index_{side} points outside its pool"):
+        set_peft_model_state_dict(injected, tensors)
+    assert torch.equal(logits(injected), logits(model))
 
 
 def test_missing_or_misshapen_pools_are_refused(tmp_path):

@@ -342,8 +342,10 @@ def check_values(deltas: dict[str, Delta], state: dict[str, Tensor]) -> None:
 
 
 def _discard(model: nn.Module, adapter_name: str, cls: type[SubspaceModel]) -> None:
-    """Take an unfit adapter off the model; if it was the only one, restore the base model."""
-    tuner = next(module for module in model.modules() if isinstance(module, cls))
+    """Take an unfit adapter off a wrapped model; if it was the only one, restore the base model."""
+    tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+    if tuner is None:  # injected into a plain model, before and apart from loading
+        return
     if set(tuner.peft_config) == {adapter_name}:
         tuner.unload()
     else:
