@@ -201,12 +201,11 @@ def test_pair_dissociation_off_takes_the_same_rows_of_both_pools():
 
 
 def test_subset_selection_off_uses_every_shared_row_and_keeps_private_ones():
-    model = adapted(subset_selection=False, private_r=1, equivalent_r=3, shards_per_vector=2)
+    model = adapted(subset_selection=False, private_r=2, equivalent_r=8, shards_per_vector=2)
     for k in range(3):
         delta = delta_of(model, f"{k}.mlp.up_proj")
-        assert delta.share.rank == 1 + 2 * 3
-        own = [12 + 2 * k, 13 + 2 * k]
-        assert sorted(delta.index_A.tolist()) == [*range(12), *own]
+        assert delta.share.rank == 2 + 6 * 3  # more than the default
+        assert sorted(delta.index_A.tolist()) == [*range(36), *range(36 + 4 * k, 40 + 4 * k)]
 
 
 def test_start_of_the_pools():
@@ -312,6 +311,9 @@ def test_unset_shards_are_the_largest_divisor_of_each_width_up_to_4():
     for width, height, shards in [(12, 10, (4, 2)), (9, 4, (3, 4)), (7, 25, (1, 1)), (6, 15, (3, 3))]:
         model = get_peft_model(nn.Sequential(nn.Linear(width, height)), MoSConfig(target_modules=["0"]))
         assert delta_of(model, "0").share.shards == shards
+    options = {"target_modules": ["0"], "pair_dissociation": False}  # the same rows of both need the same cut
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), MoSConfig(**options))
+    assert delta_of(model, "0").share.shards == (2, 2)
 
 
 # ------------------------------------------------------------------------------------------- files
