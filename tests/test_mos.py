@@ -671,7 +671,7 @@ def test_quantised_base(bits):
     x = torch.randn(5, 64)
     base = quantised()(x)
     model = get_peft_model(quantised(), config(target_modules=["0", "1", "2"], init_weights=True)).eval()
-    assert torch.allclose(model(x), base)
+    assert torch.allclose(model(x), base, atol=1e-2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
         model(x).square().mean().backward()
