@@ -57,9 +57,9 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def change_tensor(folder, change, part="layer"):
+def change_tensor(folder, change, part=".layer.", dtype=None):
     state = load_file(folder / WEIGHTS)
-    key = next(key for key in sorted(state) if f".{part}." in key)
+    key = next(key for key in sorted(state) if part in key and dtype in (None, state[key].dtype))
     state[key] = change(state[key])
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     return key
@@ -98,9 +98,12 @@ def assert_refuses(folder, error, message):
         model(X)
 
 
-def with_adapter():
+def with_adapter(folder=None):
+    """A model with an adapter, if a folder is given of the same method as the one in there."""
     torch.manual_seed(3)
-    return get_peft_model(base_model(), METHODS[0].config(target_modules=["layer"], init_weights=False))
+    name = json.loads((folder / CONFIG).read_text())["peft_type"] if folder else "FLORA"
+    method = next(method for method in METHODS if method.config_cls.peft_type_name == name)
+    return get_peft_model(base_model(), method.config(target_modules=["layer"], init_weights=False))
 
 
 def assert_peft_refuses(folder, error, message):
@@ -112,7 +115,7 @@ def assert_peft_refuses(folder, error, message):
     assert snapshot(model)[0] == before[0]
     assert all(torch.equal(tensor, before[1][name]) for name, tensor in model.state_dict().items())
 
-    model = with_adapter().eval()
+    model = with_adapter(folder).eval()
     before, output = snapshot(model), model(X)
     with pytest.raises(error, match=message):
         model.load_adapter(folder, "new")
@@ -153,14 +156,14 @@ def test_name_that_exists_is_refused(saved):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused(saved, value):
-    key = change_tensor(saved, with_value(value))
+    key = change_tensor(saved, with_value(value), ".layer", torch.float32)
     assert_refuses(saved, ValueError, f"{key} has NaN or infinite values.*train it again")
     assert_peft_refuses(saved, ValueError, r"layer.* has NaN or infinite values.*train it again")
 
 
 @pytest.mark.parametrize("part", ALL)
 def test_tensors_of_another_shape_are_refused(saved, part):
-    change_tensor(saved, lambda tensor: torch.cat([tensor, tensor]), part)
+    change_tensor(saved, lambda tensor: torch.cat([tensor, tensor]), f".{part}.")
     message = rf"{part}.* has shape .* but the base model needs .*; load the adapter on the base model"
     assert_refuses(saved, ValueError, message)
     assert_peft_refuses(saved, ValueError, message)
@@ -198,7 +201,7 @@ def test_truncated_file_leaves_a_model_that_peft_loaded_it_on_usable(saved):
     """PEFT adds the adapter before it opens the file, and asks no tuner when that fails."""
     path = saved / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1])
-    model = with_adapter().eval()
+    model = with_adapter(saved).eval()
     output = model(X)
     with pytest.raises(SafetensorError):
         model.load_adapter(saved, "new")
