@@ -71,10 +71,7 @@ def flora() -> str:
         ],
         ["the same / frozen layer, geometric mean", f"{means['flora/base']:.2f}"],
         ["the authors' form / frozen layer, geometric mean", f"{means['authors/base']:.2f}"],
-        [
-            "merged model keeps / adapted weights",
-            f"{run['merging']['kept_mib'] / run['merging']['adapted_mib']:.2f}",
-        ],
+        ["merged model keeps / adapted weights", f"{kept:.2f}"],
         *[[f"trained parameters, {name}", f"{count:,}"] for name, count in run["counts"].items()],
     ]
     return markdown(["", "median (range)"], rows)

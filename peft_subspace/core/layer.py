@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .base_weight import KeptWeight, keep_codes, unpack_codes
 from .config import SubspaceConfig
 from .delta import Delta, multiply
+from .linalg import local_generator
 from .ops import Branch, ops_for
 
 
@@ -246,10 +246,3 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name the quantisation of the base layer, if it has any."""
         return quantization_extra_repr(self)
-
-
-def local_generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
-    """Generator for one adapter on one module: reads the global seed where none is set, and draws nothing."""
-    seed = torch.initial_seed() if seed is None else seed
-    digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,7 +1,8 @@
-"""Linear algebra on plain tensors: pure functions, no modules."""
+"""Linear algebra on plain tensors, and generators to draw them with: pure functions, no modules."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -23,3 +24,10 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
         result[tuple(slice(s, s + size) for s, size in zip(start, block.shape, strict=True))] = block
         start = [s + size for s, size in zip(start, block.shape, strict=True)]
     return result
+
+
+def local_generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
+    """Generator for one adapter on one module: reads the global seed where none is set, and draws nothing."""
+    seed = torch.initial_seed() if seed is None else seed
+    digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

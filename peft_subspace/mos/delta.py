@@ -8,7 +8,6 @@ by indices of its own, of `P^B`. The first `(r − p)·l` indices are drawn with
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that torch's own docume
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta, WeightShape
+from peft_subspace.core.linalg import local_generator
 
 from .config import MoSConfig
 from .sharing import Share
@@ -66,9 +66,7 @@ class MoSDelta(Delta):
 
     def _draw(self, side: str, shards: int) -> Tensor:
         share = self.share
-        text = f"{self.seed}/{share.module}/{side}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = local_generator(self.seed, share.module, side)
         rows = share.shared_vectors * shards
         chosen = torch.randperm(rows, generator=generator, device="cpu")
         own = share.private_r * shards

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from peft_subspace.core.config import SubspaceConfig
 from peft_subspace.core.delta import WeightShape
-from peft_subspace.core.layer import SubspaceLayer, local_generator
+from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.model import SubspaceModel
 
 from .config import MoSConfig
