@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +52,21 @@ class Delta(nn.Module, ABC):
             modules depend on each other, what `SubspaceModel.ranks` gives this one.
 
     Attributes:
-        reads_weight: Whether the start depends on the base weight.
+        reads_weight: Whether the start depends on the base weight; an instance may decide for itself.
+        full_precision: Names of parameters that keep their dtype as buffers do.
+        combinations: What `add_weighted_adapter` can make of several such deltas, exactly.
+        initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
     """
 
-    reads_weight: ClassVar[bool] = False
+    reads_weight: bool = False
+    full_precision: ClassVar[tuple[str, ...]] = ()
+    combinations: ClassVar[tuple[str, ...]] = ("cat",)
 
     def __init__(self, config, shape: WeightShape, rank) -> None:
         super().__init__()
         self.shape = shape
         self.rank = rank
+        self.initialized: bool = config.initialized
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
@@ -84,10 +90,27 @@ class Delta(nn.Module, ABC):
             ValueError: Naming the tensor.
         """
 
+    def state_from_gradient(
+        self, gradient: Tensor, learning_rate: float, scaling: float
+    ) -> dict[str, Tensor]:
+        """Return the state that starts from a mean gradient of the weight, `(out, in, *kernel)` in fp32.
+
+        `gradient` may be overwritten; the delta itself is not changed.
+
+        Raises:
+            NotImplementedError: If the method does not start from gradients.
+        """
+        raise NotImplementedError
+
+    def copy_frozen(self, twin: Delta) -> None:
+        """Take over the frozen tensors of another delta of the same config."""
+        self.load_state_dict(dict(twin.named_buffers()), strict=False)
+        self.initialized = twin.initialized
+
     @classmethod
     def concatenate(
         cls, deltas: Sequence[Delta], weights: Sequence[float]
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    ) -> tuple[int | list[int], dict[str, Tensor]]:
         """Return rank and state of one delta whose update is `Σ weights[i] · deltas[i]`, exactly.
 
         Raises:
@@ -95,8 +118,25 @@ class Delta(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    @classmethod
+    def average(
+        cls, deltas: Sequence[Delta], weights: Sequence[float]
+    ) -> tuple[int | list[int], dict[str, Tensor]]:
+        """Return rank and state of one delta of the same rank whose update is `Σ weights[i] · deltas[i]`.
+
+        Raises:
+            ValueError: If these deltas have no such sum.
+            NotImplementedError: If no deltas of the method have.
+        """
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(key.startswith(prefix) for key in state_dict):
+            self.initialized = True
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
-        """Apply `fn` (a move, a cast, …) to all tensors, but let buffers only move, never change dtype."""
+        """Apply `fn` (a move, a cast, …) to all tensors; buffers and `full_precision` keep their dtype."""
 
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -104,15 +144,16 @@ class Delta(nn.Module, ABC):
                 return result
             return tensor.to(result.device)
 
-        buffers = dict(self._buffers)
-        self._buffers.clear()
+        parameters, buffers = vars(self)["_parameters"], vars(self)["_buffers"]
+        kept = {name: parameters[name] for name in parameters if name in self.full_precision}
+        cast = {name: parameters[name] for name in parameters if name not in kept}
         try:
+            self._parameters, self._buffers = kept, buffers
+            super()._apply(move, recurse)
+            self._parameters, self._buffers = cast, {}
             super()._apply(fn, recurse)
         finally:
-            self._buffers.update(buffers)
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                self._buffers[name] = move(buffer)
+            self._parameters, self._buffers = {n: {**kept, **cast}[n] for n in parameters}, buffers
         return self
 
     def extra_repr(self) -> str:
@@ -147,8 +188,9 @@ def split(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
     """Multiply up as much of a chain of matrices as makes it cheapest to apply to `tokens` rows."""
-    if len(factors) < 2:
-        return factors
+    trained = {factor.requires_grad for factor in factors}
+    if len(factors) < 2 or (len(trained) > 1 and torch.is_grad_enabled()):
+        return factors  # a product of frozen and trained factors would take gradients of its own, large ones
     dense = (factors[0].shape[0], factors[-1].shape[1])
     joint = _narrowest(factors)
     rank = factors[joint].shape[0]

@@ -87,9 +87,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 config.init_weights, local_generator(config.seed, module_name, adapter_name)
             )
             if twin is not None and twin in self.deltas:
-                delta.load_state_dict(dict(self.deltas[twin].named_buffers()), strict=False)
+                delta.copy_frozen(self.deltas[twin])
             elif delta.reads_weight and not config.initialized:
-                delta.reset_from_weight(self.ops.to_layout(self.get_base_weight()).float())
+                self._reset_from_weight(delta, config)
         self.deltas[adapter_name] = delta
         dropout = getattr(config, "dropout", 0.0)
         if dropout and self.ops.dropout_cls is not None:
@@ -97,6 +97,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scaling_for(module_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _reset_from_weight(self, delta: Delta, config: SubspaceConfig) -> None:
+        """Initialise from the base weight; the default start does without where that cannot be read."""
+        try:
+            weight = self.get_base_weight()
+        except NotImplementedError:
+            if config.init_weights is not True:
+                raise
+            return
+        if not weight.is_meta:
+            delta.reset_from_weight(self.ops.to_layout(weight).float())
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

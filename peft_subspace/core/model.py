@@ -209,7 +209,8 @@ class SubspaceModel(BaseTuner):
             adapters: Names of existing adapters.
             weights: Their weights, of any sign.
             adapter_name: Name of the new adapter, which saves and loads like any other.
-            combination_type: `"cat"`: the chains are concatenated, and ranks add up.
+            combination_type: `"cat"`: the chains are concatenated, and ranks add up. `"linear"`, for methods
+                with frozen bases: the trained part is averaged, which needs equal bases, and is checked.
 
         Raises:
             ValueError: If names or weights do not fit, or the result is no adapter of this method.
@@ -222,26 +223,33 @@ class SubspaceModel(BaseTuner):
             if isinstance(layer, self.tuner_layer_cls)
             and any(adapter in layer.deltas for adapter in adapters)
         }
+        delta_cls = self.tuner_layer_cls.delta_cls
+        combine = delta_cls.concatenate if combination_type == "cat" else delta_cls.average
         combined = {}
         for name, layer in layers.items():
             present = [adapter for adapter in adapters if adapter in layer.deltas]
-            with torch.no_grad():
-                combined[name] = self.tuner_layer_cls.delta_cls.concatenate(
-                    [layer.deltas[a] for a in present], [scale[a] * layer.initial_scaling[a] for a in present]
-                )
+            try:
+                with torch.no_grad():
+                    combined[name] = combine(
+                        [layer.deltas[a] for a in present],
+                        [scale[a] * layer.initial_scaling[a] for a in present],
+                    )
+            except ValueError as error:
+                raise ValueError(f"{name}: adapters {present}: {error}") from error
         ranks = {name: rank for name, (rank, _) in combined.items()}
         self.peft_config[adapter_name] = self._combined_config(self.peft_config[adapters[0]], ranks)
         self.inject_adapter(self.model, adapter_name)
         for name, layer in layers.items():
             layer.deltas[adapter_name].load_state_dict(combined[name][1])
 
-    def _combined_config(self, config: SubspaceConfig, ranks: dict[str, list[int]]) -> SubspaceConfig:
+    def _combined_config(self, config: SubspaceConfig, ranks: dict[str, Any]) -> SubspaceConfig:
         """Config under which the result of `add_weighted_adapter` is created again on loading."""
         # Patterns match from the end of a name, and the first match counts: longest names first.
         patterns = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
         changes: dict[str, Any] = {
             "target_modules": set(ranks), "rank_pattern": patterns, "alpha_pattern": {}, "scale": 1.0,
             "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "dropout": 0.0,
+            "initialized": True,
         }  # fmt: skip
         return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 
@@ -260,7 +268,7 @@ class SubspaceModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose a new name")
         remedy = "merge the adapters one by one, or export each with peft_subspace.to_lora and combine those"
-        if combination_type != "cat":
+        if combination_type not in self.tuner_layer_cls.delta_cls.combinations:
             raise ValueError(
                 f"combination_type={combination_type!r} is not exact for {type(self).__name__}; use 'cat', "
                 f"or {remedy}"

@@ -94,6 +94,25 @@ class LayerOps:
         x = x.to(base.weight.dtype) if x.is_floating_point() else x
         return (result + (_call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
 
+    def add_weight_gradient(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        """Add the gradient of the layer's weight to `total`, `(out, in, *kernel)` in fp32.
+
+        It is made of the layer's input and the gradient of its output, and the weight need not be readable;
+        only layers that do more than their kind are called once more, and differentiated.
+        """
+        if not self.calls_layer:
+            return self._add_outer_products(total, base, x, grad_output)
+        weight = base.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            x = x.to(weight.dtype) if x.is_floating_point() else x
+            y = functional_call(base, {"weight": weight}, (x,))
+        (gradient,) = torch.autograd.grad(y, weight, grad_output.to(y.dtype))
+        total.add_(self.to_layout(gradient))
+        return None
+
+    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        raise NotImplementedError
+
 
 class LinearOps(LayerOps):
     """`nn.Linear`, and quantised layers that stand for one."""
@@ -105,6 +124,9 @@ class LinearOps(LayerOps):
         if self.calls_layer:
             return self._add_by_calling(result, base, branch, x)
         return _add_chain(result, branch.factors, branch.drop(x))
+
+    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        total.addmm_(grad_output.flatten(0, -2).T.float(), x.flatten(0, -2).float())
 
 
 class _TransposedOps(LinearOps):
@@ -141,6 +163,17 @@ class EmbeddingOps(_TransposedOps):
             return result
         padding = (x == base.padding_idx)[..., None]
         return torch.where(padding, result.detach(), result)  # as in the base layer, padding trains nothing
+
+    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        indices, rows = x.flatten(), grad_output.flatten(0, -2).float()
+        scale = getattr(base, "embed_scale", None)
+        if scale is not None:
+            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        if base.scale_grad_by_freq:
+            rows = rows / indices.bincount()[indices, None]
+        if base.padding_idx is not None:
+            rows = rows.masked_fill((indices == base.padding_idx)[:, None], 0.0)
+        total.index_add_(1, indices, rows.T)
 
 
 class ConvOps(LayerOps):
@@ -187,6 +220,15 @@ class ConvOps(LayerOps):
         """Positions, over all samples, at which the layer reads its input and writes its output."""
         inputs = x.numel() // x.shape[-1 - len(self.shape.kernel_size)]
         return inputs, inputs // prod(base.stride)
+
+    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        if x.ndim == 1 + len(self.shape.kernel_size):  # a single sample
+            x, grad_output = x[None], grad_output[None]
+        weight = base.weight.detach().float().requires_grad_()
+        with torch.enable_grad():
+            y = base._conv_forward(x.float(), weight, None)
+        (gradient,) = torch.autograd.grad(y, weight, grad_output.float())
+        total.add_(gradient)
 
     def _prefers_factors(self, base: nn.Module, branch: Branch, x: Tensor, dense_passes: int) -> bool:
         """Whether three passes through the factors are cheaper than `dense_passes` dense convolutions."""

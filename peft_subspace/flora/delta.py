@@ -72,7 +72,7 @@ class FLoRADelta(Delta):
     @classmethod
     def concatenate(
         cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    ) -> tuple[int | list[int], dict[str, Tensor]]:
         """Put the factors side by side and the weighted cores on a block diagonal.
 
         A mode whose ranks add up to more than its dimension gets the identity for its factor, and the
