@@ -1,11 +1,26 @@
 """Subspace fine-tuning for Hugging Face PEFT; importing the package registers its methods."""
 
 from .core import config as _config
+from .core.callbacks import GradientInitCallback
 from .core.export import save_as_lora, to_lora
+from .core.initialize import initialize_from_gradient
 from .core.loading import load
 from .flora import FLoRAConfig, FLoRAModel
+from .lora_sb import LoRASBConfig, LoRASBModel
 from .mos import MoSConfig, MoSModel
 
 __version__ = _config.VERSION
 
-__all__ = ["FLoRAConfig", "FLoRAModel", "MoSConfig", "MoSModel", "load", "save_as_lora", "to_lora"]
+__all__ = [
+    "FLoRAConfig",
+    "FLoRAModel",
+    "GradientInitCallback",
+    "LoRASBConfig",
+    "LoRASBModel",
+    "MoSConfig",
+    "MoSModel",
+    "initialize_from_gradient",
+    "load",
+    "save_as_lora",
+    "to_lora",
+]

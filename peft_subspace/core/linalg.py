@@ -31,3 +31,42 @@ def local_generator(seed: int | None, module_name: str, adapter_name: str) -> to
     seed = torch.initial_seed() if seed is None else seed
     digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def truncated_svd(
+    matrix: Tensor, rank: int, *, exact: bool = False, oversampling: int = 16, iterations: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading `rank` singular triples of a matrix `(m, n)`: `U (m, rank)`, `S (rank,)`, `Vh (rank, n)`, fp32.
+
+    A random block of `rank + oversampling` vectors goes through `iterations` steps of subspace iteration,
+    orthonormalised at every product; the generator is local and always the same. Where the block would be
+    more than half of the matrix, the SVD is exact.
+
+    Args:
+        matrix: Matrix to decompose.
+        rank: Number of triples, at most `min(m, n)`.
+        exact: Whether to use `torch.linalg.svd` at any size.
+        oversampling: Vectors beyond `rank`.
+        iterations: Steps of subspace iteration.
+
+    Reference:
+        Halko, Martinsson and Tropp, "Finding Structure with Randomness" (arXiv 0909.4061), algorithms 4.4
+        and 5.1.
+    """
+    matrix = matrix.float()
+    block = rank + oversampling
+    if exact or 2 * block > min(matrix.shape):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
+    for _ in range(iterations):
+        Q = orthonormal(matrix.T @ orthonormal(matrix @ Q))
+    Q = orthonormal(matrix @ Q)
+    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return (Q @ U)[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous()
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormal columns that span those of `matrix`, `(m, n)` with `m ≥ n`."""
+    return torch.linalg.qr(matrix).Q
