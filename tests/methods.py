@@ -32,6 +32,8 @@ class Method:
     has_alpha: bool = True
     combines: bool = True
     """Whether `add_weighted_adapter` works; if not, it must refuse."""
+    stays_fp32: bool = False
+    """Whether the adapter is fp32 on every base, also where PEFT would cast it."""
     injectable: bool = True
     """Whether the method works without a tuner object around the model."""
 
@@ -49,4 +51,7 @@ class Method:
 METHODS = [
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
     Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False),
+    Method(
+        "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
+    ),
 ]

@@ -64,3 +64,13 @@ def mos(delta: nn.Module, config) -> Tensor:
         b = torch.cat([pool_b[row] for row in rows_b[j * shards_b : (j + 1) * shards_b]])
         total = total + torch.outer(b, a)
     return (config.alpha / config.r * total).reshape(out, *rest)
+
+
+def lora_sb(delta: nn.Module, config) -> Tensor:
+    """Σ_ab R[a, b] · B[:, a] ⊗ A[b], as `(out, in, *kernel)`."""
+    B, R, A = delta.B.double(), delta.R.double(), delta.A.double()
+    assert set(delta.state_dict()) == {"A", "B", "R"}, "tensors that are not in the equation"
+    total = B.new_zeros([len(B), *A.shape[1:]])
+    for a, b in product(range(len(R)), repeat=2):
+        total = total + R[a, b] * torch.tensordot(B[:, a], A[b], dims=0)
+    return total

@@ -94,7 +94,8 @@ def test_creating_an_adapter_leaves_the_global_generator_alone(method, case):
 
 def test_adapter_takes_the_dtype_that_peft_asks_for(method, case, setting):
     model = adapt(method, case, setting)
-    assert {p.dtype for p in trainables(model).values()} == {setting.adapter_dtype}
+    wanted = torch.float32 if method.stays_fp32 else setting.adapter_dtype
+    assert {p.dtype for p in trainables(model).values()} == {wanted}
     assert weight_of(model).dtype == setting.dtype
 
 
@@ -137,6 +138,7 @@ def test_gradients_equal_those_through_the_dense_oracle(method, case, setting):
         assert distance(gradient, truth) < 4 * setting.tolerance, name
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 def test_every_trainable_moves_within_three_steps(method, case, setting):
     model = adapt(method, case, setting, init_weights=True)
     x = case.inputs(setting.dtype)

@@ -42,7 +42,7 @@ class WeightShape:
 class Delta(nn.Module, ABC):
     """Tensors of one adapter on one weight, and the equation that makes `ΔW` of them.
 
-    Parameters train; buffers are frozen, persistent, and keep their dtype when the module is cast. A delta
+    Parameters train; buffers are frozen, persistent, and stay fp32 when the module is cast to less. A delta
     knows nothing of adapter names, base layers, devices, quantisation or PEFT.
 
     Args:
@@ -53,7 +53,7 @@ class Delta(nn.Module, ABC):
 
     Attributes:
         reads_weight: Whether the start depends on the base weight; an instance may decide for itself.
-        full_precision: Names of parameters that keep their dtype as buffers do.
+        full_precision: Names of parameters that stay fp32 as well.
         combinations: What `add_weighted_adapter` can make of several such deltas, exactly.
         initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
     """
@@ -136,11 +136,11 @@ class Delta(nn.Module, ABC):
             self.initialized = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
-        """Apply `fn` (a move, a cast, …) to all tensors; buffers and `full_precision` keep their dtype."""
+        """Apply `fn` (a move, a cast, …), but take no buffer and nothing in `full_precision` below fp32."""
 
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if result.dtype == tensor.dtype or tensor.is_meta:
+            if result.dtype == tensor.dtype or result.dtype.itemsize >= 4 or tensor.is_meta:
                 return result
             return tensor.to(result.device)
 
@@ -188,9 +188,9 @@ def split(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
     """Multiply up as much of a chain of matrices as makes it cheapest to apply to `tokens` rows."""
-    trained = {factor.requires_grad for factor in factors}
-    if len(factors) < 2 or (len(trained) > 1 and torch.is_grad_enabled()):
-        return factors  # a product of frozen and trained factors would take gradients of its own, large ones
+    trained = [factor.requires_grad for factor in factors]
+    if len(factors) < 2 or (torch.is_grad_enabled() and any(trained) and not all(trained)):
+        return factors  # a product of frozen and trained factors takes a gradient as large as itself
     dense = (factors[0].shape[0], factors[-1].shape[1])
     joint = _narrowest(factors)
     rank = factors[joint].shape[0]

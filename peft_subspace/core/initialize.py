@@ -35,9 +35,10 @@ def initialize_from_gradient(
 ) -> None:
     """Start an adapter from the first step of full fine-tuning, `−η · sign(g)`, `g` the mean gradient.
 
-    The gradients are taken in evaluation mode at the weights that the model has without this adapter; every
-    sample weighs the same. With `torch.distributed` initialised, each process reads its own batches and all
-    get the same start. Nothing of the model but the adapter is changed, and the adapter only at the end.
+    The gradients are taken in evaluation mode at the weights that the model has without this adapter; other
+    adapters count if they are active together with it. Every sample weighs the same. With
+    `torch.distributed` initialised, each process reads its own batches and all get the same start. Nothing
+    of the model but the adapter is changed, and the adapter only at the end.
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.

@@ -304,6 +304,8 @@ def _pointwise(x: Tensor, factor: Tensor) -> Tensor:
     """1×1 convolution of `x`, `(…, channels, *spatial)`, with a matrix `(out, channels)`."""
     axes = x.ndim - 2
     if x.is_contiguous():
+        # For a factor that requires gradients matmul computes in another order, even where none are recorded.
+        factor = factor if torch.is_grad_enabled() else factor.detach()
         return torch.matmul(factor, x.flatten(2)).unflatten(2, x.shape[2:])
     convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
     return convolve(x, factor.reshape(*factor.shape, *[1] * axes))

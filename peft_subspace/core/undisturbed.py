@@ -46,7 +46,8 @@ def undisturbed(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for layer in layers:
-            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+            others = [name for name in layer.active_adapters if name != adapter_name]
+            layer._active_adapter = others if adapter_name in layer.active_adapters else []
         with restored_generators():
             yield
     finally:
