@@ -445,7 +445,8 @@ class Watch(TrainerCallback):
 def train(model, folder, callbacks, resume=None, **options):
     options = {"max_steps": 4, "warmup_steps": 2, "learning_rate": 1e-3, "save_steps": 2, **options}
     arguments = TrainingArguments(
-        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options
+        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+        **options,
     )  # fmt: skip
     watch = Watch()
     trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[*callbacks, watch])
