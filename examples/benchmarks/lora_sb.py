@@ -3,17 +3,18 @@
     python examples/benchmarks/lora_sb.py            about 15 minutes on 2 cores
     python examples/benchmarks/lora_sb.py --quick    about 3 minutes, a quarter of the layers
 
-Train step: a decoder of 24 layers of width 1024 in fp32, all linear layers adapted at equal rank. Start: a model
-of the shapes of SmolLM2-135M with random weights, 64 sequences of 128 tokens in 8 batches. Expected: a train
-step of at most 0.97 of LoRA's; a start in less than 3 plain passes forward and back over the same data (base
-weights trained), and under `max_memory` plus 10 % beyond the peak of a train step. PEFT's gradient estimate for
-LoRA-GA on the same data stands beside it. Times are medians of interleaved repeats; peaks are taken in processes
-of their own.
+Train step: a decoder of 24 layers of width 1024 in fp32, all linear layers adapted at equal rank. Start: a
+model of the shapes of SmolLM2-135M with random weights, 64 sequences of 128 tokens in 8 batches. Expected: a
+train step of at most 0.97 of LoRA's; a start in less than 3 plain passes forward and back over the same data
+(base weights trained), and under `max_memory` plus 10 % beyond the peak of a train step. PEFT's gradient
+estimate for LoRA-GA on the same data stands beside it. Times are medians of interleaved repeats; peaks are
+taken in processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -30,9 +31,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_subspace import LoRASBConfig, initialize_from_gradient
+from peft_subspace.lora_sb import LoRASBDelta
 
 BATCHES, BATCH, TOKENS, VOCABULARY = 8, 8, 128, 49152
-LIMIT = 256 * 2**20
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def smol(layers: int = 30) -> nn.Module:
@@ -43,6 +45,11 @@ def smol(layers: int = 30) -> nn.Module:
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def limit(base: nn.Module) -> int:
+    """Memory limit in bytes, about half of what all gradients need together."""
+    return int(2 * sum(p.numel() for name, p in base.named_parameters() if "_proj" in name))
 
 
 def sequences() -> list[dict[str, torch.Tensor]]:
@@ -76,8 +83,8 @@ def start(base: nn.Module, max_memory: int | None = None) -> Callable[[], None]:
 
     def run() -> None:
         for module in model.modules():
-            for delta in getattr(module, "deltas", nn.ModuleDict()).values():
-                delta.initialized = False  # lets the benchmark repeat it
+            if isinstance(module, LoRASBDelta):
+                module.initialized = False  # lets the benchmark repeat it
         initialize_from_gradient(
             model, sequences(), learning_rate=1e-4, num_batches=None, max_memory=max_memory, progress=False
         )
@@ -97,14 +104,10 @@ def train_step(base: nn.Module) -> Callable[[], None]:
     return run
 
 
-def loraga(base: nn.Module) -> Callable[[], None]:
-    """PEFT's estimate of the same gradients; its start takes a further SVD of each."""
-    config = LoraConfig(
-        r=32, target_modules="all-linear", init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
-    )
-    config.target_modules = {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
+def loraga(base: nn.Module, wrap: bool = False) -> Callable[[], None]:
+    """PEFT's estimate of the same gradients, and if `wrap` the start of LoRA-GA from it."""
+    options: dict[str, Any] = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
+    config = LoraConfig(r=32, target_modules=LINEAR, **options)
 
     def passes() -> None:
         for batch in sequences():
@@ -112,29 +115,10 @@ def loraga(base: nn.Module) -> Callable[[], None]:
 
     def run() -> None:
         preprocess_loraga(base, config, passes)
+        if wrap:
+            get_peft_model(base, config)
         for module in base.modules():
             vars(module).pop("_peft_loraga_grad", None)
-
-    return run
-
-
-def loraga_and_wrap(base: nn.Module) -> Callable[[], None]:
-    """PEFT's estimate and the start of LoRA-GA from it."""
-
-    def run() -> None:
-        config = LoraConfig(
-            r=32,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            init_lora_weights="lora_ga",
-            lora_ga_config=LoraGAConfig(),
-        )
-
-        def passes() -> None:
-            for batch in sequences():
-                base(**batch).loss.backward()
-
-        preprocess_loraga(base, config, passes)
-        get_peft_model(base, config)
 
     return run
 
@@ -142,9 +126,9 @@ def loraga_and_wrap(base: nn.Module) -> Callable[[], None]:
 PEAKS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     "train step": train_step,
     "start": start,
-    "start, max_memory": lambda base: start(base, LIMIT),
+    "start, max_memory": lambda base: start(base, limit(base)),
     "LoRA-GA, gradients": loraga,
-    "LoRA-GA, gradients and start": loraga_and_wrap,
+    "LoRA-GA, gradients and start": lambda base: loraga(base, wrap=True),
 }
 
 
@@ -179,7 +163,8 @@ def time_train_steps(layers: int, repeats: int) -> dict[str, Any]:
             "trained": {name: model.get_nb_trainable_parameters()[0] for name, model in models.items()},
         }
     rows = [
-        [r, *v["seconds"].values(), v["ratio"]["median"], *v["trained"].values()] for r, v in results.items()
+        [rank, *value["seconds"].values(), value["ratio"]["median"], *value["trained"].values()]
+        for rank, value in results.items()
     ]
     header = ["rank", "LoRA s", "LoRA-SB s", "ratio", "LoRA trained", "LoRA-SB trained"]
     timing.table("Train step, all linear layers", header, rows)
@@ -191,13 +176,13 @@ def time_starts(layers: int, repeats: int) -> dict[str, Any]:
     steps = {
         "plain passes": plain_passes(smol(layers)),
         "start": start(smol(layers)),
-        "start, max_memory": start(smol(layers), LIMIT),
+        "start, max_memory": start(smol(layers), limit(smol(layers))),
         "LoRA-GA, gradients": loraga(smol(layers)),
     }
     seconds = timing.interleaved(steps, repeats)
     base = smol(layers)
     begin = time.perf_counter()
-    loraga_and_wrap(base)()  # changes the base, so it runs once
+    loraga(base, wrap=True)()  # changes the base, so it runs once
     seconds["LoRA-GA, gradients and start"] = [time.perf_counter() - begin] * repeats
     peaks = {name: timing.peak_mib(__file__, name, str(layers)) for name in PEAKS}
     results = {
@@ -214,12 +199,15 @@ def time_starts(layers: int, repeats: int) -> dict[str, Any]:
         for n, v in results.items()
     ]
     header = ["", "seconds", "of plain passes", "peak MiB", "beyond a train step"]
-    timing.table(f"Start from gradients, max_memory {LIMIT / 2**20:.0f} MiB", header, rows)
-    return {**results, "train step": {"peak_mib": peaks["train step"]}, "max_memory_mib": LIMIT / 2**20}
+    most = limit(smol(layers)) / 2**20
+    timing.table(f"Start from gradients, max_memory {most:.0f} MiB", header, rows)
+    return {**results, "train step": {"peak_mib": peaks["train step"]}, "max_memory_mib": most}
 
 
 def main() -> None:
     """Run both parts and write them down."""
+    # Freed blocks then go back to the system at once: a peak is what was in use, not what was kept.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the layers")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of which the median is taken")
