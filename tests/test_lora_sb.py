@@ -507,6 +507,8 @@ def test_callback_on_a_quantized_base(bits, tmp_path):
     weights = {name: model.get_submodule(name).get_base_weight().clone() for name in deltas(model)}
     trainer, watch = train(model, tmp_path, [GradientInitCallback()], max_steps=2)
     assert trainer.state.global_step == 2
+    states = [getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules()]
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     for name, delta in deltas(model).items():
         assert delta.initialized
         assert torch.norm(delta.B.T @ delta.B - torch.eye(8)) < 1e-5

@@ -109,9 +109,11 @@ def _trainer(task: Task, model: peft.PeftModel, options: argparse.Namespace) -> 
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    gradients = isinstance(model.peft_config["default"], peft_subspace.LoRASBConfig)
     trainer = Trainer(
         model,
         arguments,
+        callbacks=[peft_subspace.GradientInitCallback()] if gradients else None,
         data_collator=task.collate,
         train_dataset=task.train,
         eval_dataset=task.validation,
