@@ -23,7 +23,7 @@ METHODS = {  # --method: the config class in peft_subspace
 }
 DEMOS = {  # --demo: the settings that differ from the defaults below
     "digits": {"task": "image-classification", "epochs": 8, "learning_rate": 5e-3, "batch_size": 32},
-    "bbcnews": {"task": "text-classification", "epochs": 2, "learning_rate": 5e-3, "batch_size": 16},
+    "bbcnews": {"task": "text-classification", "epochs": 3, "learning_rate": 3e-3, "batch_size": 16},
 }
 TASKS = ("text-classification", "image-classification", "causal-lm")
 

