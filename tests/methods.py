@@ -34,6 +34,8 @@ class Method:
     """Whether `add_weighted_adapter` works; if not, it must refuse."""
     stays_fp32: bool = False
     """Whether the adapter is fp32 on every base, also where PEFT would cast it."""
+    pooled: bool = False
+    """Whether the parameters lie outside the layers."""
     injectable: bool = True
     """Whether the method works without a tuner object around the model."""
 
@@ -50,7 +52,7 @@ class Method:
 
 METHODS = [
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
-    Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False),
+    Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False, pooled=True),
     Method(
         "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
     ),
