@@ -58,7 +58,7 @@ class FLoRADelta(Delta):
         """Draw the factors; start the core at zero, or at random too if `init_weights` is False."""
         for factor in self.mode_factors:
             rank = factor.shape[1]
-            if init_weights == "normal":
+            if init_weights in ("normal", True):
                 factor.data.normal_(0.0, 0.02, generator=generator)
             elif init_weights == "kaiming_uniform":
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
