@@ -1,4 +1,4 @@
-"""Write the measured tables into README.md from the JSON files in `examples/benchmarks/results`.
+"""Write the measured tables into README.md and the model cards from `examples/benchmarks/results`.
 
 python examples/benchmarks/readme.py
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import timing
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -94,15 +94,64 @@ def inits() -> str:
     return markdown(["task", "start", title, "accuracy", "best learning rate"], rows)
 
 
+def mos() -> str:
+    """MoS beside LoRA: many adapters, and training."""
+    run = results("mos")
+    served, trained = run["serving"], run["training"]
+    rows = [
+        [title, f"{served['mos'][key]:.2f}", f"{served['lora'][key]:.2f}", f"{served['mos/lora'][key]:.3f}"]
+        for key, title in {
+            "adapter_mib": "tensors of 100 adapters, MiB",
+            "process_growth_mib": "growth of the process, MiB",
+            "file_mib": "file of one adapter, MiB",
+            "mixed_batch_s": "batch of 32 requests for 32 adapters, s",
+        }.items()
+    ]
+    a, b = trained["mos"], trained["lora"]
+    counts = f"{a['trainable']:,}", f"{b['trainable']:,}", f"{a['trainable'] / b['trainable']:.3f}"
+    rows.append(["trained parameters, 24 layers, both r=16 (MoS: e=4)", *counts])
+    rows.append(["train step, s", f"{a['step_s']:.2f}", f"{b['step_s']:.2f}", between(trained["mos/lora"])])
+    peaks = a["peak_mib"], b["peak_mib"]
+    rows.append(["peak of two AdamW steps, MiB", *(f"{p:.0f}" for p in peaks), f"{peaks[0] / peaks[1]:.3f}"])
+    return markdown(["", "MoS", "LoRA", "MoS / LoRA"], rows)
+
+
+def lora_sb() -> str:
+    """LoRA-SB beside LoRA, and what its start costs."""
+    run = results("lora_sb")
+    rows = [
+        [f"train step, 24 layers, {rank}, to LoRA's", between(result["ratio"]), ""]
+        for rank, result in run["train_step"].items()
+    ]
+    for name, result in run["start"].items():
+        if isinstance(result, dict) and "ratio" in result and name != "plain passes":
+            extra = result["extra_mib"]
+            beyond = "" if extra is None else f"{extra:.0f} MiB"
+            rows.append([f"{name}, time to plain passes over the data", between(result["ratio"]), beyond])
+    limit = f"start with `max_memory` of {run['start']['max_memory_mib']:.0f} MiB"
+    title = f"peak beyond a train step ({limit})"
+    return markdown(["", "median (range)", title], rows)
+
+
+TABLES = {"demos": demos, "flora": flora, "inits": inits, "mos": mos, "lora_sb": lora_sb}
+
+
 def main() -> None:
     """Replace what stands between the markers."""
-    text = README.read_text()
-    for name, table in {"demos": demos, "flora": flora, "inits": inits}.items():
+    for page in [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]:
+        page.write_text(filled(page.read_text()))
+
+
+def filled(text: str) -> str:
+    """A page with its tables."""
+    for name, table in TABLES.items():
         marker = f"<!-- table: {name} -->\n"
+        if marker not in text:
+            continue
         text = re.sub(
             f"{re.escape(marker)}.*?<!-- end -->", f"{marker}{table()}\n<!-- end -->", text, flags=re.S
         )
-    README.write_text(text)
+    return text
 
 
 if __name__ == "__main__":
