@@ -213,6 +213,11 @@ def _product_cost(factors: Sequence[Tensor]) -> int:
     return sum(factors[0].shape[0] * factor.numel() for factor in factors[1:])
 
 
+def narrowest_rank(factors: Sequence[Tensor]) -> int:
+    """Rank of the pair that `split` makes of a chain."""
+    return factors[_narrowest(factors)].shape[0]
+
+
 def _narrowest(factors: Sequence[Tensor]) -> int:
     """Number of factors left of the narrowest joint; 0 if no joint leaves the kernel on its right."""
     last = next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .checks import check_shapes
 from .gradients import Gradients
-from .model import check_shapes
 
 
 def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradients:

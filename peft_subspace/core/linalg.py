@@ -12,6 +12,8 @@ from torch import Tensor
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiply the axis `mode` of `tensor`, of size `rank`, by `matrix` of shape `(dim, rank)`."""
     matrix = matrix.to(tensor.dtype)  # autocast lowers the dtype of products
+    if matrix.numel() == 1:  # as of the kernel modes of a 1×1 convolution
+        return tensor * matrix.reshape(())
     return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
 
 

@@ -13,8 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .checks import check_shapes, check_state, check_values
 from .config import SubspaceConfig
-from .model import check_shapes, check_state, check_values
 
 
 def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> PeftModel:

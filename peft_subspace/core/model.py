@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from logging import getLogger
 from typing import Any, ClassVar
 
@@ -20,9 +17,12 @@ from peft.utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .checks import check_state, check_values, naming
+from .combination import CombiningTuner
 from .config import SubspaceConfig
 from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
+from .mixed_batch import adapter_names_passed, check_adapter_names
 from .ops import ops_for
 
 logger = getLogger("peft_subspace")
@@ -38,7 +38,7 @@ _MORE_TARGETS = {
 }
 
 
-class SubspaceModel(BaseTuner):
+class SubspaceModel(CombiningTuner):
     """Base of the five tuners.
 
     Subclasses set `prefix`, `tuner_layer_cls`, and `linear_layer_cls`, the same layer under a name that
@@ -83,7 +83,7 @@ class SubspaceModel(BaseTuner):
         backend_kwargs = get_quantization_kwargs(model)
         shapes = {}
         for name, module in _targets(model, config):
-            with _naming(name):
+            with naming(name):
                 _refuse_attention_internals(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 quantized = resolve_quantization_backend(base, **backend_kwargs) is not None
@@ -93,7 +93,7 @@ class SubspaceModel(BaseTuner):
         for name, rank in cls.ranks(config, shapes).items():
             key = (shapes[name], str(rank))
             if key not in known:
-                with _naming(name), torch.device("meta"):
+                with naming(name), torch.device("meta"):
                     known[key] = cls.tuner_layer_cls.delta_cls(config, shapes[name], rank)
             plan[name] = known[key]
         return plan
@@ -158,128 +158,10 @@ class SubspaceModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        self._check_adapter_names(adapter_names)
-        beams = kwargs.get("num_beams") or 1
-        encoder = self._encoder()
-        handles = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, self.tuner_layer_cls | AuxiliaryTrainingWrapper):
-                # Beam search repeats the samples for the decoder only.
-                repeats = 1 if encoder is not None and name.startswith(encoder) else beams
-                names = [n for n in adapter_names for _ in range(repeats)]
-                hook = partial(_pass_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        check_adapter_names(adapter_names, self.peft_config, training=self.training)
+        kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
+        with adapter_names_passed(self.model, kinds, adapter_names, kwargs.get("num_beams") or 1):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: Any) -> None:
-        if self.training:
-            raise ValueError("adapter_names cannot be used in training mode; call eval() first")
-        if not isinstance(adapter_names, list | tuple):
-            raise TypeError(
-                f"adapter_names={adapter_names!r} must be a list with one adapter name per sample"
-            )
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(
-                f"adapter_names has unknown adapters {unknown}; the model has {sorted(self.peft_config)}, "
-                "and '__base__' for none"
-            )
-
-    def _encoder(self) -> str | None:
-        """Prefix of the encoder's modules, None for models without one of their own."""
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        return next(
-            (f"{name}." for name, module in self.model.named_modules() if name and module is encoder), None
-        )
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "cat",
-    ) -> None:
-        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly.
-
-        Args:
-            adapters: Names of existing adapters.
-            weights: Their weights, of any sign.
-            adapter_name: Name of the new adapter, which saves and loads like any other.
-            combination_type: `"cat"`: the chains are concatenated, and ranks add up. `"linear"`, for methods
-                with frozen bases: the trained part is averaged, which needs equal bases, and is checked.
-
-        Raises:
-            ValueError: If names or weights do not fit, or the result is no adapter of this method.
-        """
-        self._check_combination(adapters, weights, adapter_name, combination_type)
-        scale = dict(zip(adapters, weights, strict=True))
-        layers = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, self.tuner_layer_cls)
-            and any(adapter in layer.deltas for adapter in adapters)
-        }
-        delta_cls = self.tuner_layer_cls.delta_cls
-        combine = delta_cls.concatenate if combination_type == "cat" else delta_cls.average
-        combined = {}
-        for name, layer in layers.items():
-            present = [adapter for adapter in adapters if adapter in layer.deltas]
-            try:
-                with torch.no_grad():
-                    combined[name] = combine(
-                        [layer.deltas[a] for a in present],
-                        [scale[a] * layer.initial_scaling[a] for a in present],
-                    )
-            except ValueError as error:
-                raise ValueError(f"{name}: adapters {present}: {error}") from error
-        ranks = {name: rank for name, (rank, _) in combined.items()}
-        self.peft_config[adapter_name] = self._combined_config(self.peft_config[adapters[0]], ranks)
-        self.inject_adapter(self.model, adapter_name)
-        for name, layer in layers.items():
-            layer.deltas[adapter_name].load_state_dict(combined[name][1])
-
-    def _combined_config(self, config: SubspaceConfig, ranks: dict[str, Any]) -> SubspaceConfig:
-        """Config under which the result of `add_weighted_adapter` is created again on loading."""
-        # Patterns match from the end of a name, and the first match counts: longest names first.
-        patterns = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
-        changes: dict[str, Any] = {
-            "target_modules": set(ranks), "rank_pattern": patterns, "alpha_pattern": {}, "scale": 1.0,
-            "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "dropout": 0.0,
-            "initialized": True,
-        }  # fmt: skip
-        return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
-
-    def _check_combination(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-    ) -> None:
-        missing = [name for name in adapters if name not in self.peft_config]
-        if missing or not adapters:
-            raise ValueError(
-                f"adapters={list(adapters)} must name adapters of the model {sorted(self.peft_config)}"
-            )
-        if len(weights) != len(adapters):
-            raise ValueError(
-                f"weights={list(weights)} must have one entry for each of adapters={list(adapters)}"
-            )
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} exists already; choose a new name")
-        remedy = "merge the adapters one by one, or export each with peft_subspace.to_lora and combine those"
-        if combination_type not in self.tuner_layer_cls.delta_cls.combinations:
-            raise ValueError(
-                f"combination_type={combination_type!r} is not exact for {type(self).__name__}; use 'cat', "
-                f"or {remedy}"
-            )
-        for name in adapters:
-            config = self.peft_config[name]
-            if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
-                raise ValueError(
-                    f"adapter {name!r} trains more than its update (modules_to_save, "
-                    f"trainable_token_indices or bias), which no weighted adapter can hold; {remedy}"
-                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -301,52 +183,6 @@ class SubspaceModel(BaseTuner):
             _discard(model, adapter_name, cls)
             raise
         return remapped
-
-
-def check_shapes(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]]) -> None:
-    """Raise unless every expected tensor is found in its shape.
-
-    Raises:
-        ValueError: Naming the first tensor that is missing or of another shape.
-    """
-    remedy = "load the adapter on the base model that it was trained on"
-    missing = sorted(set(expected) - set(found))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} tensors that the base model needs are missing, such as {missing[0]}; {remedy}"
-        )
-    for key, tensor in expected.items():
-        if found[key] != tuple(tensor.shape):
-            raise ValueError(
-                f"{key} has shape {found[key]} in the file, but the base model needs {tuple(tensor.shape)}; "
-                f"{remedy}"
-            )
-
-
-def check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raise unless the tensors of `state` have the expected shapes and finite values.
-
-    Raises:
-        ValueError: Naming the first tensor that is unfit.
-    """
-    check_shapes(expected, {key: tuple(state[key].shape) for key in expected})
-    for key in expected:
-        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
-            raise ValueError(
-                f"{key} has NaN or infinite values in the file; the adapter is broken, train it again"
-            )
-
-
-def check_values(deltas: dict[str, Delta], state: dict[str, Tensor]) -> None:
-    """Raise unless the tensors of `state` have values that the deltas, by the start of their keys, can take.
-
-    Raises:
-        ValueError: Naming the first delta with an unfit tensor.
-    """
-    for key, delta in deltas.items():
-        tensors = {name: state[f"{key}.{name}"] for name in delta.state_dict() if f"{key}.{name}" in state}
-        with _naming(key):
-            delta.check_values(tensors)
 
 
 def _discard(model: nn.Module, adapter_name: str, cls: type[SubspaceModel]) -> None:
@@ -372,15 +208,6 @@ def _targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn
             yield name, module
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put a name before the message of an error that `plan` or a check raises."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
 def _refuse_attention_internals(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
@@ -388,9 +215,3 @@ def _refuse_attention_internals(model: nn.Module, name: str) -> None:
             "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would have "
             "no effect; exclude it with exclude_modules"
         )
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}

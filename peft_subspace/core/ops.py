@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
-from .delta import WeightShape, chain_cost, multiply, shorten, split
+from .delta import WeightShape, chain_cost, multiply, narrowest_rank, shorten, split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -207,13 +207,13 @@ class ConvOps(LayerOps):
             return convolve_depthwise(base, x, _updated_weight(base, self, branches))
         if self.shape.groups > 1 or x.ndim == 1 + len(self.shape.kernel_size):
             return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
-        lefts, rights = zip(*(split(branch.factors) for branch in branches), strict=True)
-        left, right = torch.cat(lefts, dim=1), torch.cat(rights)
-        few = self._positions(base, x)[1] < _FEW * len(right)
+        rank = sum(narrowest_rank(branch.factors) for branch in branches)
+        few = self._positions(base, x)[1] < _FEW * rank
         if few and all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
             return None
-        if 2 * _THIN * (left.numel() + right.numel()) < prod(self.shape.dims):
-            return convolve_pair(base, x, left, right)
+        if 2 * _THIN * rank * (self.shape.out_features + self.shape.columns) < prod(self.shape.dims):
+            lefts, rights = zip(*(split(branch.factors) for branch in branches), strict=True)
+            return convolve_pair(base, x, torch.cat(lefts, dim=1), torch.cat(rights))
         return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
 
     def _positions(self, base: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -346,7 +346,9 @@ def _sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> boo
 def _updated_weight(base: nn.Module, ops: LayerOps, branches: Sequence[Branch]) -> Tensor:
     weight = base.weight
     for branch in branches:
-        weight = weight + ops.to_layout(multiply(branch.factors))
+        # Flat, for an axis of size one can have strides that convolutions take for another memory format.
+        delta = ops.to_layout(multiply(branch.factors)).reshape(-1)
+        weight = weight + delta.view(weight.shape)
     return weight.to(base.weight.dtype)
 
 
