@@ -209,8 +209,10 @@ def test_named_starts_draw_factors_of_the_papers_spread_and_a_core_of_zeros(init
     assert bound is None or delta.mode_factor_0.abs().max() <= bound
 
 
-def test_default_start_is_the_normal_one():
-    default, named = (delta_of(wrap(nn.Linear(40, 30), init_weights=i, seed=1)) for i in (True, "normal"))
+def test_default_start_is_kaiming_uniform():
+    default, named = (
+        delta_of(wrap(nn.Linear(40, 30), init_weights=i, seed=1)) for i in (True, "kaiming_uniform")
+    )
     assert torch.equal(default.mode_factor_0, named.mode_factor_0)
 
 

@@ -19,11 +19,13 @@ class FLoRAConfig(ScaledConfig):
         alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
         scale: The scaling itself, in place of `alpha / r`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
-        init_weights: Start of the factors; the core starts at zero, so the update does too. `"normal"`, the
-            default (`True`), draws from N(0, 0.02²), `"kaiming_normal"` from N(0, 1/(2 · rank)),
-            `"kaiming_uniform"` from U(-1/√rank, 1/√rank). The default trains best, with the least spread
-            over seeds (examples/benchmarks/flora_inits.py), at a learning rate of about 1e-2; the other
-            two, with larger factors, want a smaller one. `False` starts the core at random as well.
+        init_weights: Start of the factors; the core starts at zero, so the update does too.
+            `"kaiming_uniform"`, the default (`True`), draws from U(-1/√rank, 1/√rank), `"kaiming_normal"`
+            from N(0, 1/(2 · rank)), `"normal"` from N(0, 0.02²). Under AdamW at a learning rate of about
+            1e-2 the last trains best and with the least spread (examples/benchmarks/flora_inits.py), but
+            its gradients, products of all other factors, are too small for SGD and for bf16 adapters; of
+            the two that train under any optimiser the default is the better. `False` starts the core at
+            random as well.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -35,7 +37,7 @@ class FLoRAConfig(ScaledConfig):
     """
 
     peft_type_name: ClassVar[str] = "FLORA"
-    init_choices: ClassVar[tuple[str, ...]] = ("normal", "kaiming_normal", "kaiming_uniform")
+    init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal")
 
     r: int | list[int] = field(default=8)
     kernel_r: int | list[int] | None = field(default=None)

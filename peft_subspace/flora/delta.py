@@ -58,9 +58,9 @@ class FLoRADelta(Delta):
         """Draw the factors; start the core at zero, or at random too if `init_weights` is False."""
         for factor in self.mode_factors:
             rank = factor.shape[1]
-            if init_weights in ("normal", True):
+            if init_weights == "normal":
                 factor.data.normal_(0.0, 0.02, generator=generator)
-            elif init_weights == "kaiming_uniform":
+            elif init_weights in ("kaiming_uniform", True):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
                 factor.data.normal_(0.0, (2 * rank) ** -0.5, generator=generator)
