@@ -61,7 +61,8 @@ def check_adapter(model: nn.Module, folder: Path) -> SubspaceConfig:
         config.target_modules = tuner.target_module_mapping.get(
             BaseTuner.get_model_config(model)["model_type"]
         )
-    expected = tuner.expected_state(model, config)
+    plan = tuner.plan(model, config)
+    expected = tuner.expected_state(plan)
     if not expected:
         raise ValueError(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}; load the "
@@ -73,7 +74,7 @@ def check_adapter(model: nn.Module, folder: Path) -> SubspaceConfig:
             check_shapes(expected, {key: tuple(file.get_slice(key).get_shape()) for key in keys})
             state = {key: file.get_tensor(key) for key in expected}
             check_state(expected, state)
-            check_values(tuner.keyed(tuner.plan(model, config)), state)
+            check_values(tuner.keyed(plan), state)
     except SafetensorError as error:
         raise ValueError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is not a complete safetensors file ({error}); download or "

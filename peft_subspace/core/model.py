@@ -113,11 +113,11 @@ class SubspaceModel(CombiningTuner):
         return {f"base_model.model.{module}.{cls.prefix}delta": delta for module, delta in plan.items()}
 
     @classmethod
-    def expected_state(cls, model: nn.Module, config: SubspaceConfig) -> dict[str, Tensor]:
-        """Tensors, on the meta device, that a saved adapter of this config must hold for this base model."""
+    def expected_state(cls, plan: dict[str, Delta]) -> dict[str, Tensor]:
+        """Tensors, on the meta device, that a saved adapter must hold for the deltas of a plan."""
         return {
             f"{key}.{name}": tensor
-            for key, delta in cls.keyed(cls.plan(model, config)).items()
+            for key, delta in cls.keyed(plan).items()
             for name, tensor in delta.state_dict().items()
         }
 

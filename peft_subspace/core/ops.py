@@ -155,9 +155,7 @@ class EmbeddingOps(_TransposedOps):
         rows = F.embedding(
             x, last.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
         )
-        scale = getattr(base, "embed_scale", None)  # Gemma's embedding, and others, scale their output by it
-        if scale is not None:
-            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        rows = _embed_scaled(base, rows)
         result = _add_chain(result, tuple(rest), rows) if rest else (result + rows).to(result.dtype)
         if base.padding_idx is None or not result.requires_grad:
             return result
@@ -165,10 +163,7 @@ class EmbeddingOps(_TransposedOps):
         return torch.where(padding, result.detach(), result)  # as in the base layer, padding trains nothing
 
     def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-        indices, rows = x.flatten(), grad_output.flatten(0, -2).float()
-        scale = getattr(base, "embed_scale", None)
-        if scale is not None:
-            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        indices, rows = x.flatten(), _embed_scaled(base, grad_output.flatten(0, -2).float())
         if base.scale_grad_by_freq:
             rows = rows / indices.bincount()[indices, None]
         if base.padding_idx is not None:
@@ -186,7 +181,7 @@ class ConvOps(LayerOps):
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Run 1×1 → kernel → 1×1, or one convolution with `ΔW` where that is cheaper."""
-        if x.ndim == 1 + len(self.shape.kernel_size):  # a single sample
+        if self._is_single(x):
             return self.add(result[None], base, branch, x[None])[0]
         if self.calls_layer:
             return self._add_by_calling(result, base, branch, x)
@@ -205,7 +200,7 @@ class ConvOps(LayerOps):
             return None
         if is_slow_depthwise(base, x):
             return convolve_depthwise(base, x, _updated_weight(base, self, branches))
-        if self.shape.groups > 1 or x.ndim == 1 + len(self.shape.kernel_size):
+        if self.shape.groups > 1 or self._is_single(x):
             return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
         rank = sum(narrowest_rank(branch.factors) for branch in branches)
         few = self._positions(base, x)[1] < _FEW * rank
@@ -216,13 +211,17 @@ class ConvOps(LayerOps):
             return convolve_pair(base, x, torch.cat(lefts, dim=1), torch.cat(rights))
         return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
 
+    def _is_single(self, x: Tensor) -> bool:
+        """Whether the input is one sample without a batch axis."""
+        return x.ndim == 1 + len(self.shape.kernel_size)
+
     def _positions(self, base: nn.Module, x: Tensor) -> tuple[int, int]:
         """Positions, over all samples, at which the layer reads its input and writes its output."""
         inputs = x.numel() // x.shape[-1 - len(self.shape.kernel_size)]
         return inputs, inputs // prod(base.stride)
 
     def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-        if x.ndim == 1 + len(self.shape.kernel_size):  # a single sample
+        if self._is_single(x):
             x, grad_output = x[None], grad_output[None]
         weight = base.weight.detach().float().requires_grad_()
         with torch.enable_grad():
@@ -286,6 +285,12 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
         "Conv1d, Conv2d, Conv3d, their subclasses, and the quantised linear layers that PEFT knows"
     )
+
+
+def _embed_scaled(base: Any, rows: Tensor) -> Tensor:
+    """Rows times the scale that Gemma's embedding, and others, give to their output."""
+    scale = getattr(base, "embed_scale", None)
+    return rows if scale is None else rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
 def _add_chain(result: Tensor, factors: tuple[Tensor, ...], x: Tensor) -> Tensor:
