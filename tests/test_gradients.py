@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from processes import run_in_two_processes, sharded
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -486,30 +487,53 @@ def test_gradient_of_a_quantized_layer(kind):
     assert torch.norm(delta.B.T @ delta.B - torch.eye(4)) < 1e-5
 
 
-def run_process(rank, folder):
-    """One of two processes, with its share of the batches: three, and one."""
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def shares(rank):
+    """Three of four batches for one of two processes, one for the other."""
+    return data(4)[:3] if rank == 0 else data(4)[3:]
+
+
+def start_distributed(rank, folder):
+    start(nn.parallel.DistributedDataParallel(model := stack()), shares(rank))
+    keep_state(model, rank, folder)
+
+
+def start_sharded(rank, folder):
+    """FSDP2: two batches for each process, which have to run equally often."""
+    model = sharded(stack())
+    start(model, data(4)[2 * rank :][:2])
+    assert all(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    keep_state(model, rank, folder)
+
+
+def fail_alone(rank, folder):
+    """One process meets a broken batch; the other must not wait for it."""
     model = stack()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    start(wrapped, data(4)[:3] if rank == 0 else data(4)[3:])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    batches = shares(rank)
+    if rank == 1:
+        batches[0]["x"][0] = float("nan")
+    expected = (ValueError, "broken samples") if rank == 1 else (RuntimeError, "failed in 1 of 2 processes")
+    with pytest.raises(expected[0], match=expected[1]):
+        start(model, batches)
+    assert same(before, model.state_dict())
+
+
+def keep_state(model, rank, folder):
     state = {key: tensor for key, tensor in model.state_dict().items() if "delta" in key}
-    torch.save(state, folder / f"{rank}.pt")
+    full = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}
+    torch.save(full, folder / f"{rank}.pt")
 
 
-def test_two_processes_start_as_one_does(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(target=run_process, args=(1, tmp_path))
-    other.start()
-    try:
-        run_process(0, tmp_path)
-        other.join(timeout=60)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert other.exitcode == 0
+@pytest.mark.parametrize("job", [start_distributed, start_sharded])
+def test_two_processes_start_as_one_does(job, tmp_path):
+    run_in_two_processes(job, tmp_path)
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert same(*states)
     model = stack()
     start(model, data(4))
     for key, tensor in states[0].items():
         torch.testing.assert_close(model.state_dict()[key], tensor, atol=1e-5, rtol=0)
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    run_in_two_processes(fail_alone, tmp_path)

@@ -11,11 +11,11 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import processes
 from .config import invalid
 from .delta import Delta
 from .layer import SubspaceLayer
@@ -120,21 +120,23 @@ class GradientEstimate:
     ) -> Gradients:
         """Yield name and mean gradient, `(out, in, *kernel)` in fp32, of each layer; zeros if unreached."""
         with undisturbed(model, list(self.layers.values()), self.adapter_name):
-            batches = read_batches(dataloader, num_batches)
             device = next(model.parameters()).device
-            sizes = [find_batch_size(batch) or 1 for batch in batches]
-            samples = int(_sum_over_processes(torch.tensor(float(sum(sizes)), device=device)))
+            with processes.failing_together(device, "reading the batches"):
+                batches = read_batches(dataloader, num_batches)
+                sizes = [find_batch_size(batch) or 1 for batch in batches]
+            samples = int(processes.total(torch.tensor(float(sum(sizes)), device=device)))
             if not samples:
                 raise ValueError("the dataloader is empty; give it at least one batch")
             groups = [list(self.layers)]
-            if self.max_memory is not None and batches:
-                widest = max(range(len(sizes)), key=lambda i: _numel(batches[i]))
-                groups = self._groups(self._input_bytes(model, send_to_device(batches[widest], device)))
-            hidden = not progress or rank() != 0
+            if self.max_memory is not None:
+                with processes.failing_together(device, "planning the passes"):
+                    groups = self._groups(model, batches, device)
+            hidden = not progress or processes.rank() != 0
             with tqdm(total=len(groups) * len(batches), desc="gradients", disable=hidden) as bar:
                 for group in groups:
                     sums = {name: _GradientSum(self.layers[name], self.offload) for name in group}
-                    self._run(model, sums.values(), batches, sizes, device, bar)
+                    with processes.failing_together(device, "taking gradients"):
+                        self._run(model, sums.values(), batches, sizes, device, bar)
                     for name in group:
                         yield name, self._mean(sums.pop(name), device, samples)
 
@@ -164,15 +166,18 @@ class GradientEstimate:
         total = gradient_sum.total
         if total is None:
             total = torch.zeros(gradient_sum.ops.shape.dims, device="cpu" if self.offload else device)
-        if processes() > 1:
-            total = _sum_over_processes(total.to(device)).to(total.device)
+        if processes.count() > 1:
+            total = processes.total(total.to(device)).to(total.device)
         return total.div_(samples)
 
-    def _groups(self, input_bytes: Mapping[str, int]) -> list[list[str]]:
+    def _groups(self, model: nn.Module, batches: Sequence[Any], device: torch.device) -> list[list[str]]:
         """Split the layers into consecutive groups whose sums and inputs fit into memory together.
 
         The new adapter tensors, and what an SVD needs, are set aside first.
         """
+        if not batches:  # other processes have some
+            return [list(self.layers)]
+        input_bytes = self._input_bytes(model, send_to_device(max(batches, key=_numel), device))
         budget = self.max_memory or 0
         sums = {name: 4 * prod(layer.ops.shape.dims) for name, layer in self.layers.items()}
         results = sum(_bytes(layer.deltas[self.adapter_name]) for layer in self.layers.values())
@@ -241,19 +246,3 @@ def _numel(batch: Any) -> int:
 
 def _bytes(delta: Delta) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in delta.state_dict().values())
-
-
-def processes() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number of this process."""
-    return dist.get_rank() if processes() > 1 else 0
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if processes() > 1:
-        dist.all_reduce(tensor)
-    return tensor

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
+from . import processes
 from .config import check_count, check_number, invalid
 from .delta import Delta
 from .gradient_cache import read_gradients, write_gradients
-from .gradients import GradientEstimate, LossFunction, model_loss, processes, rank
+from .gradients import GradientEstimate, LossFunction, model_loss
 from .layer import SubspaceLayer
 
 
@@ -76,7 +77,7 @@ def initialize_from_gradient(
         budget = None if max_memory is None else convert_file_size_to_int(max_memory)
         estimate = GradientEstimate(layers, adapter_name, loss_fn or model_loss, budget, offload)
         gradients = estimate.means(model, dataloader, num_batches, progress=progress)
-        if cache is not None and rank() == 0:
+        if cache is not None and processes.rank() == 0:
             gradients = write_gradients(Path(cache), shapes, gradients)
     with closing(gradients):
         states = _start_states(layers, adapter_name, gradients, learning_rate)
@@ -144,12 +145,12 @@ def _start_states(
         layer = layers[name]
         delta = layer.deltas[adapter_name]
         gradient = gradient.to(next(delta.parameters()).device)
-        owner = number % processes()
-        if owner == rank():
+        owner = number % processes.count()
+        if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
         else:
             states[name] = {key: torch.empty_like(_local(t)) for key, t in delta.state_dict().items()}
-        if processes() > 1:
+        if processes.count() > 1:
             for tensor in states[name].values():
                 dist.broadcast(tensor, owner)
     if not states:
