@@ -40,16 +40,17 @@ def between(ratio: dict[str, float]) -> str:
 
 
 def demos() -> str:
-    """Accuracy of the demos, over seeds."""
-    rows = []
+    """Accuracy of the demos, over seeds; what does not depend on the method is shown once."""
+    rows: dict[tuple[str, str], list[Any]] = {}
     for file in sorted(timing.RESULTS.glob("demo_*.json")):
         runs = json.loads(file.read_text())["runs"]
         for lines in zip(*(run["results"] for run in runs), strict=True):
             scores, seconds = [line["score"] for line in lines], [line["seconds"] for line in lines]
-            trained = f"{lines[0]['trained']:,}"
-            minutes = f"{statistics.median(seconds):.0f}"
-            rows.append([runs[0]["task"], lines[0]["name"], spread(scores), trained, minutes, len(runs)])
-    return markdown(["task", "", "accuracy", "trained parameters", "seconds", "seeds"], rows)
+            task, name = runs[0]["task"], lines[0]["name"]
+            trained, time = f"{lines[0]['trained']:,}", f"{statistics.median(seconds):.0f}"
+            rows.setdefault((task, name), [task, name, spread(scores), trained, time, len(runs)])
+    header = ["task", "", "accuracy", "trained parameters", "seconds", "seeds"]
+    return markdown(header, [rows[key] for key in sorted(rows, key=lambda key: key[0])])
 
 
 def flora() -> str:
