@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
@@ -341,6 +341,13 @@ def test_warns_once_of_a_start_without_gradients():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             quiet(**batches()[0])
+
+
+def test_warns_of_an_injected_adapter_too():
+    model = llama()
+    inject_adapter_in_model(LoRASBConfig(r=2, target_modules=TARGETS), model)
+    with pytest.warns(UserWarning, match="trains in bases taken from the base weight"):
+        model.train()(**batches()[0])
 
 
 # ---------------------------------------------------------------------------------- combining, exporting

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
@@ -18,10 +17,37 @@ from .delta import LoRASBDelta
 
 
 class LoRASBLayer(SubspaceLayer):
-    """Layer with LoRA-SB adapters."""
+    """Layer with LoRA-SB adapters.
+
+    Attributes:
+        unstarted: Adapters for which this layer, the first that has them, looks out for training without a
+            gradient initialisation.
+    """
 
     prefix = "lorasb_"
     delta_cls = LoRASBDelta
+
+    def __init__(self, base_layer: nn.Module, **backend_kwargs: Any) -> None:
+        super().__init__(base_layer, **backend_kwargs)
+        self.unstarted: set[str] = set()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and add the active adapters."""
+        if self.unstarted and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_default_start()
+        return super().forward(x, *args, **kwargs)
+
+    def _warn_of_default_start(self) -> None:
+        for name in self.unstarted & set(self.active_adapters):
+            self.unstarted.remove(name)
+            if name in self.deltas and not self.deltas[name].initialized:
+                warnings.warn(
+                    f"adapter {name!r} trains in bases taken from the base weight, because no gradient "
+                    "initialisation has run; call peft_subspace.initialize_from_gradient before training, "
+                    "add peft_subspace.GradientInitCallback to the Trainer, or choose this start with "
+                    'init_weights="svd"',
+                    stacklevel=3,
+                )
 
 
 class LoRASBLinear(LoRASBLayer):
@@ -35,29 +61,12 @@ class LoRASBModel(SubspaceModel):
     tuner_layer_cls = LoRASBLayer
     linear_layer_cls = LoRASBLinear
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Before the first training step, say so if the bases still come from the base weight."""
-        training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if training and not getattr(self, "_start_checked", False):
-            self._start_checked = True
-            self._warn_of_default_start()
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
-
-    def _warn_of_default_start(self) -> None:
-        layers = [layer for layer in self.modules() if isinstance(layer, LoRASBLayer)]
-        for name in self.active_adapters:
-            deltas = [layer.deltas[name] for layer in layers if name in layer.deltas]
-            started = any(delta.initialized for delta in deltas)
-            if deltas and not started and self.peft_config[name].init_weights is True:
-                warnings.warn(
-                    f"adapter {name!r} trains in bases taken from the base weight, because no gradient "
-                    "initialisation has run; call peft_subspace.initialize_from_gradient before training, "
-                    "add peft_subspace.GradientInitCallback to the Trainer, or choose this start with "
-                    'init_weights="svd"',
-                    stacklevel=2,
-                )
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, and have a layer look out for training without a gradient initialisation."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].init_weights is True:
+            layers = (m for m in model.modules() if isinstance(m, LoRASBLayer) and adapter_name in m.deltas)
+            next(layers).unstarted.add(adapter_name)
 
 
 register("LORASB", LoRASBConfig, LoRASBModel)
