@@ -39,10 +39,10 @@ def between(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
 
 
-def demos() -> str:
+def demos(method: str = "*") -> str:
     """Accuracy of the demos, over seeds; what does not depend on the method is shown once."""
     rows: dict[tuple[str, str], list[Any]] = {}
-    for file in sorted(timing.RESULTS.glob("demo_*.json")):
+    for file in sorted(timing.RESULTS.glob(f"demo_*_{method}.json")):
         runs = json.loads(file.read_text())["runs"]
         for lines in zip(*(run["results"] for run in runs), strict=True):
             scores, seconds = [line["score"] for line in lines], [line["seconds"] for line in lines]
@@ -134,9 +134,19 @@ def lora_sb() -> str:
     return markdown(["", "median (range)", title], rows)
 
 
-TABLES = {"demos": demos, "flora": flora, "inits": inits, "mos": mos, "lora_sb": lora_sb}
+TABLES = {
+    "demos": demos,
+    "demo_mos": lambda: demos("mos"),
+    "demo_lora_sb": lambda: demos("lora-sb"),
+    "flora": flora,
+    "inits": inits,
+    "mos": mos,
+    "lora_sb": lora_sb,
+}
 SOURCES = {
     "demos": "demo_*.json",
+    "demo_mos": "demo_*_mos.json",
+    "demo_lora_sb": "demo_*_lora-sb.json",
     "flora": "flora.json",
     "inits": "flora_inits.json",
     "mos": "mos.json",
