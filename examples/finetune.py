@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 METHODS = {  # --method: the config class in peft_subspace
+    "effort": "EffortConfig",
     "flora": "FLoRAConfig",
     "mos": "MoSConfig",
     "lora-sb": "LoRASBConfig",

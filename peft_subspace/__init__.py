@@ -5,6 +5,7 @@ from .core.callbacks import GradientInitCallback
 from .core.export import save_as_lora, to_lora
 from .core.initialize import initialize_from_gradient
 from .core.loading import load
+from .effort import EffortConfig, EffortModel
 from .flora import FLoRAConfig, FLoRAModel
 from .lora_sb import LoRASBConfig, LoRASBModel
 from .mos import MoSConfig, MoSModel
@@ -12,6 +13,8 @@ from .mos import MoSConfig, MoSModel
 __version__ = _config.VERSION
 
 __all__ = [
+    "EffortConfig",
+    "EffortModel",
     "FLoRAConfig",
     "FLoRAModel",
     "GradientInitCallback",

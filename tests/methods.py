@@ -51,6 +51,16 @@ class Method:
 
 
 METHODS = [
+    Method(
+        "effort",
+        peft_subspace.EffortConfig,
+        oracles.effort,
+        {"r": 2},
+        LINEAR | {"conv"},
+        has_dropout=False,
+        has_alpha=False,
+        stays_fp32=True,
+    ),  # fmt: skip
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
     Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False, pooled=True),
     Method(

@@ -74,3 +74,16 @@ def lora_sb(delta: nn.Module, config) -> Tensor:
     for a, b in product(range(len(R)), repeat=2):
         total = total + R[a, b] * torch.tensordot(B[:, a], A[b], dims=0)
     return total
+
+
+def effort(delta: nn.Module, config) -> Tensor:
+    """Σ_i U[:, i] S[i] ⊗ Vh[i] − U0[:, i] S0[i] ⊗ Vh0[i], as `(out, in, *kernel)`."""
+    tensors = {name: tensor.double() for name, tensor in delta.state_dict(keep_vars=True).items()}
+    U0, S0, Vh0 = (tensors.pop(name) for name in ("U0", "S0", "Vh0"))
+    U, S, Vh = U0 + tensors.pop("U_change"), S0 + tensors.pop("S_change"), Vh0 + tensors.pop("Vh_change")
+    assert not tensors, f"tensors that are not in the equation: {sorted(tensors)}"
+    total = U.new_zeros([len(U), *Vh.shape[1:]])
+    for i in range(len(S)):
+        now = torch.tensordot(S[i] * U[:, i], Vh[i], dims=0)
+        total = total + now - torch.tensordot(S0[i] * U0[:, i], Vh0[i], dims=0)
+    return total

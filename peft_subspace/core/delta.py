@@ -53,12 +53,16 @@ class Delta(nn.Module, ABC):
 
     Attributes:
         reads_weight: Whether the start depends on the base weight; an instance may decide for itself.
+        needs_weight: Whether such a start has no substitute, so that a weight without one is an error.
+        on_embeddings: Whether embeddings can be adapted.
         full_precision: Names of parameters that stay fp32 as well.
         combinations: What `add_weighted_adapter` can make of several such deltas, exactly.
         initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
     """
 
     reads_weight: bool = False
+    needs_weight: ClassVar[bool] = False
+    on_embeddings: ClassVar[bool] = True
     full_precision: ClassVar[tuple[str, ...]] = ()
     combinations: ClassVar[tuple[str, ...]] = ("cat",)
 

@@ -11,10 +11,12 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .base_weight import KeptWeight, keep_codes, unpack_codes
+from .checks import naming
 from .config import SubspaceConfig
 from .delta import Delta, multiply
 from .linalg import local_generator
 from .ops import Branch, ops_for
+from .weight_start import WeightStarts
 
 
 class SubspaceLayer(nn.Module, BaseTunerLayer):
@@ -70,7 +72,13 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return getattr(self, f"{self.prefix}dropout")
 
     def update_layer(
-        self, adapter_name: str, config: SubspaceConfig, module_name: str, rank: Any, twin: str | None = None
+        self,
+        adapter_name: str,
+        config: SubspaceConfig,
+        module_name: str,
+        rank: Any,
+        twin: str | None = None,
+        starts: WeightStarts | None = None,
     ) -> None:
         """Create an adapter, initialise it and put it where the base layer is.
 
@@ -80,6 +88,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             module_name: Name of this module in the model.
             rank: What the delta takes as its rank.
             twin: Existing adapter of the same config object, whose frozen tensors the new one copies.
+            starts: Starts from base weights that the same adapter has had on other layers.
         """
         delta = self.delta_cls(config, self.ops.shape, rank)
         if not any(parameter.is_meta for parameter in delta.parameters()):
@@ -89,7 +98,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             if twin is not None and twin in self.deltas:
                 delta.copy_frozen(self.deltas[twin])
             elif delta.reads_weight and not config.initialized:
-                self._reset_from_weight(delta, config)
+                with naming(module_name):
+                    (starts or WeightStarts()).start(delta, self, config)
         self.deltas[adapter_name] = delta
         dropout = getattr(config, "dropout", 0.0)
         if dropout and self.ops.dropout_cls is not None:
@@ -97,17 +107,6 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scaling_for(module_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _reset_from_weight(self, delta: Delta, config: SubspaceConfig) -> None:
-        """Initialise from the base weight; the default start does without where that cannot be read."""
-        try:
-            weight = self.get_base_weight()
-        except NotImplementedError:
-            if config.init_weights is not True:
-                raise
-            return
-        if not weight.is_meta:
-            delta.reset_from_weight(self.ops.to_layout(weight).float())
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -72,3 +72,64 @@ def truncated_svd(
 def orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormal columns that span those of `matrix`, `(m, n)` with `m ≥ n`."""
     return torch.linalg.qr(matrix).Q
+
+
+def smallest_triples(
+    matrix: Tensor, rank: int, *, iterations: int = 50, tolerance: float = 1e-13
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest `rank` singular triples of a matrix `(m, n)`, fp32: `U (m, rank)`, `S`, `Vh (rank, n)`.
+
+    Block inverse iteration in float64: one LU factorisation, then `X ← A⁻¹ A⁻ᵀ X`, orthonormalised at every
+    product, on `2 · rank + 14` vectors until `‖A v − s u‖` and `‖Aᵀ u − s v‖` are below `tolerance · ‖A‖_F`
+    for every triple. A matrix that is not square is first brought to its triangle. The generator is local and
+    always the same. Where the block would be more than half of the matrix, or it does not converge, the SVD
+    is a full one in float64.
+
+    Raises:
+        ValueError: If the matrix is zero or not finite.
+
+    Reference:
+        Golub and Van Loan, "Matrix Computations", 8.2 (orthogonal iteration), on the inverse.
+    """
+    A = matrix.double()
+    norm = A.norm()
+    if not torch.isfinite(norm):
+        raise ValueError("the weight has NaN or infinite values; load a sound checkpoint")
+    if norm == 0:
+        raise ValueError("the weight is zero, so it has no singular vectors; load it first, or exclude it")
+    if A.shape[0] < A.shape[1]:
+        U, S, Vh = smallest_triples(A.T, rank, iterations=iterations, tolerance=tolerance)
+        return Vh.T.contiguous(), S, U.T.contiguous()
+    found = None
+    if 2 * (2 * rank + 14) <= A.shape[1]:
+        found = _inverse_iteration(A, 2 * rank + 14, rank, iterations, tolerance * norm)
+    if found is None:
+        found = torch.linalg.svd(A, full_matrices=False)
+    U, S, Vh = found
+    return U[:, -rank:].float().contiguous(), S[-rank:].float(), Vh[-rank:].float().contiguous()
+
+
+def _inverse_iteration(
+    A: Tensor, block: int, rank: int, iterations: int, tolerance: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Last `rank` triples, to the given residual, out of a block of vectors; None if they do not converge."""
+    Q, A = torch.linalg.qr(A) if A.shape[0] > A.shape[1] else (None, A)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A)
+    diagonal = LU.diagonal()
+    tiny = diagonal.abs().max() * torch.finfo(A.dtype).eps  # makes a singular matrix invertible
+    diagonal.copy_(torch.where(diagonal.abs() < tiny, tiny, diagonal))
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(len(A), block, generator=generator, dtype=A.dtype).to(A.device)
+    for _ in range(iterations):
+        Z = orthonormal(torch.linalg.lu_solve(LU, pivots, X, adjoint=True))
+        X = orthonormal(torch.linalg.lu_solve(LU, pivots, Z))
+        AX = A @ X
+        U, S, Vh = torch.linalg.svd(Z.T @ AX)
+        left, right = (Z @ U)[:, -rank:], (X @ Vh.T)[:, -rank:]
+        residual = max(
+            (AX @ Vh.T[:, -rank:] - left * S[-rank:]).norm(dim=0).max(),
+            (A.T @ left - right * S[-rank:]).norm(dim=0).max(),
+        )
+        if residual < tolerance:
+            return (left if Q is None else Q @ left), S[-rank:], right.T
+    return None

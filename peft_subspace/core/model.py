@@ -23,7 +23,8 @@ from .config import SubspaceConfig
 from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
 from .mixed_batch import adapter_names_passed, check_adapter_names
-from .ops import ops_for
+from .ops import EmbeddingOps, ops_for
+from .weight_start import WeightStarts, check_weight
 
 logger = getLogger("peft_subspace")
 
@@ -49,20 +50,29 @@ class SubspaceModel(CombiningTuner):
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     tuner_layer_cls: type[SubspaceLayer]
     _ranks: dict[str, Any]
+    _starts: WeightStarts
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if that fails, forget its config."""
+        self._starts = WeightStarts()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
+        finally:
+            self._starts.close()
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
         plan = self.plan(model, peft_config)
         self._ranks = {name: delta.rank for name, delta in plan.items()}
+        reading = [name for name, d in plan.items() if d.reads_weight and not peft_config.initialized]
+        for name in reading:
+            with naming(name):
+                _check_start(model.get_submodule(name), plan[name])
+        self._starts = WeightStarts(len(reading))
         lowered = [name for name, delta in plan.items() if getattr(delta, "lowered", False)]
         if lowered and peft_config.r != type(peft_config).r:
             logger.warning(
@@ -87,7 +97,10 @@ class SubspaceModel(CombiningTuner):
                 _refuse_attention_internals(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 quantized = resolve_quantization_backend(base, **backend_kwargs) is not None
-                shapes[name] = ops_for(base, quantized=quantized).shape
+                ops = ops_for(base, quantized=quantized)
+                if isinstance(ops, EmbeddingOps) and not cls.tuner_layer_cls.delta_cls.on_embeddings:
+                    raise TypeError(f"{cls.__name__} adapts no embeddings; exclude it with exclude_modules")
+                shapes[name] = ops.shape
         known: dict[Any, Delta] = {}
         plan = {}
         for name, rank in cls.ranks(config, shapes).items():
@@ -135,11 +148,11 @@ class SubspaceModel(CombiningTuner):
         # Injecting by a state dict's keys reaches modules that were not planned.
         rank = self._ranks.get(current_key, peft_config.rank_for(current_key))
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, current_key, rank, twin)
+            target.update_layer(adapter_name, peft_config, current_key, rank, twin, self._starts)
             return
         layer = self._wrap(target)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, current_key, rank, twin)
+        layer.update_layer(adapter_name, peft_config, current_key, rank, twin, self._starts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -206,6 +219,13 @@ def _targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn
             inside = (*inside, f"{name}.")
         if BaseTuner._check_target_module_exists(config, name):
             yield name, module
+
+
+def _check_start(module: nn.Module, delta: Delta) -> None:
+    """Look, before anything is replaced, for a weight that no start is possible from."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if delta.needs_weight and isinstance(base.weight, Tensor) and base.weight.dtype.itemsize > 1:
+        check_weight(base)
 
 
 def _refuse_attention_internals(model: nn.Module, name: str) -> None:

@@ -1,0 +1,135 @@
+r"""Effort: `ΔW = U S Vh − U0 S0 Vh0`, where `U0 S0 Vh0` are the smallest singular triples of the base weight.
+
+The adapted weight is then `W + ΔW = W_head + U S Vh`: the head, all larger triples, stays. Trained are the
+changes `U_change = U − U0`, `S_change = S − S0` and `Vh_change = Vh − Vh0`, which start at zero, and
+
+    ΔW = [U_change S + U0 S_change, U0 S0] · [Vh; Vh_change],
+
+so `ΔW` is exactly zero at the start, nothing cancels later, and weight decay pulls towards the base weight.
+
+A convolution's kernel is part of the input axis: `Vh (r, in / groups, *kernel)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.core.config import invalid
+from peft_subspace.core.delta import Delta, WeightShape, multiply
+from peft_subspace.core.linalg import orthonormal, smallest_triples
+
+from .config import EffortConfig
+
+
+class EffortDelta(Delta):
+    """Parameters `U_change` `(out, r)`, `S_change` `(r,)` and `Vh_change` `(r, in, *kernel)`, all fp32.
+
+    The buffers `U0`, `S0` and `Vh0` hold the triples at the start. They are saved with the adapter, because
+    the smallest singular vectors differ between machines.
+
+    Raises:
+        ValueError: If the weight has no such rank.
+
+    Reference:
+        Yan et al. (arXiv 2411.15633).
+    """
+
+    full_precision: ClassVar[tuple[str, ...]] = ("U_change", "S_change", "Vh_change")
+    needs_weight: ClassVar[bool] = True
+    on_embeddings: ClassVar[bool] = False
+
+    U_change: nn.Parameter
+    S_change: nn.Parameter
+    Vh_change: nn.Parameter
+    U0: Tensor
+    S0: Tensor
+    Vh0: Tensor
+
+    def __init__(self, config: EffortConfig, shape: WeightShape, rank: int) -> None:
+        super().__init__(config, shape, rank)
+        limit = min(shape.out_features, shape.columns)
+        if rank > limit and rank != type(config).r:
+            raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
+        rank = min(rank, limit)
+        self.reads_weight = config.init_weights is True
+        sizes = {"U": (shape.out_features, rank), "S": (rank,), "Vh": (rank, *shape.dims[1:])}
+        for name, size in sizes.items():
+            self.register_parameter(f"{name}_change", nn.Parameter(torch.empty(size, dtype=torch.float32)))
+            self.register_buffer(f"{name}0", torch.empty(size, dtype=torch.float32))
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained triples `U`, `S`, `Vh` as they are now."""
+        return self.U0 + self.U_change, self.S0 + self.S_change, self.Vh0 + self.Vh_change
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return `[U_change S + U0 S_change, U0 S0]` and `[Vh; Vh_change]`."""
+        _, S, Vh = self.tail
+        left = [self.U_change * S + self.U0 * self.S_change, self.U0 * self.S0]
+        return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
+
+    def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
+        """Draw orthonormal vectors as triples; start the changes at zero, or at random."""
+        rank = len(self.S0)
+        for basis, size in ((self.U0, len(self.U0)), (self.Vh0.flatten(1).T, self.shape.columns)):
+            basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
+        self.S0.fill_(1.0)
+        for parameter in self.parameters():
+            if init_weights is False:
+                parameter.data.normal_(generator=generator)
+            else:
+                parameter.data.zero_()
+
+    def reset_from_weight(self, weight: Tensor) -> None:
+        """Take the smallest singular triples of the weight.
+
+        Raises:
+            ValueError: If the weight is zero or not finite.
+        """
+        U, S, Vh = smallest_triples(weight.flatten(1), len(self.S0))
+        self.U0.copy_(U)
+        self.S0.copy_(S)
+        self.Vh0.copy_(Vh.view_as(self.Vh0))
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Put the triples side by side, `S` and `S0` weighted.
+
+        If there are more than the weight has singular values, an SVD of the sum brings them down to that.
+        """
+        rows, columns = deltas[0].shape.out_features, deltas[0].shape.columns
+        total = sum(len(delta.S0) for delta in deltas)
+        if total > min(rows, columns):
+            return cls._compress(deltas, weights)
+        state = {name: torch.cat([getattr(d, name) for d in deltas], dim=1) for name in ("U_change", "U0")}
+        state |= {name: torch.cat([getattr(d, name) for d in deltas]) for name in ("Vh_change", "Vh0")}
+        for name in ("S_change", "S0"):
+            state[name] = torch.cat([w * getattr(d, name) for d, w in zip(deltas, weights, strict=True)])
+        return total, state
+
+    @classmethod
+    def _compress(
+        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Triples of the summed update, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
+        update = sum(
+            w * multiply(d.factors()).flatten(1).double() for d, w in zip(deltas, weights, strict=True)
+        )
+        U, S, Vh = (t.float() for t in torch.linalg.svd(update, full_matrices=False))
+        Vh = Vh.reshape(-1, *deltas[0].shape.dims[1:])
+        zeros = torch.zeros_like
+        state = {
+            "U_change": zeros(U),
+            "U0": U,
+            "S_change": S,
+            "S0": zeros(S),
+            "Vh_change": zeros(Vh),
+            "Vh0": Vh,
+        }
+        return len(S), state
