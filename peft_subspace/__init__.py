@@ -5,7 +5,7 @@ from .core.callbacks import GradientInitCallback
 from .core.export import save_as_lora, to_lora
 from .core.initialize import initialize_from_gradient
 from .core.loading import load
-from .effort import EffortConfig, EffortModel
+from .effort import EffortConfig, EffortModel, RegularizationCallback, regularization_loss
 from .flora import FLoRAConfig, FLoRAModel
 from .lora_sb import LoRASBConfig, LoRASBModel
 from .mos import MoSConfig, MoSModel
@@ -22,8 +22,10 @@ __all__ = [
     "LoRASBModel",
     "MoSConfig",
     "MoSModel",
+    "RegularizationCallback",
     "initialize_from_gradient",
     "load",
+    "regularization_loss",
     "save_as_lora",
     "to_lora",
 ]

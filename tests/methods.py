@@ -60,7 +60,7 @@ METHODS = [
         has_dropout=False,
         has_alpha=False,
         stays_fp32=True,
-    ),  # fmt: skip
+    ),
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
     Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False, pooled=True),
     Method(

@@ -70,7 +70,7 @@ class CombiningTuner(BaseTuner):
         changes: dict[str, Any] = {
             "target_modules": set(ranks), "rank_pattern": patterns, "alpha_pattern": {}, "scale": 1.0,
             "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "dropout": 0.0,
-            "initialized": True,
+            "initialized": True, "orthogonality_weight": 0.0,
         }  # fmt: skip
         return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 

@@ -12,7 +12,8 @@ A convolution's kernel is part of the input axis: `Vh (r, in / groups, *kernel)`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,9 @@ class EffortDelta(Delta):
 
     The buffers `U0`, `S0` and `Vh0` hold the triples at the start. They are saved with the adapter, because
     the smallest singular vectors differ between machines.
+
+    Attributes:
+        penalized_at: Version of the parameters that a gradient of the regularisers has last reached.
 
     Raises:
         ValueError: If the weight has no such rank.
@@ -56,6 +60,10 @@ class EffortDelta(Delta):
             raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
         rank = min(rank, limit)
         self.reads_weight = config.init_weights is True
+        self._range: Range | None = None
+        self.orthogonality_weight = config.orthogonality_weight
+        self.energy_weight = config.energy_weight
+        self.penalized_at = -1
         sizes = {"U": (shape.out_features, rank), "S": (rank,), "Vh": (rank, *shape.dims[1:])}
         for name, size in sizes.items():
             self.register_parameter(f"{name}_change", nn.Parameter(torch.empty(size, dtype=torch.float32)))
@@ -94,6 +102,36 @@ class EffortDelta(Delta):
         self.U0.copy_(U)
         self.S0.copy_(S)
         self.Vh0.copy_(Vh.view_as(self.Vh0))
+        self._range = None
+
+    def orthogonality_loss(self, weight: Callable[[], Tensor]) -> Tensor:
+        """`‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` with `Û = [U_head, U]` and `V̂` likewise, `min(m, n)` columns each.
+
+        `weight` returns the base weight `(m, n)`, the kernel folded into `n`. It is called once, and only
+        where `m ≠ n`: on the longer side the head is not the whole complement of the tail, so an orthonormal
+        basis of the weight's range there is kept, or of what lies beyond the range if that is narrower. It
+        has `max(m, n) · min(m, n, |m − n|)` numbers and is not saved: a QR of the weight gives it again.
+        """
+        rows, columns = self.shape.out_features, self.shape.columns
+        if rows != columns and self._range is None:
+            matrix = weight() if rows > columns else weight().T
+            self._range = Range.of(matrix, self.S0.dtype)
+        left = _departure(self.U0, self.U_change, self._range if rows > columns else None)
+        start, change = self.Vh0.flatten(1).T, self.Vh_change.flatten(1).T
+        return left + _departure(start, change, self._range if rows < columns else None)
+
+    def energy_loss(self, weight: Tensor) -> Tensor:
+        """`|‖W + ΔW‖² − ‖W‖²| = |2 ⟨W, ΔW⟩ + ‖ΔW‖²|` for a base weight `(m, n)`.
+
+        At the kink, where `ΔW` changes nothing, as at the start, the subgradient is zero.
+        """
+        L, R = (factor.flatten(1) for factor in self.factors())
+        with torch.no_grad():
+            weight = weight.to(L.dtype)
+            WR, LW = weight @ R.T, L.T @ weight
+        # The value is ⟨L, W Rᵀ⟩, its gradients W Rᵀ and Lᵀ W; the weight itself need not stay for backward.
+        inner = (L * WR).sum() + (R * LW).sum() - (L * WR).sum().detach()
+        return (2 * inner + ((L.T @ L) * (R @ R.T)).sum()).abs()
 
     @classmethod
     def concatenate(
@@ -133,3 +171,37 @@ class EffortDelta(Delta):
             "Vh0": Vh,
         }
         return len(S), state
+
+
+@dataclass
+class Range:
+    """Range of a tall matrix `(m, n)`: an orthonormal `basis` of it, or of its complement."""
+
+    basis: Tensor
+    complement: bool
+
+    @classmethod
+    def of(cls, matrix: Tensor, dtype: torch.dtype) -> Range:
+        """Take the narrower of the two bases, from a QR in float64."""
+        m, n = matrix.shape
+        complement = m < 2 * n
+        Q = torch.linalg.qr(matrix.double(), mode="complete" if complement else "reduced").Q
+        return cls((Q[:, n:] if complement else Q).to(dtype).contiguous(), complement)
+
+    def norm_within(self, X: Tensor) -> Tensor:
+        """Squared norm of the part of the columns of `X` that lies in the range."""
+        self.basis = self.basis.to(X)
+        inner = self.basis.T @ X
+        return (X - self.basis @ inner if self.complement else inner).square().sum()
+
+
+def _departure(start: Tensor, change: Tensor, head: Range | None) -> Tensor:
+    """`‖X̂ᵀX̂ − I‖²` of `X̂ = [X_head, X]` with `X = start + change`, all but `change` orthonormal.
+
+    The blocks are `XᵀX − I` and, twice, `X_headᵀ X`, in which `start` drops out, so that nothing cancels.
+    `head` is the range of head and tail together, `None` if that is the whole space.
+    """
+    overlap = start.T @ change
+    beyond = change - start @ overlap
+    cross = beyond.square().sum() if head is None else head.norm_within(beyond)
+    return (overlap + overlap.T + change.T @ change).square().sum() + 2 * cross
