@@ -87,3 +87,16 @@ def effort(delta: nn.Module, config) -> Tensor:
         now = torch.tensordot(S[i] * U[:, i], Vh[i], dims=0)
         total = total + now - torch.tensordot(S0[i] * U0[:, i], Vh0[i], dims=0)
     return total
+
+
+def effort_losses(delta: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both regularisers from their definition, on the full SVD of the base weight `(m, n)`."""
+    tensors = {name: tensor.double() for name, tensor in delta.state_dict(keep_vars=True).items()}
+    U, S, Vh = (tensors[f"{name}0"] + tensors[f"{name}_change"] for name in ("U", "S", "Vh"))
+    U_all, S_all, Vh_all = torch.linalg.svd(weight.double(), full_matrices=False)
+    kept, eye = len(S_all) - len(S), torch.eye(len(S_all), dtype=torch.float64)
+    U_hat = torch.cat([U_all[:, :kept], U], dim=1)
+    Vh_hat = torch.cat([Vh_all[:kept], Vh.flatten(1)])
+    orthogonality = (U_hat.T @ U_hat - eye).square().sum() + (Vh_hat @ Vh_hat.T - eye).square().sum()
+    W_hat = U_hat @ torch.cat([S_all[:kept], S]).diag() @ Vh_hat
+    return orthogonality, (W_hat.square().sum() - weight.double().square().sum()).abs()

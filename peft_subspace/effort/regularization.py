@@ -155,7 +155,7 @@ def _losses(layer: EffortLayer, delta: EffortDelta) -> dict[str, Tensor]:
     """Unweighted regularisers of one layer, in the precision of the adapter whatever autocast says."""
     if delta.U_change.shape != delta.U0.shape or hasattr(delta.U_change, "device_mesh"):
         raise RuntimeError(
-            "orthogonality_weight and energy_weight need whole tensors, and these are sharded; set both to 0, "
+            "orthogonality_weight and energy_weight need whole tensors, and these are sharded; set both to 0 "
             "or train with DDP"
         )
 
