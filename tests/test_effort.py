@@ -1,10 +1,10 @@
-"""Effort: its start, both regularisers against their definitions, and every way by which they reach a step."""
+"""Effort: its start, its regularisers against their definitions, and every way by which they reach a step."""
 
 import copy
 import os
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 import oracles
 import pytest
@@ -21,7 +21,6 @@ from peft_subspace import EffortConfig, RegularizationCallback, regularization_l
 from peft_subspace.core.delta import WeightShape, multiply
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.linalg import smallest_triples
-from peft_subspace.core.model import SubspaceModel
 from peft_subspace.effort import EffortDelta
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]  # square, tall and wide
@@ -304,10 +303,30 @@ def test_reloads_on_another_thread_count(tmp_path):
     model = move(adapted()).eval()
     wanted = model(torch.arange(6)[None]).logits
     model.save_pretrained(tmp_path)
-    script = THREADS.format(tests=os.path.dirname(__file__), threads=2, folder=str(tmp_path))
+    script = THREADS.format(tests=str(Path(__file__).parent), threads=2, folder=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("load", ["assign", "to_empty"])
+def test_adapter_on_the_meta_device_starts_when_the_weights_are_there(load):
+    with torch.device("meta"):
+        model = adapted(llama(), **WEIGHTS)
+    ids = torch.arange(6)[None]
+    if load == "to_empty":
+        model.to_empty(device="cpu")
+    else:
+        with pytest.raises(RuntimeError, match="which is on the meta device; load the base model first"):
+            next(iter(layers(model).values()))(gaussian(2, 16))
+    state = {k.replace(".weight", ".base_layer.weight") if k.split(".")[-2] in TARGETS else k: v
+             for k, v in llama().state_dict().items()}  # fmt: skip
+    model.get_base_model().load_state_dict(state, strict=False, assign=load == "assign")
+    model.get_base_model().model.rotary_emb = llama().model.rotary_emb  # its buffer is not in the state
+    assert torch.equal(model.eval()(ids).logits, llama().eval()(ids).logits)
+    for one, other in zip(deltas(model), deltas(adapted()), strict=True):
+        assert torch.equal(one.U0, other.U0)
+        assert one.U_change.requires_grad
 
 
 # ------------------------------------------------------------------------------------------ regularisers
@@ -446,7 +465,8 @@ def start(kind, way, **options):
     base = llama() if kind == "text" else vit()
     targets = TARGETS if kind == "text" else ["intermediate.dense", "attention.output.dense", "o_proj", "fc1"]
     config = EffortConfig(target_modules=targets, **{**WEIGHTS, **options})
-    if way == "peft":
+    if way in ("peft", "task"):
+        config.task_type = "CAUSAL_LM" if way == "task" else None  # PEFT has a forward of its own for it
         base = get_peft_model(base, config)
     elif way == "add_adapter":
         base.add_adapter(config)
@@ -509,13 +529,253 @@ SPLITS = [(4, 1), (1, 4), (2, 2)]
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 @pytest.mark.parametrize(("size", "accumulation"), SPLITS)
-@pytest.mark.parametrize("way", ["peft", "peft-callback", "add_adapter", "inject", "own-loss"])
+@pytest.mark.parametrize("way", ["peft", "task", "add_adapter", "inject", "callback", "own-loss"])
 def test_weight_depends_neither_on_accumulation_nor_on_the_way_of_adding(way, size, accumulation, tmp_path):
-    model = start("text", "peft" if way in ("peft", "peft-callback", "own-loss") else way)
-    callbacks = [] if way == "peft" else [RegularizationCallback()]
+    model = start("text", "peft" if way in ("callback", "own-loss") else way)
+    callbacks = [RegularizationCallback()] if way in ("callback", "own-loss") else []
     options = {"label_names": ["labels", "own"]} if way == "own-loss" else {}
     train(
         model, tmp_path, Texts(), callbacks, per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation, **options,
     )  # fmt: skip
     assert_close(trained(model), expected("text"))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize(("size", "accumulation"), SPLITS)
+def test_weight_in_a_model_of_images(size, accumulation, tmp_path):
+    model = start("image", "peft")
+    train(
+        model, tmp_path, Images(), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+    )
+    assert_close(trained(model), expected("image"))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_label_smoothing_gets_the_regularisers_from_the_callback(tmp_path):
+    """With a vanishing learning rate, the gradients of the last step tell what it was made of."""
+
+    class Kept(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 0.0 * super().compute_loss(*args, **kwargs)
+
+    class Gradients(RegularizationCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            before = [p.grad.clone() for delta in deltas(model) for p in delta.parameters()]
+            assert not any(gradient.any() for gradient in before)
+            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+            self.found = [p.grad.clone() for delta in deltas(model) for p in delta.parameters()]
+
+    model, callback = start("text", "peft"), Gradients()
+    reference = start("text", "peft")
+    regularization_loss(reference).backward()
+    options = {"label_smoothing_factor": 0.1, "max_steps": 1, "gradient_accumulation_steps": 2}
+    train(model, tmp_path, Texts(), [callback], Kept, per_device_train_batch_size=2, **options)
+    assert_close(callback.found, [p.grad for delta in deltas(reference) for p in delta.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_callback_logs_both_losses(tmp_path):
+    model = start("text", "peft")
+    losses = {"orthogonality": 0.0, "energy": 0.0}
+    trainer = train(model, tmp_path, Texts(), [RegularizationCallback()], per_device_train_batch_size=4)
+    for layer in layers(model).values():
+        delta, weight = layer.deltas["default"], layer.get_base_weight()
+        orthogonality, energy = oracles.effort_losses(delta, weight)
+        losses["orthogonality"] += orthogonality.item() / len(layers(model))
+        losses["energy"] += energy.item() / len(layers(model))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    assert logged[-1]["orthogonality_loss"] == pytest.approx(losses["orthogonality"], rel=1e-4)
+    assert logged[-1]["energy_loss"] == pytest.approx(losses["energy"], rel=1e-4)
+    assert logged[0]["energy_loss"] != logged[-1]["energy_loss"]
+
+
+class Scaler:
+    """What the callback uses of a gradient scaler."""
+
+    def __init__(self, parameters, unscaled):
+        self.parameters, self.unscaled = parameters, unscaled
+
+    def is_enabled(self):
+        return True
+
+    def unscale_(self, optimizer):
+        if self.unscaled:
+            raise RuntimeError(
+                "unscale_() has already been called on this optimizer since the last update()."
+            )
+        for parameter in self.parameters:
+            parameter.grad.div_(1024)
+        self.unscaled = True
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_callback_adds_to_unscaled_gradients(clipped):
+    model = start("text", "peft")
+    parameters = [p for delta in deltas(model) for p in delta.parameters()]
+    wanted = [1.0 + g for g in torch.autograd.grad(regularization_loss(model), parameters)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1.0 if clipped else 1024.0)
+
+    class Optimizer:
+        optimizer, scaler = None, Scaler(parameters, clipped)
+
+    RegularizationCallback().on_pre_optimizer_step(None, None, None, model=model, optimizer=Optimizer)
+    assert_close([parameter.grad for parameter in parameters], wanted)
+
+
+def own_steps(model, regularize=False):
+    """Two steps on a loss that is not the model's."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    for _ in range(2):
+        loss = model(torch.arange(6)[None]).logits.square().mean()
+        (loss + regularization_loss(model) if regularize else loss).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["peft", "add_adapter", "inject"])
+def test_warns_once_if_steps_go_without_the_regularisers(way):
+    model = start("text", way).train()
+    with pytest.warns(UserWarning, match="adapter 'default' has taken a step without") as found:
+        own_steps(model)
+    assert len(found) == 1
+    own_steps(model)  # and never again
+    own_steps(start("text", way).train(), regularize=True)
+    own_steps(start("text", way, orthogonality_weight=0.0, energy_weight=0.0).train())
+    model = start("text", way).eval()
+    own_steps(model)
+
+
+def test_loss_of_the_model_carries_them_in_training_only():
+    model = start("text", "peft").train()
+    batch = {key: value[None] for key, value in Texts()[0].items()}
+    with_them, them = model(**batch).loss, regularization_loss(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss + them, with_them)
+    torch.testing.assert_close(model.eval()(**batch).loss + them, with_them)
+    plain = model.unload()
+    assert not plain._forward_hooks
+    assert plain.train()(**batch).loss.requires_grad is False
+
+
+def test_copies_are_regularised_as_well():
+    model = start("text", "peft").train()
+    twin = copy.deepcopy(model)
+    move(twin, 0.2)
+    batch = {key: value[None] for key, value in Texts()[0].items()}
+    with torch.no_grad():
+        plain = twin(**batch).loss
+    torch.testing.assert_close(twin(**batch).loss, plain + regularization_loss(twin))
+    assert regularization_loss(twin) != regularization_loss(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_resumed_run_continues_with_the_same_losses(tmp_path):
+    data, options = Texts(), {"per_device_train_batch_size": 4}
+    whole = train(start("text", "peft"), tmp_path / "whole", data, **options)
+    part = start("text", "peft")
+    arguments = TrainingArguments(
+        str(tmp_path / "part"), report_to=[], use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, optim="sgd",
+        learning_rate=0.05, lr_scheduler_type="constant", num_train_epochs=3, logging_steps=1, save_steps=1,
+        **options,
+    )  # fmt: skip
+    Trainer(part, arguments, train_dataset=data).train()
+    again = adapted(**WEIGHTS)
+    trainer = Trainer(again, arguments, train_dataset=data)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-1"))
+    wanted = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert_close(trained(again), trained(part))
+
+
+def run_process(rank, folder, kind):
+    """One of two processes of a Trainer."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
+    )
+    model = start(kind, "peft")
+    train(
+        model, folder / "run", Texts() if kind == "text" else Images(), per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    if rank == 0:
+        torch.save(trained(model), folder / "trained.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_weight_does_not_depend_on_the_number_of_processes(kind, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_process, args=(rank, tmp_path, kind)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_close(torch.load(tmp_path / "trained.pt"), expected(kind))
+
+
+# -------------------------------------------------------------------------------- combining, quantisation
+
+
+def test_concatenation_is_exact_and_reloads(tmp_path):
+    model = move(adapted(r=2, **WEIGHTS))
+    model.add_adapter("other", EffortConfig(r=3, target_modules=TARGETS))
+    move(model, 0.3, "other")
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    for one, other, total in zip(*(deltas(model, name) for name in ("default", "other", "sum")), strict=True):
+        wanted = 0.5 * multiply(one.factors()) - 2 * multiply(other.factors())
+        torch.testing.assert_close(multiply(total.factors()), wanted, atol=1e-5, rtol=1e-4)
+        assert len(total.S0) == 5
+    assert regularization_loss(model, "sum") == regularization_loss(model, "sum")
+    assert model.peft_config["sum"].orthogonality_weight == 0
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "sum")
+    for one, other in zip(deltas(model, "sum"), deltas(again), strict=True):
+        assert torch.equal(multiply(one.factors()), multiply(other.factors()))
+
+
+def test_concatenation_beyond_the_rank_of_the_weight():
+    model = move(adapted(r=6))
+    model.add_adapter("other", EffortConfig(r=6, target_modules=TARGETS))
+    move(model, 0.3, "other")
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    for one, other, total in zip(*(deltas(model, name) for name in ("default", "other", "sum")), strict=True):
+        wanted = 0.5 * multiply(one.factors()) + 2 * multiply(other.factors())
+        torch.testing.assert_close(multiply(total.factors()), wanted, atol=1e-5, rtol=1e-4)
+        assert len(total.S0) <= min(total.shape.out_features, total.shape.columns)
+
+
+def test_twin_starts_at_the_base_model():
+    model = move(adapted())
+    model.add_adapter("twin", model.peft_config["default"])
+    for one, other in zip(deltas(model), deltas(model, "twin"), strict=True):
+        assert torch.equal(one.U0, other.U0)
+        assert one.U0.data_ptr() != other.U0.data_ptr()
+        assert not multiply(other.factors()).any()
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast from:UserWarning")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_regularisers_on_a_quantised_base(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = (
+        bnb.nn.Linear4bit(128, 32, compute_dtype=torch.float32, quant_type="nf4")
+        if kind == "4bit"
+        else bnb.nn.Linear8bitLt(128, 32, has_fp16_weights=False)
+    )
+    layer.load_state_dict(nn.Linear(128, 32).state_dict())
+    model = move(one_layer(layer.to("cpu"), r=2, **WEIGHTS))
+    weight = next(iter(layers(model).values())).get_base_weight().float()
+    (delta,) = deltas(model)
+    orthogonality, energy = oracles.effort_losses(delta, weight)
+    wanted = 0.3 * orthogonality + 0.2 * energy
+    torch.testing.assert_close(regularization_loss(model).double(), wanted, rtol=1e-4, atol=0)
+    regularization_loss(model).backward()
+    assert delta.S_change.grad.any()

@@ -60,6 +60,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._disable_adapters = False
         self._kept: KeptWeight | None = None
+        self._deferred: dict[str, tuple[SubspaceConfig, str]] = {}
 
     @property
     def deltas(self) -> nn.ModuleDict:
@@ -91,15 +92,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             starts: Starts from base weights that the same adapter has had on other layers.
         """
         delta = self.delta_cls(config, self.ops.shape, rank)
-        if not any(parameter.is_meta for parameter in delta.parameters()):
-            delta.reset_parameters(
-                config.init_weights, local_generator(config.seed, module_name, adapter_name)
-            )
+        started = not any(parameter.is_meta for parameter in delta.parameters())
+        if started:
+            self._reset(delta, adapter_name, config, module_name)
             if twin is not None and twin in self.deltas:
                 delta.copy_frozen(self.deltas[twin])
             elif delta.reads_weight and not config.initialized:
                 with naming(module_name):
-                    (starts or WeightStarts()).start(delta, self, config)
+                    started = (starts or WeightStarts()).start(delta, self, config)
+        self._deferred.pop(adapter_name, None)
+        if not started and delta.needs_weight and delta.reads_weight:
+            self._deferred[adapter_name] = (config, module_name)
         self.deltas[adapter_name] = delta
         dropout = getattr(config, "dropout", 0.0)
         if dropout and self.ops.dropout_cls is not None:
@@ -107,6 +110,33 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scaling_for(module_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _reset(self, delta: Delta, adapter_name: str, config: SubspaceConfig, module_name: str) -> None:
+        generator = local_generator(config.seed, module_name, adapter_name)
+        delta.reset_parameters(config.init_weights, generator)
+
+    def started(self, adapter_name: str) -> Delta:
+        """Delta of an adapter; one that was added while the base weight was on the meta device starts now.
+
+        Raises:
+            RuntimeError: If the base weight still is.
+        """
+        delta = self.deltas[adapter_name]
+        if adapter_name not in self._deferred or delta.initialized:
+            self._deferred.pop(adapter_name, None)
+            return delta
+        if self.get_base_layer().weight.is_meta:
+            raise RuntimeError(
+                f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
+                "the base model first"
+            )
+        config, module_name = self._deferred.pop(adapter_name)
+        delta.to_empty(device="cpu")
+        self._reset(delta, adapter_name, config, module_name)
+        with naming(module_name):
+            WeightStarts().start(delta, self, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        return delta
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -143,7 +173,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _branch(self, adapter_name: str) -> Branch:
         dropouts = self.dropouts
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
-        return Branch.scaled(self.deltas[adapter_name].factors(), self.scaling[adapter_name], dropout)
+        return Branch.scaled(self.started(adapter_name).factors(), self.scaling[adapter_name], dropout)
 
     def _add(self, result: Tensor, branch: Branch, x: Tensor) -> Tensor:
         if x.is_floating_point():
@@ -176,7 +206,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
-        delta = self.deltas[adapter]
+        delta = self.started(adapter)
         with torch.no_grad():
             product = multiply([factor.float() for factor in delta.factors()])
         return self.ops.to_layout(product * self.scaling[adapter])

@@ -26,11 +26,11 @@ class WeightStarts:
         self.bar = tqdm(total=total, desc="decomposing weights", delay=2.0, disable=total < 2)
         self._known: dict[Any, tuple[Delta, Tensor]] = {}
 
-    def start(self, delta: Delta, layer: SubspaceLayer, config: SubspaceConfig) -> None:
+    def start(self, delta: Delta, layer: SubspaceLayer, config: SubspaceConfig) -> bool:
         """Initialise a delta from the weight of its base layer, or as a delta of a tied weight was.
 
         A default start that can do without the weight does so where it cannot be read. Weights on the meta
-        device leave the delta as it is.
+        device leave the delta as it is, and False is returned.
 
         Raises:
             ValueError: If the weight is needed and cannot be read, or cannot be started from.
@@ -39,17 +39,19 @@ class WeightStarts:
             weight = layer.get_base_weight()
         except NotImplementedError as error:
             if not delta.needs_weight and config.init_weights is True:
-                return
+                return True
             raise ValueError(_unreadable(layer)) from error
-        if not weight.is_meta:
-            stored = layer.get_base_layer().weight  # kept, so that no other weight takes its address
-            key = (stored.data_ptr(), stored.stride(), layer.ops.shape, str(delta.rank))
-            if key in self._known:
-                delta.copy_frozen(self._known[key][0])
-            else:
-                delta.reset_from_weight(layer.ops.to_layout(weight).float())
-                self._known[key] = (delta, stored)
         self.bar.update()
+        if weight.is_meta:
+            return False
+        stored = layer.get_base_layer().weight  # kept, so that no other weight takes its address
+        key = (stored.data_ptr(), stored.stride(), layer.ops.shape, str(delta.rank))
+        if key in self._known:
+            delta.copy_frozen(self._known[key][0])
+        else:
+            delta.reset_from_weight(layer.ops.to_layout(weight).float())
+            self._known[key] = (delta, stored)
+        return True
 
     def close(self) -> None:
         """Finish the progress bar, and forget the weights."""

@@ -24,8 +24,9 @@ class EffortConfig(SubspaceConfig):
             layers, where `Û` and `V̂` are the kept singular vectors and the trained ones side by side.
         energy_weight: `λ2`, the weight of `|‖W + ΔW‖² − ‖W‖²|` in the loss, averaged over the layers.
 
-    A `PeftModel` adds both losses to the one that its model returns. Where that does not happen, use
-    `peft_subspace.RegularizationCallback` in a Trainer, or add `peft_subspace.regularization_loss(model)`.
+    In training, both are added to the loss that the model returns. Where that loss is not used, as with
+    `compute_loss_func` or label smoothing, give the Trainer `peft_subspace.RegularizationCallback()`, or add
+    `peft_subspace.regularization_loss(model)`.
 
     Raises:
         TypeError: If a field has the wrong type.

@@ -81,16 +81,17 @@ class EffortDelta(Delta):
         return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Draw orthonormal vectors as triples; start the changes at zero, or at random."""
+        """Start everything at zero; with `init_weights=False`, at orthonormal triples and normal changes."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.data.zero_()
+        if init_weights is not False:
+            return
         rank = len(self.S0)
         for basis, size in ((self.U0, len(self.U0)), (self.Vh0.flatten(1).T, self.shape.columns)):
             basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
         self.S0.fill_(1.0)
         for parameter in self.parameters():
-            if init_weights is False:
-                parameter.data.normal_(generator=generator)
-            else:
-                parameter.data.zero_()
+            parameter.data.normal_(generator=generator)
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the smallest singular triples of the weight.

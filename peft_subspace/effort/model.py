@@ -1,19 +1,19 @@
-"""Layers and model of Effort, and how its regularisers reach the loss that a model returns."""
+"""Layers and model of Effort."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
 
 from .delta import EffortDelta
-from .regularization import regularization_loss, regularized_layers, share_of_step
+from .regularization import add_to_loss
 
 
 class EffortLayer(SubspaceLayer):
@@ -48,7 +48,7 @@ class EffortLayer(SubspaceLayer):
             if delta.penalized_at < 0:
                 warnings.warn(
                     f"adapter {name!r} has taken a step without its orthogonality_weight and energy_weight: "
-                    "the loss of the model was not used, or the adapter was added without a PeftModel; add "
+                    "the loss that the model returns, if it does, was not used for it; add "
                     "peft_subspace.RegularizationCallback() to the Trainer, or "
                     "peft_subspace.regularization_loss(model) to the loss",
                     stacklevel=3,
@@ -60,29 +60,24 @@ class EffortLinear(EffortLayer):
 
 
 class EffortModel(SubspaceModel):
-    """Model with Effort adapters; in training it adds their regularisers to the loss that it returns."""
+    """Model with Effort adapters, whose regularisers are added to the loss that the model returns."""
 
     prefix = "effort_"
     tuner_layer_cls = EffortLayer
     linear_layer_cls = EffortLinear
 
+    _regularizing: RemovableHandle | None = None
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, and let one of its layers watch that its regularisers are used."""
+        """Add an adapter; if it is regularised, let the model add that to its loss, and a layer watch it."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].regularized:
             layers = (m for m in model.modules() if isinstance(m, EffortLayer) and adapter_name in m.deltas)
             next(layers).watch(adapter_name)
+            if add_to_loss not in model._forward_hooks.values():
+                self._regularizing = model.register_forward_hook(add_to_loss, with_kwargs=True)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; in training, add the regularisers to a `loss` among its outputs.
-
-        With `num_items_in_batch`, by which the loss is one part of a step's, so is their weight.
-        """
-        outputs = super().forward(*args, **kwargs)
-        if not (self.training and torch.is_grad_enabled() and isinstance(outputs, MutableMapping)):
-            return outputs
-        if isinstance(outputs.get("loss"), Tensor) and regularized_layers(self.model):
-            penalty = regularization_loss(self.model) * share_of_step(self.model, kwargs)
-            loss = outputs["loss"]
-            outputs["loss"] = loss + penalty.to(loss.device, loss.dtype)
-        return outputs
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if self._regularizing is not None:
+            self._regularizing.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)

@@ -1,13 +1,14 @@
 """The regularisers of Effort, and the ways by which their gradients reach the adapter, each step once.
 
-A `PeftModel` adds them to the loss that its model returns. `regularization_loss` serves losses of one's own,
-`RegularizationCallback` whatever a Trainer does. Each gradient that arrives leaves the version of the
-parameters in their deltas, by which the callback knows that a step has had its gradient, however it came.
+In training they are added to the loss that an adapted model returns, wrapped by PEFT or not. For losses of
+one's own there is `regularization_loss`, for those of a Trainer `RegularizationCallback`. Each gradient that
+arrives leaves the version of the parameters in their deltas, by which the callback knows that a step has had
+its gradient, however it came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def regularization_loss(model: nn.Module, adapter_name: str | None = None) -> Tensor:
     """`λ1 · L_orthogonality + λ2 · L_energy`, each the mean over an adapter's layers, summed over adapters.
 
-    A `PeftModel` adds this to the loss that its model returns; add it to a loss that you compute yourself.
+    In training it is a part of the loss that the model returns; add it to a loss that you compute yourself.
 
     Args:
         model: Model with Effort adapters, wrapped by PEFT or injected.
@@ -51,6 +52,20 @@ def regularization_loss(model: nn.Module, adapter_name: str | None = None) -> Te
                 weighted.register_hook(lambda gradient, deltas=deltas: _mark(deltas))
             total = total.to(weighted.device) + weighted
     return total
+
+
+def add_to_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Forward hook of an adapted model: in training, add the regularisers to the `loss` among its outputs.
+
+    With `num_items_in_batch`, by which the loss is one part of an optimiser step's, so is their weight.
+    """
+    if not (module.training and torch.is_grad_enabled() and isinstance(outputs, MutableMapping)):
+        return outputs
+    loss = outputs.get("loss")
+    if isinstance(loss, Tensor) and regularized_layers(module):
+        penalty = regularization_loss(module) * share_of_step(module, kwargs)
+        outputs["loss"] = loss + penalty.to(loss.device, loss.dtype)
+    return outputs
 
 
 def regularized_layers(model: nn.Module) -> dict[str, list[EffortLayer]]:
@@ -96,10 +111,10 @@ def share_of_step(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float
 class RegularizationCallback(TrainerCallback):
     """Gives an Effort adapter the gradients of its regularisers, where no loss has given them in a step.
 
-    For Trainers that compute their own loss (`compute_loss_func`, label smoothing), and for adapters added by
-    `model.add_adapter` or `inject_adapter_in_model`. The gradients are added once per optimiser step, after
-    clipping, so that they depend neither on accumulated batches nor on the number of processes; with loss
-    scaling, the gradients are unscaled before. What the model's loss has contributed is not added again.
+    For Trainers that compute their own loss (`compute_loss_func`, label smoothing), and for models that
+    return none. The gradients are added once per optimiser step, after clipping, so that they depend neither
+    on accumulated batches nor on the number of processes; with loss scaling, what is there is unscaled
+    before. Where the loss of the model has brought them, they are not added again.
 
     It also puts `orthogonality_loss` and `energy_loss`, unweighted, into the Trainer's logs.
     """
