@@ -50,19 +50,20 @@ class SubspaceModel(CombiningTuner):
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     tuner_layer_cls: type[SubspaceLayer]
     _ranks: dict[str, Any]
-    _starts: WeightStarts
+    _starts: WeightStarts | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if that fails, forget its config."""
-        self._starts = WeightStarts()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            self._starts.close()
+            if self._starts is not None:
+                self._starts.close()
+                self._starts = None
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
