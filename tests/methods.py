@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peft_subspace
 
 LINEAR = frozenset({"linear", "transposed"})
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared"})
 ALL_KINDS = LINEAR | {"embedding", "conv"}
 
 
@@ -42,6 +43,10 @@ class Method:
     @property
     def prefix(self) -> str:
         return f"{self.config_cls.peft_type_name.lower()}_"
+
+    def fitting(self, names: list[str]) -> list[str]:
+        """Those of the modules that the method adapts."""
+        return [n for n in names if "embedding" in self.kinds or n not in EMBEDDINGS]
 
     def config(self, **options: Any) -> Any:
         return self.config_cls(**{"target_modules": ["layer"], **self.options, **options})

@@ -102,9 +102,12 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(method, architecture)
         ({"target_modules": ["up_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
          r".*layers\.[02]\..*up_proj"),
         ({"target_modules": ["embed_tokens", "lm_head"]}, r"model.embed_tokens|lm_head"),
+        ({"target_modules": ["lm_head"]}, r"lm_head"),
     ],
 )  # fmt: skip
 def test_targets_are_chosen_as_in_peft(method, options, expected):
+    if "embedding" not in method.kinds and "embed_tokens" in options["target_modules"]:
+        pytest.skip("the method does not adapt embeddings")
     model = llama()
     wanted = {
         n for n, m in model.named_modules()
@@ -228,7 +231,7 @@ def test_each_sample_generates_with_its_own_adapter(method, build, beams):
         build.__name__, [*TARGETS, "up_proj", "embed_tokens"]
     )
     model = two_adapters(
-        method, build(), target_modules=targets, **({"alpha": 20} if method.has_alpha else {})
+        method, build(), target_modules=method.fitting(targets), **({"alpha": 20} if method.has_alpha else {})
     )
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
     prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -522,7 +525,7 @@ def test_exported_model_gives_the_same_logits_in_peft(method, build, tmp_path):
         "bert": ["query", "word_embeddings", "dense"],
         "resnet": ["convolution"],
     }.get(build.__name__, ["q_proj", "down_proj", "embed_tokens"])
-    model = wrap(method, build(), target_modules=targets, rank_pattern={targets[0]: 1}).eval()
+    model = wrap(method, build(), target_modules=method.fitting(targets), rank_pattern={targets[0]: 1}).eval()
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if build is resnet else None
     peft_subspace.save_as_lora(model, tmp_path)
     served = PeftModel.from_pretrained(build(), tmp_path)
@@ -594,7 +597,8 @@ def test_combined_adapter_of_a_whole_model_is_the_sum_and_reloads(method, tmp_pa
     if not method.combines:
         pytest.skip("the method does not combine adapters")
     model = wrap(method, target_modules=["q_proj", "up_proj"])
-    options = {"target_modules": ["q_proj", "embed_tokens"], "init_weights": False, "seed": 2, "r": 3}
+    targets = method.fitting(["q_proj", "embed_tokens"])
+    options = {"target_modules": targets, "init_weights": False, "seed": 2, "r": 3}
     model.add_adapter("other", method.config(**options))
     model.eval().add_weighted_adapter(["default", "other"], [0.5, -1.0], "sum")
     model.set_adapter("sum")
