@@ -84,8 +84,8 @@ def smallest_triples(
     for every triple. Where the smallest values lie so close together that this is slow, as in matrices that
     are not square, it goes on with `(Aᵀ A − s² I)⁻¹`, and a Cholesky factorisation checks that no smaller
     triple was passed over. A matrix that is not square is first brought to its triangle. The generator is
-    local and always the same. Where the block would be more than an eighth of the matrix, or anything fails, the
-    SVD is a full one in float64.
+    local and always the same. Where the block would be more than an eighth of the matrix, or anything fails,
+    the SVD is a full one in float64.
 
     Raises:
         ValueError: If the matrix is zero or not finite.
