@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,23 +134,38 @@ def lora_sb() -> str:
     return markdown(["", "median (range)", title], rows)
 
 
-TABLES = {
-    "demos": demos,
-    "demo_mos": lambda: demos("mos"),
-    "demo_lora_sb": lambda: demos("lora-sb"),
-    "flora": flora,
-    "inits": inits,
-    "mos": mos,
-    "lora_sb": lora_sb,
-}
-SOURCES = {
-    "demos": "demo_*.json",
-    "demo_mos": "demo_*_mos.json",
-    "demo_lora_sb": "demo_*_lora-sb.json",
-    "flora": "flora.json",
-    "inits": "flora_inits.json",
-    "mos": "mos.json",
-    "lora_sb": "lora_sb.json",
+def effort() -> str:
+    """Effort beside LoRA, its regularisers and its start."""
+    run = results("effort")
+    trained, started = run["training"], run["start"]
+    rows = [
+        [f"train step, 24 layers, all linears, {title} / LoRA's, r=2", between(trained[name]["to_lora"])]
+        for name, title in {"effort": "r=1", "effort, both losses": "r=1, both regularisers"}.items()
+    ]
+    peak = trained["effort"]["peak_mib"] / trained["lora"]["peak_mib"]
+    rows.append(["peak of two AdamW steps / LoRA's", f"{peak:.3f}"])
+    for rank, result in run["penalty"].items():
+        rows.append(
+            [f"regularisers of a 1024×1024 weight, {rank} / literal formulas", between(result["ratio"])]
+        )
+    full = f"{started['full_svd_s']:.1f} s, from {started['full_svd_run']} of them"
+    title = f"start of {started['matrices']} matrices of 1024×1024 (one full SVD each: {full})"
+    rows.append([title, f"{started['effort_s']:.1f} s"])
+    for name, row in run["shapes"].items():
+        title = f"smallest triple, {name}: error of its value, residual (to the largest value)"
+        rows.append([title, f"{row['value_error']:.0e}, {row['residual']:.0e}"])
+    return markdown(["", "median (range)"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
+    "demos": ("demo_*.json", demos),
+    "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
+    "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
+    "effort": ("effort.json", effort),
+    "flora": ("flora.json", flora),
+    "inits": ("flora_inits.json", inits),
+    "lora_sb": ("lora_sb.json", lora_sb),
+    "mos": ("mos.json", mos),
 }
 
 
@@ -162,9 +177,9 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """A page with its tables."""
-    for name, table in TABLES.items():
+    for name, (source, table) in TABLES.items():
         marker = f"<!-- table: {name} -->\n"
-        if marker not in text or not list(timing.RESULTS.glob(SOURCES[name])):
+        if marker not in text or not list(timing.RESULTS.glob(source)):
             continue
         text = re.sub(
             f"{re.escape(marker)}.*?<!-- end -->", f"{marker}{table()}\n<!-- end -->", text, flags=re.S
