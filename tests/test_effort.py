@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArg
 
 import peft_subspace
 from peft_subspace import EffortConfig, RegularizationCallback, regularization_loss
+from peft_subspace.core import linalg
 from peft_subspace.core.delta import WeightShape, multiply
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.linalg import smallest_triples
@@ -110,6 +111,13 @@ def test_decomposition_draws_nothing_and_needs_no_full_svd(size, monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_triple_that_was_passed_over_is_noticed():
+    gram, vectors = torch.diag(torch.arange(1.0, 9.0).double()), torch.eye(8).double()
+    assert linalg._none_smaller(gram, torch.tensor([1.0]).double(), vectors[:, :1])
+    assert linalg._none_smaller(gram, torch.tensor([2.0, 1.0]).double().sqrt(), vectors[:, [1, 0]])
+    assert not linalg._none_smaller(gram, torch.tensor([2.0]).double().sqrt(), vectors[:, 1:2])
+
+
 # ------------------------------------------------------------------------------------- start and equation
 
 
@@ -170,9 +178,12 @@ def test_tied_weights_are_decomposed_once(monkeypatch):
     assert third.U0.any()
 
 
-def test_initialisation_is_silent_where_it_is_short(capfd):
+def test_initialisation_shows_its_progress_where_it_is_long(capfd, monkeypatch):
     adapted()
     assert capfd.readouterr().err == ""
+    monkeypatch.setattr("peft_subspace.core.weight_start.DELAY", 0.0)
+    adapted()
+    assert "decomposing weights: 100%" in capfd.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -249,7 +260,7 @@ def test_counts_of_the_paper():
         attention = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
         model = get_peft_model(clip, EffortConfig(target_modules=attention))
         assert model.get_nb_trainable_parameters()[0] == 196_704
-        blocks = nn.ModuleList(
+        blocks = nn.ModuleList(  # as in BEiT's own code; transformers has three layers in place of qkv
             nn.ModuleDict({"qkv": nn.Linear(1024, 3072), "proj": nn.Linear(1024, 1024)}) for _ in range(24)
         )
         fused = get_peft_model(blocks, EffortConfig(target_modules=["qkv", "proj"]))

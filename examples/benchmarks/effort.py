@@ -8,7 +8,7 @@ at rank 2, which applies as many numbers; the step, and the peak of a process th
 Regularisers: value and gradients for one 1024×1024 weight, against the formulas taken literally. Start: the
 96 matrices of 1024×1024 of the self-attention of CLIP ViT-L/14's image tower, random values, against one full
 `torch.linalg.svd` each, of which a few are run and the rest extrapolated; and weights of other spectra.
-Expected: a train step of at most 1.03 of LoRA's, regularisers at no more than a twentieth of the literal cost,
+Expected: a train step of at most 1.03 of LoRA's, regularisers at a twentieth of the literal cost or less,
 and a start faster than full decompositions. Times are medians of interleaved repeats.
 """
 

@@ -146,10 +146,10 @@ def effort() -> str:
     rows.append(["peak of two AdamW steps / LoRA's", f"{peak:.3f}"])
     for rank, result in run["penalty"].items():
         rows.append(
-            [f"regularisers of a 1024×1024 weight, {rank} / literal formulas", between(result["ratio"])]
+            [f"regularisers of a 1024 x 1024 weight, {rank} / literal formulas", between(result["ratio"])]
         )
     full = f"{started['full_svd_s']:.1f} s, from {started['full_svd_run']} of them"
-    title = f"start of {started['matrices']} matrices of 1024×1024 (one full SVD each: {full})"
+    title = f"start of {started['matrices']} matrices of 1024 x 1024 (one full SVD each: {full})"
     rows.append([title, f"{started['effort_s']:.1f} s"])
     for name, row in run["shapes"].items():
         title = f"smallest triple, {name}: error of its value, residual (to the largest value)"

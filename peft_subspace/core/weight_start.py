@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .layer import SubspaceLayer
 
 
+DELAY = 2.0
+"""Seconds after which a start shows its progress."""
+
+
 class WeightStarts:
     """Starts of one adapter's deltas, with a progress bar if they take more than two seconds.
 
@@ -23,7 +27,7 @@ class WeightStarts:
     """
 
     def __init__(self, total: int = 0) -> None:
-        self.bar = tqdm(total=total, desc="decomposing weights", delay=2.0, disable=total < 2)
+        self.bar = tqdm(total=total, desc="decomposing weights", delay=DELAY, disable=total < 2)
         self._known: dict[Any, tuple[Delta, Tensor]] = {}
 
     def start(self, delta: Delta, layer: SubspaceLayer, config: SubspaceConfig) -> bool:
