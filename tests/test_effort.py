@@ -638,6 +638,19 @@ def test_callback_adds_to_unscaled_gradients(clipped):
     assert_close([parameter.grad for parameter in parameters], wanted)
 
 
+def test_callback_adds_again_after_a_step_that_was_skipped():
+    model, callback = start("text", "peft"), RegularizationCallback()
+    parameters = [p for delta in deltas(model) for p in delta.parameters()]
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    once = [parameter.grad.clone() for parameter in parameters]
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    assert_close([parameter.grad for parameter in parameters], once)  # never twice in a step
+    callback.on_optimizer_step(None, None, None, model=model)
+    model.zero_grad()
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    assert_close([parameter.grad for parameter in parameters], once)
+
+
 def own_steps(model, regularize=False):
     """Two steps on a loss that is not the model's."""
     parameters = [p for p in model.parameters() if p.requires_grad]

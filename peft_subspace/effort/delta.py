@@ -33,7 +33,8 @@ class EffortDelta(Delta):
     the smallest singular vectors differ between machines.
 
     Attributes:
-        penalized_at: Version of the parameters that a gradient of the regularisers has last reached.
+        penalized_at: Version of the parameters that a gradient of the regularisers has last reached, -1 once
+            the step after it is over, None if there never was one.
 
     Raises:
         ValueError: If the weight has no such rank.
@@ -63,7 +64,7 @@ class EffortDelta(Delta):
         self._range: Range | None = None
         self.orthogonality_weight = config.orthogonality_weight
         self.energy_weight = config.energy_weight
-        self.penalized_at = -1
+        self.penalized_at: int | None = None
         sizes = {"U": (shape.out_features, rank), "S": (rank,), "Vh": (rank, *shape.dims[1:])}
         for name, size in sizes.items():
             self.register_parameter(f"{name}_change", nn.Parameter(torch.empty(size, dtype=torch.float32)))

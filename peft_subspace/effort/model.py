@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class EffortLayer(SubspaceLayer):
             if self.watched[name] == version:
                 continue
             del self.watched[name]
-            if delta.penalized_at < 0:
+            if delta.penalized_at is None:
                 warnings.warn(
                     f"adapter {name!r} has taken a step without its orthogonality_weight and energy_weight: "
                     "the loss that the model returns, if it does, was not used for it; add "
@@ -73,7 +74,8 @@ class EffortModel(SubspaceModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].regularized:
             layers = (m for m in model.modules() if isinstance(m, EffortLayer) and adapter_name in m.deltas)
-            next(layers).watch(adapter_name)
+            for layer in islice(layers, 1):
+                layer.watch(adapter_name)
             if add_to_loss not in model._forward_hooks.values():
                 self._regularizing = model.register_forward_hook(add_to_loss, with_kwargs=True)
 

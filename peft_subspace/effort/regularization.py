@@ -144,6 +144,20 @@ class RegularizationCallback(TrainerCallback):
                     parameter.grad.add_(gradient)
             _mark(deltas)
 
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Begin a new step, also where loss scaling has skipped one and the parameters are the same."""
+        for name, layers in regularized_layers(model).items() if model is not None else ():
+            for layer in layers:
+                if layer.deltas[name].penalized_at is not None:
+                    layer.deltas[name].penalized_at = -1
+
     @torch.no_grad()
     def on_log(
         self,
