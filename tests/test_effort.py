@@ -373,6 +373,15 @@ def test_losses_and_gradients_equal_the_literal_formulas(m, n, r, number):
         assert torch.norm(mine - literal) < 1e-9 * torch.norm(literal)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "kept"), [(12, 12, None), (20, 8, 8), (8, 20, 8), (15, 11, 4), (11, 15, 4)]
+)
+def test_orthogonality_keeps_the_narrower_basis(m, n, kept):
+    delta, weight = exact_delta(m, n, 2)
+    delta.orthogonality_loss(lambda: weight)
+    assert (delta._range and tuple(delta._range.basis.shape)) == (kept and (max(m, n), kept))
+
+
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 def test_no_digits_are_lost_near_the_start(m, n, r):
     """In fp32 the plain formulas would return noise of 1e-7 for values of 1e-8."""
