@@ -69,6 +69,7 @@ MATRICES = {
     "square": gaussian(192, 192),
     "tall": gaussian(500, 180),
     "wide": gaussian(180, 250),
+    "tall-deficient": gaussian(500, 170) @ gaussian(170, 180, seed=1),
     "small": gaussian(6, 9),
     "condition-1e8": with_values(torch.logspace(0, -8, 192)).float(),
     "deficient": gaussian(192, 170) @ gaussian(170, 192, seed=1),
@@ -116,6 +117,15 @@ def test_a_triple_that_was_passed_over_is_noticed():
     assert linalg._none_smaller(gram, torch.tensor([1.0]).double(), vectors[:, :1])
     assert linalg._none_smaller(gram, torch.tensor([2.0, 1.0]).double().sqrt(), vectors[:, [1, 0]])
     assert not linalg._none_smaller(gram, torch.tensor([2.0]).double().sqrt(), vectors[:, 1:2])
+
+
+def test_a_full_svd_steps_in_for_a_triple_that_was_passed_over(monkeypatch):
+    W, sizes, svd = gaussian(400, 160), [], torch.linalg.svd
+    monkeypatch.setattr(linalg, "_none_smaller", lambda *args: False)
+    monkeypatch.setattr(torch.linalg, "svd", lambda A, **options: sizes.append(len(A)) or svd(A, **options))
+    _, S, _ = smallest_triples(W, 2)
+    assert max(sizes) == 400
+    torch.testing.assert_close(S, torch.linalg.svdvals(W)[-2:])
 
 
 # ------------------------------------------------------------------------------------- start and equation
@@ -771,8 +781,13 @@ def test_concatenation_is_exact_and_reloads(tmp_path):
         wanted = 0.5 * multiply(one.factors()) - 2 * multiply(other.factors())
         torch.testing.assert_close(multiply(total.factors()), wanted, atol=1e-5, rtol=1e-4)
         assert len(total.S0) == 5
-    assert regularization_loss(model, "sum") == regularization_loss(model, "sum")
     assert model.peft_config["sum"].orthogonality_weight == 0
+    energies = []
+    for layer in layers(model).values():
+        weight, update = layer.get_base_weight(), multiply(layer.deltas["sum"].factors())
+        energies.append((weight + update).square().sum() - weight.square().sum())
+    wanted = 0.2 * torch.stack(energies).abs().mean()
+    torch.testing.assert_close(regularization_loss(model, "sum"), wanted, rtol=1e-4, atol=0)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path / "sum")
     for one, other in zip(deltas(model, "sum"), deltas(again), strict=True):

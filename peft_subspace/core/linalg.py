@@ -104,10 +104,15 @@ def smallest_triples(
         return Vh.T.contiguous(), S, U.T.contiguous()
     found = None
     if 8 * (2 * rank + 14) <= A.shape[1]:
-        Q, R = torch.linalg.qr(A) if A.shape[0] > A.shape[1] else (None, A)
+        tall = A.shape[0] > A.shape[1]
+        R = torch.linalg.qr(A, mode="r").R if tall else A
         found = _inverse_iteration(R, rank, iterations, tolerance * norm)
-        if found is not None and Q is not None:
-            found = (Q @ found[0], *found[1:])
+        if found is not None and tall:
+            left, S, Vh = found
+            accurate = (
+                S.min() > 1e-6 * norm
+            )  # of A v / s; if not, the rest of the QR has to be formed as well
+            found = (A @ Vh.T / S if accurate else torch.linalg.qr(A).Q @ left, S, Vh)
     U, S, Vh = found or torch.linalg.svd(A, full_matrices=False)
     return U[:, -rank:].float().contiguous(), S[-rank:].float(), Vh[-rank:].float().contiguous()
 
