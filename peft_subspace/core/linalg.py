@@ -109,10 +109,8 @@ def smallest_triples(
         found = _inverse_iteration(R, rank, iterations, tolerance * norm)
         if found is not None and tall:
             left, S, Vh = found
-            accurate = (
-                S.min() > 1e-6 * norm
-            )  # of A v / s; if not, the rest of the QR has to be formed as well
-            found = (A @ Vh.T / S if accurate else torch.linalg.qr(A).Q @ left, S, Vh)
+            # A v / s is inaccurate for the tiniest s; they need the rest of the QR.
+            found = (A @ Vh.T / S if S.min() > 1e-6 * norm else torch.linalg.qr(A).Q @ left, S, Vh)
     U, S, Vh = found or torch.linalg.svd(A, full_matrices=False)
     return U[:, -rank:].float().contiguous(), S[-rank:].float(), Vh[-rank:].float().contiguous()
 
