@@ -1,5 +1,18 @@
 """Subspace fine-tuning for Hugging Face PEFT; importing the package registers its methods."""
 
+from .continual_svd import (
+    ContinualSVDConfig,
+    ContinualSVDModel,
+    NextTaskCallback,
+    continual_metrics,
+    layer_importance,
+    list_tasks,
+    next_task,
+    preserve_pattern,
+    preserve_schedule,
+    save_heatmap,
+    subspace_leak,
+)
 from .core import config as _config
 from .core.callbacks import GradientInitCallback
 from .core.export import save_as_lora, to_lora
@@ -13,6 +26,8 @@ from .mos import MoSConfig, MoSModel
 __version__ = _config.VERSION
 
 __all__ = [
+    "ContinualSVDConfig",
+    "ContinualSVDModel",
     "EffortConfig",
     "EffortModel",
     "FLoRAConfig",
@@ -22,10 +37,19 @@ __all__ = [
     "LoRASBModel",
     "MoSConfig",
     "MoSModel",
+    "NextTaskCallback",
     "RegularizationCallback",
+    "continual_metrics",
     "initialize_from_gradient",
+    "layer_importance",
+    "list_tasks",
     "load",
+    "next_task",
+    "preserve_pattern",
+    "preserve_schedule",
     "regularization_loss",
     "save_as_lora",
+    "save_heatmap",
+    "subspace_leak",
     "to_lora",
 ]

@@ -71,4 +71,12 @@ METHODS = [
     Method(
         "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
     ),
-]
+    Method(
+        "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},
+        has_dropout=False, has_alpha=False, stays_fp32=True,
+    ),
+    Method(
+        "continual_svd_r", peft_subspace.ContinualSVDConfig, oracles.continual_svd, {"r": 2},
+        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True,
+    ),
+]  # fmt: skip

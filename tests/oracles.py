@@ -76,6 +76,54 @@ def lora_sb(delta: nn.Module, config) -> Tensor:
     return total
 
 
+def continual_svd(delta: nn.Module, config) -> Tensor:
+    """Complements written out as matrices and projectors as `H Hᵀ`, from what the delta keeps."""
+    out, *rest = delta.shape.dims
+    (m, n), k = (out, prod(rest)), delta.directions
+    trained = {name: p.double() for name, p in delta.named_parameters()}
+    sides = {name: b.double() for name, b in delta.named_buffers() if name != "fingerprint"}
+    eye_m, eye_n = torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    if config.r is None:
+        U, V = (_complement(sides[name], k) if name in sides else None for name in "UV")
+        if config.constraint == "core":
+            head, tail = _both_bases(sides["U"], k)
+            total = tail @ trained.pop("Z1") + head @ trained.pop("Z2") @ V.T
+        else:
+            left, right = eye_m if U is None else U, eye_n if V is None else V
+            total = left @ trained.pop("Z") @ right.T
+    else:
+        keeps = {
+            name: _projector(sides[name], k) if name in sides else eye
+            for name, eye in (("U", eye_m), ("V", eye_n))
+        }
+        if config.constraint == "core":
+            total = keeps["U"] @ trained.pop("B1") @ trained.pop("A1")
+            total = total + trained.pop("B2") @ trained.pop("A2") @ keeps["V"]
+        else:
+            total = keeps["U"] @ trained.pop("B") @ trained.pop("A") @ keeps["V"]
+    assert not trained, f"tensors that are not in the equation: {sorted(trained)}"
+    return total.reshape(out, *rest)
+
+
+def _complement(kept: Tensor, k: int) -> Tensor:
+    """Basis `(d, d − k)` from itself, or from the reflection that stands for it."""
+    if kept.shape[1] == len(kept) - k:
+        return kept
+    return (torch.eye(len(kept), dtype=kept.dtype) - kept @ kept.T)[:, k:]
+
+
+def _both_bases(Y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Head and complement out of one reflection, which begins with the narrower of them."""
+    Q = torch.eye(len(Y), dtype=Y.dtype) - Y @ Y.T
+    return (Q[:, -k:] if k else Q[:, :0], Q[:, : len(Y) - k]) if 2 * k >= len(Y) else (Q[:, :k], Q[:, k:])
+
+
+def _projector(kept: Tensor, k: int) -> Tensor:
+    """`I − P` from a basis of the complement or of the head."""
+    eye = torch.eye(len(kept), dtype=kept.dtype)
+    return kept @ kept.T if 2 * k >= len(kept) else eye - kept @ kept.T
+
+
 def effort(delta: nn.Module, config) -> Tensor:
     """Σ_i U[:, i] S[i] ⊗ Vh[i] − U0[:, i] S0[i] ⊗ Vh0[i], as `(out, in, *kernel)`."""
     tensors = {name: tensor.double() for name, tensor in delta.state_dict(keep_vars=True).items()}

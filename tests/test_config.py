@@ -141,6 +141,7 @@ def test_version_of_the_saving_package_is_kept(method):
     ],
     ids=["256x256", "10x20", "10x10", "1x2", "2x1", "embedding", "conv", "depthwise"],
 )
+@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
 def test_defaults_fit_any_layer(method, make):
     class Net(nn.Module):
         def __init__(self):

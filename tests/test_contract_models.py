@@ -598,7 +598,8 @@ def test_combined_adapter_of_a_whole_model_is_the_sum_and_reloads(method, tmp_pa
         pytest.skip("the method does not combine adapters")
     model = wrap(method, target_modules=["q_proj", "up_proj"])
     targets = method.fitting(["q_proj", "embed_tokens"])
-    options = {"target_modules": targets, "init_weights": False, "seed": 2, "r": 3}
+    options = {"target_modules": targets, "init_weights": False, "seed": 2}
+    options |= {"r": 3} if method.config().r else {}
     model.add_adapter("other", method.config(**options))
     model.eval().add_weighted_adapter(["default", "other"], [0.5, -1.0], "sum")
     model.set_adapter("sum")

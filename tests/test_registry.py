@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -159,6 +160,7 @@ def test_adapter_needs_the_import_and_loads_in_a_fresh_process_with_it(method, t
     class Net(nn.Sequential):
         pass
 
+    torch.manual_seed(0)
     net = Net(nn.Linear(4, 4))
     config = method.config(target_modules=["0"], init_weights=False)
     get_peft_model(net, config).save_pretrained(tmp_path)
@@ -168,7 +170,9 @@ def test_adapter_needs_the_import_and_loads_in_a_fresh_process_with_it(method, t
         from peft import PeftConfig, PeftModel
         path = sys.argv[1]
         for load in (PeftConfig.from_pretrained, lambda path: PeftModel.from_pretrained(base(), path)):
-            base = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4))
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            base = lambda: net
             try:
                 load(path)
             except KeyError:

@@ -87,6 +87,15 @@ class Delta(nn.Module, ABC):
         """Initialise from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
 
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise unless `reset_from_weight` can do with this weight, given as its layer stores it.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        if not torch.isfinite(weight).all():
+            raise ValueError("the weight has NaN or infinite values; load a sound checkpoint, or exclude it")
+
     def check_values(self, state: dict[str, Tensor]) -> None:
         """Raise unless values that are about to be loaded are possible; shapes are right and all is finite.
 
@@ -112,9 +121,7 @@ class Delta(nn.Module, ABC):
         self.initialized = twin.initialized
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[Delta], weights: Sequence[float]
-    ) -> tuple[int | list[int], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[Any, dict[str, Tensor]]:
         """Return rank and state of one delta whose update is `Σ weights[i] · deltas[i]`, exactly.
 
         Raises:
@@ -123,9 +130,7 @@ class Delta(nn.Module, ABC):
         raise NotImplementedError
 
     @classmethod
-    def average(
-        cls, deltas: Sequence[Delta], weights: Sequence[float]
-    ) -> tuple[int | list[int], dict[str, Tensor]]:
+    def average(cls, deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[Any, dict[str, Tensor]]:
         """Return rank and state of one delta of the same rank whose update is `Σ weights[i] · deltas[i]`.
 
         Raises:
@@ -198,7 +203,7 @@ def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
     dense = (factors[0].shape[0], factors[-1].shape[1])
     joint = _narrowest(factors)
     rank = factors[joint].shape[0]
-    halves = _product_cost(factors[:joint]) + _product_cost(factors[joint:])
+    halves = product_cost(factors)
     as_chain = tokens * chain_cost(factors)
     as_pair = halves + tokens * rank * sum(dense)
     as_matrix = halves + (tokens + rank) * dense[0] * dense[1]
@@ -212,9 +217,11 @@ def chain_cost(factors: Sequence[Tensor]) -> int:
     return sum(factor.numel() for factor in factors)
 
 
-def _product_cost(factors: Sequence[Tensor]) -> int:
-    """Multiplications to multiply a chain of matrices up, from left to right."""
-    return sum(factors[0].shape[0] * factor.numel() for factor in factors[1:])
+def product_cost(factors: Sequence[Tensor]) -> int:
+    """Multiplications to `split` a chain of matrices."""
+    joint = _narrowest(factors)
+    halves = factors[:joint], factors[joint:]
+    return sum(half[0].shape[0] * factor.numel() for half in halves for factor in half[1:])
 
 
 def narrowest_rank(factors: Sequence[Tensor]) -> int:

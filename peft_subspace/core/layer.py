@@ -138,6 +138,15 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         return delta
 
+    def beneath(self, config: Any) -> list[str]:
+        """Adapters whose updates are a part of the weight that a new adapter starts from."""
+        return []
+
+    def with_updates(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
+        """A base weight plus the updates of some adapters, `(out, in, *kernel)` in fp32."""
+        updates = (self.ops.to_layout(self.get_delta_weight(name)) for name in adapters)
+        return sum(updates, start=self.ops.to_layout(weight).float())
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -63,7 +64,7 @@ def check_adapter(model: nn.Module, folder: Path) -> SubspaceConfig:
         )
     plan = tuner.plan(model, config)
     expected = tuner.expected_state(plan)
-    if not expected:
+    if not expected and config.target_modules != DUMMY_TARGET_MODULES:
         raise ValueError(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}; load the "
             "adapter on the base model that it was trained on"
@@ -75,6 +76,7 @@ def check_adapter(model: nn.Module, folder: Path) -> SubspaceConfig:
             state = {key: file.get_tensor(key) for key in expected}
             check_state(expected, state)
             check_values(tuner.keyed(plan), state)
+            tuner.check_base(tuner.on_base(model, plan), state)
     except SafetensorError as error:
         raise ValueError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is not a complete safetensors file ({error}); download or "

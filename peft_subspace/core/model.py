@@ -24,7 +24,7 @@ from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
 from .mixed_batch import adapter_names_passed, check_adapter_names
 from .ops import EmbeddingOps, ops_for
-from .weight_start import WeightStarts, check_weight
+from .weight_start import WeightStarts
 
 logger = getLogger("peft_subspace")
 
@@ -127,6 +127,28 @@ class SubspaceModel(CombiningTuner):
         return {f"base_model.model.{module}.{cls.prefix}delta": delta for module, delta in plan.items()}
 
     @classmethod
+    def check_base(cls, layers: dict[str, SubspaceLayer], state: dict[str, Tensor]) -> None:
+        """Raise unless values that are about to be loaded are for these base weights.
+
+        Args:
+            layers: Layers on the base model, by the start of their keys in `state`.
+            state: Tensors of the adapter.
+
+        Raises:
+            ValueError: Naming the module.
+        """
+
+    @classmethod
+    def on_base(cls, model: nn.Module, plan: dict[str, Delta]) -> dict[str, SubspaceLayer]:
+        """Layers that read the base weights of a plan's modules, by the start of their saved keys."""
+        kwargs = get_quantization_kwargs(model)
+        modules = (model.get_submodule(name) for name in plan)
+        layers = (
+            m if isinstance(m, cls.tuner_layer_cls) else cls.tuner_layer_cls(m, **kwargs) for m in modules
+        )
+        return dict(zip(cls.keyed(plan), layers, strict=True))
+
+    @classmethod
     def expected_state(cls, plan: dict[str, Delta]) -> dict[str, Tensor]:
         """Tensors, on the meta device, that a saved adapter must hold for the deltas of a plan."""
         return {
@@ -184,15 +206,15 @@ class SubspaceModel(CombiningTuner):
         """Check the tensors that PEFT is about to load; if they are unfit, remove the new adapter again."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls)}
-        deltas = {
-            f"{name}.{cls.prefix}delta.{adapter_name}": layer.deltas[adapter_name]
-            for name, layer in layers.items()
-            if adapter_name in layer.deltas
+        layers = {
+            f"{name}.{cls.prefix}delta.{adapter_name}": layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.deltas
         }
         try:
             check_state({key: own[key] for key in remapped if cls.prefix in key and key in own}, remapped)
-            check_values(deltas, remapped)
+            check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, remapped)
+            cls.check_base(layers, remapped)
         except ValueError:
             _discard(model, adapter_name, cls)
             raise
@@ -225,8 +247,9 @@ def _targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn
 def _check_start(module: nn.Module, delta: Delta) -> None:
     """Look, before anything is replaced, for a weight that no start is possible from."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if delta.needs_weight and isinstance(base.weight, Tensor) and base.weight.dtype.itemsize > 1:
-        check_weight(base)
+    weight = base.weight.detach()
+    if not weight.is_meta and weight.dtype.itemsize > 1:  # else quantised, and read when its turn comes
+        delta.check_weight(weight)
 
 
 def _refuse_attention_internals(model: nn.Module, name: str) -> None:

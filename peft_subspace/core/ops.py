@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
 from .delta import WeightShape, chain_cost, multiply, narrowest_rank, shorten, split
+from .linear import update_linear, update_pays
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -124,6 +125,27 @@ class LinearOps(LayerOps):
         if self.calls_layer:
             return self._add_by_calling(result, base, branch, x)
         return _add_chain(result, branch.factors, branch.drop(x))
+
+    def merged_forward(
+        self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """Multiply once by `W + ΔW`, where that is exact and cheaper to train than the factors."""
+        if self.calls_layer or not self.linear or any(branch.drops for branch in branches):
+            return super().merged_forward(base, branches, x, *args, **kwargs)
+        tokens = x.numel() // x.shape[-1]
+        if not all(update_pays(branch.factors, tokens) for branch in branches):
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast or _has_hooks(base) or not _sums_exactly(base, branches, x):
+            return None
+        weight = self.to_layout(base.weight)
+        dense = [branch.factors[0] for branch in branches if len(branch.factors) == 1]
+        pairs = [split(branch.factors) for branch in branches if len(branch.factors) > 1]
+        weight = sum(dense, start=weight)
+        if not pairs:
+            return F.linear(x, weight, base.bias)
+        lefts, rights = zip(*pairs, strict=True)
+        return update_linear(x, weight, base.bias, torch.cat(lefts, dim=1), torch.cat(rights))
 
     def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         total.addmm_(grad_output.flatten(0, -2).T.float(), x.flatten(0, -2).float())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import SubspaceConfig
@@ -48,12 +47,15 @@ class WeightStarts:
         self.bar.update()
         if weight.is_meta:
             return False
+        beneath = layer.beneath(config)
         stored = layer.get_base_layer().weight  # kept, so that no other weight takes its address
         key = (stored.data_ptr(), stored.stride(), layer.ops.shape, str(delta.rank))
-        if key in self._known:
+        if beneath:
+            delta.reset_from_weight(layer.with_updates(weight, beneath))
+        elif key in self._known:
             delta.copy_frozen(self._known[key][0])
         else:
-            delta.reset_from_weight(layer.ops.to_layout(weight).float())
+            delta.reset_from_weight(layer.with_updates(weight, ()))
             self._known[key] = (delta, stored)
         return True
 
@@ -61,23 +63,6 @@ class WeightStarts:
         """Finish the progress bar, and forget the weights."""
         self.bar.close()
         self._known.clear()
-
-
-def check_weight(base: nn.Module) -> None:
-    """Raise unless a start from the weight of an unquantised layer is possible.
-
-    Raises:
-        ValueError: If the weight is zero or not finite.
-    """
-    weight = base.weight.detach()
-    if weight.is_meta:
-        return
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has NaN or infinite values; load a sound checkpoint, or exclude it")
-    if not weight.any():
-        raise ValueError(
-            "the weight is zero, which has no singular vectors; load a checkpoint, or exclude it"
-        )
 
 
 def _unreadable(layer: SubspaceLayer) -> str:

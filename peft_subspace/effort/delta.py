@@ -94,6 +94,18 @@ class EffortDelta(Delta):
         for parameter in self.parameters():
             parameter.data.normal_(generator=generator)
 
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise unless the weight has singular vectors.
+
+        Raises:
+            ValueError: If it is zero or not finite.
+        """
+        super().check_weight(weight)
+        if not weight.any():
+            raise ValueError(
+                "the weight is zero, which has no singular vectors; load a checkpoint, or exclude it"
+            )
+
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the smallest singular triples of the weight.
 
