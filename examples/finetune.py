@@ -21,6 +21,7 @@ METHODS = {  # --method: the config class in peft_subspace
     "flora": "FLoRAConfig",
     "mos": "MoSConfig",
     "lora-sb": "LoRASBConfig",
+    "continual-svd": "ContinualSVDConfig",
 }
 DEMOS = {  # --demo: the settings that differ from the defaults below
     "digits": {"task": "image-classification", "epochs": 8, "learning_rate": 5e-3, "batch_size": 32},

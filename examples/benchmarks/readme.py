@@ -134,6 +134,70 @@ def lora_sb() -> str:
     return markdown(["", "median (range)", title], rows)
 
 
+def continual_svd() -> str:
+    """Continual SVD beside OSF and LoRA: leaks and training."""
+    run = results("continual_svd")
+    trained = run["training"]
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in run["leak"]):
+        for base in ("float32", "bfloat16"):
+            found = [row for row in run["leak"] if (row["method"], row["base"]) == (method, base)]
+            leak = " / ".join(f"{row['leak']:.1e}" for row in found)
+            rows.append(
+                [f"leak, {method}, {base}, lr " + " / ".join(f"{row['rate']:g}" for row in found), leak]
+            )
+            if all("rounding" in row for row in found):
+                added = " / ".join(f"{row['rounding']:.1e}" for row in found)
+                rows.append([f"rounding of the merged {base} weight / update, {method}", added])
+    for pair in ("continual_svd/osf", "continual_svd r=16/lora r=16"):
+        one, other = (trained[name] for name in pair.split("/"))
+        rows.append([f"trained numbers, {pair}", f"{one['trainable']:,} / {other['trainable']:,}"])
+        rows.append([f"train step, {pair}", between(trained[pair])])
+        rows.append([f"peak of two AdamW steps, {pair}", f"{trained[pair]['peak']:.3f}"])
+    return markdown(["", "result"], rows)
+
+
+def effort_detector() -> str:
+    """Detectors of generated images on generators seen and not seen in training."""
+    run = results("effort_detector")
+    rows = []
+    for method in run["summary"].values():
+        unseen = [
+            auc
+            for family, aucs in method["auc_pairs"].items()
+            for other, auc in aucs.items()
+            if other != family
+        ]
+        rows.append(
+            [
+                method["title"],
+                f"{method['trainable']:,}",
+                f"{spread(method['auc_unseen'], 3)} ({min(unseen):.2f} to {max(unseen):.2f})",
+                *(spread(method[name], 3) for name in ("accuracy_unseen", "auc_seen", "accuracy_seen")),
+                spread(method["effective_rank"], 0),
+                spread(method["outside_auc"], 3) if "outside_auc" in method else "not run",
+            ]
+        )
+    titles = ["AUC, unseen generators (range of pairs)", "accuracy, unseen", "AUC, seen", "accuracy, seen"]
+    header = ["", "trained parameters", *titles, "effective rank of the features", "AUC, outside images"]
+    return f"{markdown(header, rows)}\n\n{_detector_settings(run)}"
+
+
+def _detector_settings(run: dict[str, Any]) -> str:
+    """What the table of detectors was measured with."""
+    settings, methods = run["settings"], run["summary"].values()
+    families = list(next(iter(methods))["auc_pairs"])
+    rates = [f"{method['title']} {sorted(set(method['rates'].values()))}" for method in methods]
+    psnr = ", ".join(f"{family} {decibel:.1f} dB" for family, decibel in run["psnr"].items())
+    seeds = min(len(method["auc_unseen"]) for method in methods)
+    return (
+        f"Means over the pairs of generators and ± standard deviation over {seeds} seeds. Trained on one of "
+        f"{', '.join(families)} for {settings['steps']} steps of {settings['batch_size']} images, tested on "
+        f"{run['images']['test']} photos and as many images of each generator (PSNR: {psnr}). "
+        f"Learning rates chosen in validation, for the probe its penalty: {'; '.join(rates)}."
+    )
+
+
 def effort() -> str:
     """Effort beside LoRA, its regularisers and its start."""
     run = results("effort")
@@ -158,10 +222,12 @@ def effort() -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
+    "continual_svd": ("continual_svd.json", continual_svd),
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
     "effort": ("effort.json", effort),
+    "effort_detector": ("effort_detector.json", effort_detector),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),

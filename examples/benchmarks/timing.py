@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -51,9 +50,15 @@ def peak_mib(script: str, *arguments: str) -> float:
 
 def print_peak(work: Callable[[], Any]) -> None:
     """Run `work` and print by how many MiB the process's peak grew; the other half of `peak_mib`."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water_mib()
     work()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_high_water_mib() - before)
+
+
+def _high_water_mib() -> float:
+    """Peak resident MiB of this program; `ru_maxrss` would begin with that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def transformer(layers: int = 24, width: int = 1024, dtype: torch.dtype = torch.float32) -> nn.Module:
