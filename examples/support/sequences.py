@@ -1,0 +1,256 @@
+"""The comparison of `continual_learning.py`: every method on every order and seed, and its table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from peft_subspace.continual_svd import continual_metrics, save_heatmap
+from support import demos, texts
+from support.learners import LEARNERS, trainable
+from support.results import Results
+from support.texts import SPLITS, TextTask
+
+DATA_SEED = 0
+PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
+NOT_SETTINGS = ("output", "results", "orders", "methods", "seeds")
+"""Options that may change between two calls that share one results file."""
+
+KNOWN, SHARED = "known", "shared"
+"""Predictions among the classes of the text's own task, and among all classes."""
+
+Batch = dict[str, Tensor]
+
+
+class Sequences:
+    """Tasks, network and results that all runs share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+        settings["data"] = options.data.name if options.data else None
+        self.results = Results(options.results, settings)
+        wanted = {split: getattr(options, f"{split}_rows") for split in SPLITS}
+        self.tasks = texts.load(options.tasks, options.data, wanted, DATA_SEED)
+        self.orders = [order.split(",") for order in options.orders] or [list(self.tasks)]
+        self.source = options.model or demos.minilm_folder()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+        self.results.content |= {
+            "versions": {package: version(package) for package in PACKAGES},
+            "threads": torch.get_num_threads(),
+            "classes": {name: len(task.classes) for name, task in self.tasks.items()},
+        }
+
+    def rate(self, method: str) -> float:
+        """The rate with the best average accuracy on validation rows, first order and seed 0."""
+        runs = {
+            rate: self.run(method, self.orders[0], rate, 0, "validation") for rate in LEARNERS[method].rates
+        }
+        return max(runs, key=lambda rate: continual_metrics(runs[rate][KNOWN])["average_accuracy"])
+
+    def run(
+        self, method: str, order: list[str], rate: float, seed: int, split: str = "test"
+    ) -> dict[str, Any]:
+        """Learns one sequence and measures it after every task, unless the results file has it."""
+        runs, key = self.results.content["runs"], f"{split} {method} {','.join(order)} {rate:g} {seed}"
+        if key not in runs:
+            started = time.perf_counter()
+            runs[key] = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}
+            try:
+                runs[key] |= self._learn(method, order, rate, seed, split)
+            except BaseException:
+                del runs[key]
+                raise
+            runs[key]["seconds"] = time.perf_counter() - started
+            self.results.save()
+        return runs[key]
+
+    def _learn(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
+        learner, preserve = LEARNERS[method], self.options.preserve
+        transformers.set_seed(seed)
+        model = learner.start(self._base(), preserve)
+        found: dict[str, Any] = {
+            KNOWN: [],
+            SHARED: [],
+            "baseline": self._accuracies(model, order, split)[KNOWN],
+        }
+        found["trainable"] = sum(parameter.numel() for parameter in trainable(model))
+        groups = [order] if learner.joint else [[name] for name in order]
+        for number, group in enumerate(groups):
+            if number:
+                model = learner.proceed(model, number, preserve)
+            self._train(model, [self.tasks[name] for name in group], rate, seed)
+            accuracies = self._accuracies(model, order, split)
+            for setting in (KNOWN, SHARED):
+                found[setting] += [accuracies[setting]] * len(group)
+        return found
+
+    def _base(self) -> nn.Module:
+        labels = sum(len(task.classes) for task in self.tasks.values())
+        auto = transformers.AutoModelForSequenceClassification
+        return auto.from_pretrained(self.source, num_labels=labels)
+
+    def _train(self, model: nn.Module, tasks: list[TextTask], rate: float, seed: int) -> None:
+        """AdamW with a linear decay to zero; the loss compares the classes of a row's own task."""
+        options = self.options
+        batches = [(task, rows) for task in tasks for rows in self._epochs(task, seed)]
+        optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+        if len(tasks) > 1:
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+            batches = [batches[i] for i in order]
+        model.train()
+        for task, rows in tqdm(batches, desc=options.output.name, leave=False):
+            batch = self._collate(rows)
+            labels = batch.pop("labels") - task.first
+            loss = cross_entropy(model(**batch).logits[:, task.span], labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+    def _epochs(self, task: TextTask, seed: int) -> Iterator[list[dict[str, Any]]]:
+        rows, size = task.rows["train"], self.options.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(self.options.epochs):
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            for start in range(0, len(rows), size):
+                yield [rows[i] for i in order[start : start + size]]
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        batch = self.tokenizer(
+            [row["text"] for row in rows],
+            truncation=True,
+            max_length=self.options.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    @torch.inference_mode()
+    def _accuracies(self, model: nn.Module, order: list[str], split: str) -> dict[str, list[float]]:
+        """Accuracy on each task, in both settings."""
+        model.eval()
+        found: dict[str, list[float]] = {KNOWN: [], SHARED: []}
+        for name in order:
+            task, right = self.tasks[name], {KNOWN: 0, SHARED: 0}
+            rows = sorted(task.rows[split], key=lambda row: len(row["text"]))  # little padding
+            for start in range(0, len(rows), 64):
+                batch = self._collate(rows[start : start + 64])
+                labels = batch.pop("labels")
+                logits = model(**batch).logits
+                right[KNOWN] += int((logits[:, task.span].argmax(1) + task.first == labels).sum())
+                right[SHARED] += int((logits.argmax(1) == labels).sum())
+            for setting, count in right.items():
+                found[setting].append(count / len(rows))
+        return found
+
+    def predicted_hours(self) -> float:
+        """Hours that the runs still to come take, by the runs so far or one batch of each method."""
+        seconds = 0.0
+        for method in self.options.methods:
+            runs = [r for r in self.results.content["runs"].values() if r["method"] == method]
+            wanted = len(LEARNERS[method].rates) + len(self.orders) * self.options.seeds
+            one = statistics.median(r["seconds"] for r in runs) if runs else self._seconds(method)
+            seconds += max(0, wanted - len(runs)) * one
+        return seconds / 3600
+
+    def _seconds(self, method: str) -> float:
+        """Predicted seconds of one sequence."""
+        model = LEARNERS[method].start(self._base(), self.options.preserve)
+        task = next(iter(self.tasks.values()))
+        steps = itertools.islice(self._epochs(task, 0), 4)
+        few = TextTask(
+            task.name, task.first, task.classes, {"train": [row for rows in steps for row in rows]}
+        )
+        started = time.perf_counter()
+        self._train(model, [few], 0.0, 0)
+        per_row = (time.perf_counter() - started) / (len(few.rows["train"]) * self.options.epochs)
+        rows = [
+            (len(t.rows["train"]) * self.options.epochs, len(t.rows["test"])) for t in self.tasks.values()
+        ]
+        # a pass without gradients takes about a third of one with them
+        return per_row * sum(train + len(rows) * test / 3 for train, test in rows)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything: tasks, sequences, results, plots, table."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sequences = Sequences(options)
+    content = sequences.results.content
+    print(f"predicted: {sequences.predicted_hours():.2f} hours", flush=True)
+    for method in tqdm(options.methods, desc="methods"):
+        rate = sequences.rate(method)
+        for order, seed in itertools.product(sequences.orders, range(options.seeds)):
+            sequences.run(method, order, rate, seed)
+    content["summary"] = summary(content)
+    sequences.results.save()
+    for method in options.methods:
+        matrix = mean_matrix(content, method, sequences.orders[0])
+        title = f"{LEARNERS[method].title}: accuracy"
+        save_heatmap(matrix, sequences.orders[0], options.output / f"{method}.png", title)
+    print(table(content["summary"], options.methods))
+    print(f"all runs: {options.results}; accuracy matrices: {options.output}")
+
+
+def tested(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The runs of a method that were tested."""
+    return [r for r in content["runs"].values() if r["method"] == method and r["split"] == "test"]
+
+
+def mean_matrix(content: dict[str, Any], method: str, order: list[str]) -> list[list[float]]:
+    """Accuracy matrix of one order, with the task known, mean over seeds."""
+    runs = [run[KNOWN] for run in tested(content, method) if run["order"] == order]
+    return torch.tensor(runs).mean(0).tolist()
+
+
+def summary(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One number per order and seed of each measure, by method.
+
+    Returns:
+        `title`, `trainable`, `rate`, and lists of `average_accuracy`, `backward_transfer`, `forgetting`,
+        `forward_transfer`, `learned` (accuracy right after each task) and `shared` (average accuracy with
+        one shared head).
+    """
+    figures = {}
+    for method in dict.fromkeys(run["method"] for run in content["runs"].values()):
+        runs = tested(content, method)
+        if not runs:
+            continue
+        rows = [continual_metrics(run[KNOWN], run["baseline"]) for run in runs]
+        for row, run in zip(rows, runs, strict=True):
+            row["learned"] = statistics.fmean(run[KNOWN][i][i] for i in range(len(run[KNOWN])))
+            row["shared"] = statistics.fmean(run[SHARED][-1])
+        figures[method] = {
+            "title": LEARNERS[method].title,
+            "trainable": runs[0]["trainable"],
+            "rate": runs[0]["rate"],
+            "orders": len({",".join(run["order"]) for run in runs}),
+            "seeds": len({run["seed"] for run in runs}),
+            **{name: [row[name] for row in rows] for name in rows[0]},
+        }
+    return figures
+
+
+def table(figures: dict[str, dict[str, Any]], methods: list[str]) -> str:
+    """The comparison as text: means over orders and seeds."""
+    names = ("average_accuracy", "learned", "forgetting", "backward_transfer", "shared")
+    titles = ("average", "learned", "forgotten", "backward", "one head")
+    lines = ["".join([" " * 38, *(f"{title:>11}" for title in titles), f"{'trained':>13}"])]
+    for method, row in figures.items():
+        if method in methods:
+            means = [f"{statistics.fmean(row[name]):11.3f}" for name in names]
+            lines.append("".join([f"{row['title']:38}", *means, f"{row['trainable']:13,}"]))
+    return "\n".join(lines)
