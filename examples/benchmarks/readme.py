@@ -157,6 +157,33 @@ def continual_svd() -> str:
     return markdown(["", "result"], rows)
 
 
+def continual_tasks() -> str:
+    """Sequences of text tasks: what is left of all of them at the end."""
+    run = results("continual_tasks")
+    rows = [
+        [
+            method["title"],
+            f"{method['trainable']:,}",
+            *(spread(method[name], 3) for name in ("average_accuracy", "learned", "forgetting", "shared")),
+            f"{method['rate']:g}",
+        ]
+        for method in run["summary"].values()
+    ]
+    titles = [
+        "average accuracy at the end",
+        "right after each task",
+        "forgetting",
+        "one shared head",
+    ]
+    settings, first = run["settings"], next(iter(run["summary"].values()))
+    return (
+        f"{markdown(['', 'trained parameters', *titles, 'learning rate'], rows)}\n\n"
+        f"Mean ± standard deviation over {first['orders']} orders and {first['seeds']} seeds of "
+        f"{', '.join(run['classes'])}; {settings['train_rows']} rows of each, {settings['epochs']} passes, "
+        f"tested on {settings['test_rows']}. The task is known when tested, but for the shared head."
+    )
+
+
 def effort_detector() -> str:
     """Detectors of generated images on generators seen and not seen in training."""
     run = results("effort_detector")
@@ -223,6 +250,7 @@ def effort() -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
     "continual_svd": ("continual_svd.json", continual_svd),
+    "continual_tasks": ("continual_tasks.json", continual_tasks),
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),

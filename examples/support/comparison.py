@@ -18,6 +18,7 @@ from tqdm import tqdm
 from support import detector, generators, photos, vision
 from support.detector import METHODS, Examples, Training
 from support.generators import SPLITS
+from support.results import Results
 
 DATA_SEED = 0
 PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
@@ -30,25 +31,6 @@ IMAGE_SETTINGS = (
     "generator_steps",
     *(f"{name}_images" for name in (*SPLITS, "generator")),
 )
-
-
-class Results:
-    """A JSON file of runs that is written after each, so that an interrupted comparison goes on."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"settings": settings, "runs": {}}
-        if path.exists():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
-            if self.content["settings"] != settings:
-                raise SystemExit(f"{path} was measured with other settings; choose another --results")
-
-    def save(self) -> None:
-        """Writes the file, never half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
 
 
 class Comparison:
