@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,10 +44,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _full(base: nn.Module, preserve: float) -> nn.Module:
-    targets = [name for name, _ in base.named_modules() if re.fullmatch(TARGETS, name)]
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[0] in targets)
-    return base
+    return base.requires_grad_(True)
 
 
 def _lora(base: nn.Module, preserve: float) -> nn.Module:
