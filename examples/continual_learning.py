@@ -68,6 +68,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seeds", type=int, default=1, help="runs of every order with the chosen rate")
     group.add_argument("--epochs", type=int, default=3, help="passes over the rows of each task")
     group.add_argument("--batch-size", type=int, default=16, help="rows in one step")
+    group.add_argument("--bf16", action="store_true", help="train and test with bfloat16 autocast")
     group.add_argument(
         "--output", type=Path, default=Path("outputs/continual_learning"), help="for all files"
     )

@@ -114,11 +114,15 @@ class Sequences:
         for task, rows in tqdm(batches, desc=options.output.name, leave=False):
             batch = self._collate(rows)
             labels = batch.pop("labels") - task.first
-            loss = cross_entropy(model(**batch).logits[:, task.span], labels)
+            loss = cross_entropy(self._logits(model, batch)[:, task.span], labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
+            return model(**batch).logits.float()
 
     def _epochs(self, task: TextTask, seed: int) -> Iterator[list[dict[str, Any]]]:
         rows, size = task.rows["train"], self.options.batch_size
@@ -149,7 +153,7 @@ class Sequences:
             for start in range(0, len(rows), 64):
                 batch = self._collate(rows[start : start + 64])
                 labels = batch.pop("labels")
-                logits = model(**batch).logits
+                logits = self._logits(model, batch)
                 right[KNOWN] += int((logits[:, task.span].argmax(1) + task.first == labels).sum())
                 right[SHARED] += int((logits.argmax(1) == labels).sum())
             for setting, count in right.items():
