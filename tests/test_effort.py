@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import oracles
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import llama, vit
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from processes import run_in_two_processes
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
@@ -736,16 +738,12 @@ def test_resumed_run_continues_with_the_same_losses(tmp_path):
     assert_close(trained(again), trained(part))
 
 
-def run_process(rank, folder, kind):
+def train_together(rank, folder, kind):
     """One of two processes of a Trainer."""
-    torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true",
         MASTER_ADDR="localhost", MASTER_PORT="0",  # asked for, and not used: the group is there
     )  # fmt: skip
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
-    )
     model = start(kind, "peft")
     train(
         model, folder / "run", Texts() if kind == "text" else Images(), per_device_train_batch_size=1,
@@ -753,19 +751,12 @@ def run_process(rank, folder, kind):
     )  # fmt: skip
     if rank == 0:
         torch.save(trained(model), folder / "trained.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_weight_does_not_depend_on_the_number_of_processes(kind, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_process, args=(rank, tmp_path, kind)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_in_two_processes(partial(train_together, kind=kind), tmp_path)
     assert_close(torch.load(tmp_path / "trained.pt"), expected(kind))
 
 

@@ -14,7 +14,6 @@ LoRA's step. Times are medians of interleaved repeats.
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -103,32 +102,11 @@ def train(layers: int, width: int, repeats: int) -> dict[str, Any]:
     """Time of a train step and peak memory of training, of each method beside its baseline."""
     results: dict[str, Any] = {}
     for pair in PAIRS:
-        peaks = {name: timing.peak_mib(__file__, name, str(layers), str(width)) for name in pair}
-        steps = {}
-        for method in pair:
-            torch.manual_seed(0)
-            model = get_peft_model(timing.transformer(layers, width), METHODS[method]())
-            results[method] = {
-                "trainable": model.get_nb_trainable_parameters()[0],
-                "peak_mib": peaks[method],
-            }
-            steps[method] = timing.train_step(model)
-        seconds = timing.interleaved(steps, repeats)
-        for method, times in seconds.items():
-            results[method]["step_s"] = statistics.median(times)
-        results["/".join(pair)] = {**timing.ratio(seconds, *pair), "peak": peaks[pair[0]] / peaks[pair[1]]}
+        configs = {method: METHODS[method] for method in pair}
+        found, seconds = timing.training(__file__, configs, layers, width, repeats)
+        one, other = (found[method]["peak_mib"] for method in pair)
+        results |= {**found, "/".join(pair): {**timing.ratio(seconds, *pair), "peak": one / other}}
     return results
-
-
-def two_adamw_steps(method: str, layers: int, width: int) -> None:
-    """What the peak is taken of: a model, its adapter, and two steps with their optimiser state."""
-    model = get_peft_model(timing.transformer(layers, width), METHODS[method]()).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def main() -> None:
@@ -143,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak:
         method, layers, width = options.peak
-        timing.print_peak(lambda: two_adamw_steps(method, int(layers), int(width)))
+        timing.print_peak(lambda: timing.two_adamw_steps(METHODS[method](), int(layers), int(width)))
         return
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     rows = leaks(20 if options.quick else 200, 2, 128)

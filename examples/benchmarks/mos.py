@@ -96,35 +96,8 @@ def serve(count: int, layers: int, width: int, requests: int, repeats: int) -> d
 
 def train(layers: int, width: int, repeats: int) -> dict[str, Any]:
     """Time of a train step and peak memory of training, of MoS and LoRA at one rank."""
-    results: dict[str, Any] = {}
-    steps = {}
-    for method, config in TRAINED.items():
-        torch.manual_seed(0)
-        model = get_peft_model(timing.transformer(layers, width), config())
-        peaks = [
-            timing.peak_mib(__file__, method, str(layers), str(width)) for _ in range(1 if repeats < 5 else 3)
-        ]
-        results[method] = {
-            "trainable": model.get_nb_trainable_parameters()[0],
-            "peak_mib": statistics.median(peaks),
-        }
-        steps[method] = timing.train_step(model)
-    seconds = timing.interleaved(steps, repeats)
-    for method, times in seconds.items():
-        results[method]["step_s"] = statistics.median(times)
-    results["mos/lora"] = timing.ratio(seconds, "mos", "lora")
-    return results
-
-
-def two_adamw_steps(method: str, layers: int, width: int) -> None:
-    """What the peak is taken of: a model, its adapter, and two steps with their optimiser state."""
-    model = get_peft_model(timing.transformer(layers, width), TRAINED[method]()).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    results, seconds = timing.training(__file__, TRAINED, layers, width, repeats)
+    return {**results, "mos/lora": timing.ratio(seconds, "mos", "lora")}
 
 
 def _mixed_batch(model: PeftModel, ids: torch.Tensor, names: list[str]) -> Callable[[], None]:
@@ -156,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak:
         method, layers, width = options.peak
-        timing.print_peak(lambda: two_adamw_steps(method, int(layers), int(width)))
+        timing.print_peak(lambda: timing.two_adamw_steps(TRAINED[method](), int(layers), int(width)))
         return
     if options.growth:
         method, *sizes = options.growth

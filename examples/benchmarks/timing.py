@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,6 +89,37 @@ def train_step(model: nn.Module, batch: int = 4, tokens: int = 256) -> Callable[
         model.zero_grad(set_to_none=True)
 
     return step
+
+
+def two_adamw_steps(config: PeftConfig, layers: int, width: int) -> None:
+    """What a peak is taken of: a model, its adapter, and two steps with their optimiser state."""
+    model = get_peft_model(transformer(layers, width), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def training(
+    script: str, configs: dict[str, Callable[[], PeftConfig]], layers: int, width: int, repeats: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Trained numbers, peak and train step of each config on the same decoder, and the seconds themselves.
+
+    `script --peak NAME LAYERS WIDTH` has to print the peak of `two_adamw_steps`.
+    """
+    peaks = {name: peak_mib(script, name, str(layers), str(width)) for name in configs}
+    results, steps = {}, {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = get_peft_model(transformer(layers, width), config())
+        results[name] = {"trainable": model.get_nb_trainable_parameters()[0], "peak_mib": peaks[name]}
+        steps[name] = train_step(model)
+    seconds = interleaved(steps, repeats)
+    for name, times in seconds.items():
+        results[name]["step_s"] = statistics.median(times)
+    return results, seconds
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
