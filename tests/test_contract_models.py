@@ -352,6 +352,11 @@ def test_merged_model_gives_the_same_logits_everywhere(method):
         model = get_peft_model(
             architecture.build(), method.config(target_modules=None, init_weights=False)
         ).eval()
+        for module in model.modules():
+            if isinstance(
+                module, SubspaceLayer
+            ):  # updates many times larger than weights make chaos of depth
+                module.set_scale("default", 0.1)
         inputs = architecture.inputs()
         before = logits(model, inputs)
         assert distance(logits(model.merge_and_unload(), inputs), before) < 1e-4, architecture
