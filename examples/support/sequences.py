@@ -217,7 +217,7 @@ def tested(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
 def mean_matrix(content: dict[str, Any], method: str, order: list[str]) -> list[list[float]]:
     """Accuracy matrix of one order, with the task known, mean over seeds."""
     runs = [run[KNOWN] for run in tested(content, method) if run["order"] == order]
-    return torch.tensor(runs).mean(0).tolist()
+    return torch.tensor(runs, dtype=torch.float64).mean(0).tolist()
 
 
 def summary(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
