@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from peft_subspace.core.config import check_count, check_number, invalid
+from peft_subspace.core.config import check_count, check_number, invalid, patterns_of
 from peft_subspace.core.undisturbed import read_batches, undisturbed
 
 from .config import ContinualSVDConfig
@@ -107,13 +106,8 @@ def preserve_pattern(
     check_number("minimum", minimum, minimum=0.0, maximum=1.0)
     if minimum > target:
         raise invalid("minimum", minimum, f"must be at most target={target}")
-    pattern = {}
-    for name in sorted(
-        importance, key=len, reverse=True
-    ):  # a pattern fits the end of a name; the first counts
-        value = minimum + importance[name] * (target - minimum)
-        pattern[re.escape(name)] = min(max(value, minimum), _LARGEST_FRACTION)
-    return pattern
+    fractions = {name: minimum + value * (target - minimum) for name, value in importance.items()}
+    return patterns_of({name: min(max(f, minimum), _LARGEST_FRACTION) for name, f in fractions.items()})
 
 
 class _Meter:

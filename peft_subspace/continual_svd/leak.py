@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_subspace.core.layer import adapted_layers
+
 from .delta import ContinualSVDDelta
 from .model import ContinualSVDLayer
 from .subspaces import singular_vectors
@@ -39,11 +41,7 @@ def subspace_leak(
     Raises:
         ValueError: If the model has no such adapter.
     """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, ContinualSVDLayer) and adapter_name in module.deltas
-    }
+    layers = adapted_layers(model, adapter_name, ContinualSVDLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no Continual SVD adapter on this model")
     config = getattr(model, "peft_config", {}).get(adapter_name)

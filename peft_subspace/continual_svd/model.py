@@ -11,7 +11,7 @@ from peft.utils.other import _set_adapter as set_heads
 from torch import Tensor, nn
 
 from peft_subspace.core.checks import naming
-from peft_subspace.core.config import SubspaceConfig
+from peft_subspace.core.config import SubspaceConfig, patterns_of
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
 
@@ -166,10 +166,7 @@ class ContinualSVDModel(SubspaceModel):
     def _combined_config(self, config: Any, ranks: dict[str, Any]) -> Any:
         """Config of a sum of adapters; the rank of a delta is that of its update and what it preserves."""
         combined: Any = super()._combined_config(config, {name: r for name, (r, _) in ranks.items()})
-        patterns = {
-            key: ranks[name][1] for key, name in zip(combined.rank_pattern, _longest(ranks), strict=True)
-        }
-        combined.preserve_pattern = patterns
+        combined.preserve_pattern = patterns_of({name: preserve for name, (_, preserve) in ranks.items()})
         return combined
 
     @classmethod
@@ -195,7 +192,3 @@ class ContinualSVDModel(SubspaceModel):
 def stacked_tasks(config: Any) -> list[str]:
     """Earlier tasks of a task whose adapters lie beneath it."""
     return [task for task, history in config.earlier_tasks.items() if history == "stack"]
-
-
-def _longest(names: dict[str, Any]) -> list[str]:
-    return sorted(names, key=len, reverse=True)

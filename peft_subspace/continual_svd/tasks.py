@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.checks import naming
 from peft_subspace.core.config import invalid
+from peft_subspace.core.layer import adapted_layers
 
 from .config import HISTORIES, ContinualSVDConfig
 from .model import ContinualSVDLayer, ContinualSVDModel, stacked_tasks
@@ -62,7 +63,7 @@ def next_task(
     """
     tuner = _tuner(model)
     task = _current_task(tuner)
-    layers = [m for m in tuner.modules() if isinstance(m, ContinualSVDLayer) and task in m.deltas]
+    layers = adapted_layers(tuner, task, ContinualSVDLayer).values()
     keep = keep or ("stack" if any(layer.quantization_backend is not None for layer in layers) else "merge")
     _check_name(tuner, name)
     _check_keep(tuner, task, keep)

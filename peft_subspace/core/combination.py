@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .checks import naming
-from .config import SubspaceConfig
+from .config import SubspaceConfig, patterns_of
 
 
 class CombiningTuner(BaseTuner):
@@ -65,12 +64,10 @@ class CombiningTuner(BaseTuner):
 
     def _combined_config(self, config: SubspaceConfig, ranks: dict[str, Any]) -> SubspaceConfig:
         """Config under which the result of `add_weighted_adapter` is created again on loading."""
-        # Patterns match from the end of a name, and the first match counts: longest names first.
-        patterns = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
         changes: dict[str, Any] = {
-            "target_modules": set(ranks), "rank_pattern": patterns, "alpha_pattern": {}, "scale": 1.0,
-            "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "dropout": 0.0,
-            "initialized": True, "orthogonality_weight": 0.0,
+            "target_modules": set(ranks), "rank_pattern": patterns_of(ranks), "alpha_pattern": {},
+            "scale": 1.0, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+            "dropout": 0.0, "initialized": True, "orthogonality_weight": 0.0,
         }  # fmt: skip
         return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 

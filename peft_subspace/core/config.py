@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -200,3 +202,11 @@ class ScaledConfig(SubspaceConfig):
 def look_up(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
     """Value of the first pattern, a name's end or a regular expression, that fits a module."""
     return patterns.get(get_pattern_key(list(patterns), module_name), default)
+
+
+def patterns_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns by which `look_up` finds the value of each module by its full name.
+
+    A pattern fits the end of a name, and the first one counts: longest names first.
+    """
+    return {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}

@@ -18,7 +18,7 @@ from .config import check_count, check_number, invalid
 from .delta import Delta
 from .gradient_cache import read_gradients, write_gradients
 from .gradients import GradientEstimate, LossFunction, model_loss
-from .layer import SubspaceLayer
+from .layer import SubspaceLayer, adapted_layers
 
 
 def initialize_from_gradient(
@@ -87,21 +87,13 @@ def initialize_from_gradient(
 
 def is_started(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was loaded, or started from gradients."""
-    layers = _adapted_layers(_unwrap(model), adapter_name).values()
+    layers = adapted_layers(_unwrap(model), adapter_name, SubspaceLayer).values()
     return any(layer.deltas[adapter_name].initialized for layer in layers)
-
-
-def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, SubspaceLayer) and adapter_name in module.deltas
-    }
 
 
 def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
     """Layers with the adapter, after checking that it can be started on them."""
-    layers = _adapted_layers(model, adapter_name)
+    layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
     for name, layer in layers.items():

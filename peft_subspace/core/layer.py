@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -17,6 +17,8 @@ from .delta import Delta, multiply
 from .linalg import local_generator
 from .ops import Branch, ops_for
 from .weight_start import WeightStarts
+
+LayerT = TypeVar("LayerT", bound="SubspaceLayer")
 
 
 class SubspaceLayer(nn.Module, BaseTunerLayer):
@@ -295,3 +297,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name the quantisation of the base layer, if it has any."""
         return quantization_extra_repr(self)
+
+    @property
+    def takes_training_step(self) -> bool:
+        """Whether this forward pass is one of training, and none that is being compiled."""
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def adapted_layers(model: nn.Module, adapter_name: str, kind: type[LayerT]) -> dict[str, LayerT]:
+    """Layers of a kind that have an adapter, by their names in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and adapter_name in module.deltas
+    }

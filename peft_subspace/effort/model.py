@@ -6,11 +6,10 @@ import warnings
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.core.layer import SubspaceLayer, adapted_layers
 from peft_subspace.core.model import SubspaceModel
 
 from .delta import EffortDelta
@@ -33,7 +32,7 @@ class EffortLayer(SubspaceLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer and add the active adapters."""
-        if self.watched and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.watched and self.takes_training_step:
             self._check_watched()
         return super().forward(x, *args, **kwargs)
 
@@ -73,7 +72,7 @@ class EffortModel(SubspaceModel):
         """Add an adapter; if it is regularised, let the model add that to its loss, and a layer watch it."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].regularized:
-            layers = (m for m in model.modules() if isinstance(m, EffortLayer) and adapter_name in m.deltas)
+            layers = adapted_layers(model, adapter_name, EffortLayer).values()
             for layer in islice(layers, 1):
                 layer.watch(adapter_name)
             if add_to_loss not in model._forward_hooks.values():

@@ -49,6 +49,7 @@ def regularization_loss(model: nn.Module, adapter_name: str | None = None) -> Te
         if isinstance(weighted, Tensor):
             deltas = [layer.deltas[name] for layer in layers]
             if weighted.requires_grad:
+                # On the loss, never on a parameter: parameters can be replaced and would lose it.
                 weighted.register_hook(lambda gradient, deltas=deltas: _mark(deltas))
             total = total.to(weighted.device) + weighted
     return total

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.core.layer import SubspaceLayer, adapted_layers
 from peft_subspace.core.model import SubspaceModel
 from peft_subspace.core.registry import register
 
@@ -33,7 +33,7 @@ class LoRASBLayer(SubspaceLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer and add the active adapters."""
-        if self.unstarted and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.unstarted and self.takes_training_step:
             self._warn_of_default_start()
         return super().forward(x, *args, **kwargs)
 
@@ -65,8 +65,9 @@ class LoRASBModel(SubspaceModel):
         """Add an adapter, and have a layer look out for training without a gradient initialisation."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].init_weights is True:
-            layers = (m for m in model.modules() if isinstance(m, LoRASBLayer) and adapter_name in m.deltas)
-            next(layers).unstarted.add(adapter_name)
+            layers = adapted_layers(model, adapter_name, LoRASBLayer).values()
+            for layer in islice(layers, 1):
+                layer.unstarted.add(adapter_name)
 
 
 register("LORASB", LoRASBConfig, LoRASBModel)
