@@ -9,8 +9,8 @@ Continual SVD is compared with sequential LoRA, sequential full fine-tuning, PEF
 and joint training, the upper bound. All have one head with a row for every class of every task; a task's
 loss compares the task's own classes. Accuracy is reported twice: with the task known at test time, when the
 prediction is one of its classes, and with one shared head, when it may be any class. Learning rates are
-chosen with the first order and seed 0, on rows held out of the training data. An interrupted run goes on
-where it stopped.
+chosen with the first order and seed 0, on rows held out of the training data: from three, and from more
+while the best is the smallest or largest of those tried. An interrupted run goes on where it stopped.
 
 Without options, network and texts come out of installed packages (`examples/data-packages.txt`), and the
 tasks are pairs of BBC News topics. `FOLDER` holds NAME.train.jsonl.gz and NAME.test.jsonl.gz with rows

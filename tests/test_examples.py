@@ -330,6 +330,27 @@ def test_summary_of_sequences(continual_learning):
     assert sequences.mean_matrix(content, "lora", ["b", "a"]) == runs[2]["known"]
 
 
+def test_rates_beyond_the_three_are_tried_while_the_best_is_at_the_edge(continual_learning):
+    from support import sequences
+
+    tried = []
+
+    class Sequences(sequences.Sequences):
+        def __init__(self, best):
+            self.orders, self.best = [["a", "b"]], best
+
+        def run(self, method, order, rate, seed, split):
+            tried.append((rate, split))
+            near = -abs(sequences.RATES.index(rate) - sequences.RATES.index(self.best)) / 10
+            return {"known": [[1 + near] * 2] * 2}
+
+    assert Sequences(1e-3).rate("lora") == 1e-3
+    assert tried == [(rate, "validation") for rate in (3e-4, 1e-3, 3e-3)]
+    tried.clear()
+    assert Sequences(1e-5).rate("lora") == 1e-5
+    assert sorted(tried) == [(rate, "validation") for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+
+
 def tiny_encoder(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
