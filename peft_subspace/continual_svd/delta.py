@@ -37,7 +37,7 @@ from peft_subspace.core.delta import Delta, WeightShape
 
 from .config import ContinualSVDConfig
 from .fingerprint import FINGERPRINT
-from .subspaces import complement, lift, reflect, reflection, singular_vectors
+from .subspaces import complement, lift, project, reflect, reflection, singular_vectors
 
 
 class ContinualSVDDelta(Delta):
@@ -131,9 +131,10 @@ class ContinualSVDDelta(Delta):
 
     def _outside(self, side: str, matrix: Tensor) -> Tensor:
         """`(I − P_U) M` or `M (I − P_V)`, from an orthonormal basis of the head or of its complement."""
-        basis: Tensor = getattr(self, side)
-        inside = basis @ (basis.T @ matrix) if side == "U" else (matrix @ basis) @ basis.T
-        return inside if self._is_complement(side) else matrix - inside
+        basis, within = getattr(self, side), self._is_complement(side)
+        if side == "U":
+            return project(matrix, basis, within)
+        return project(matrix.T, basis, within).T
 
     def _from_complement(self, side: str, coordinates: Tensor) -> Tensor:
         """Vectors with the given coordinates in the complement."""

@@ -11,6 +11,8 @@ Reference:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that torch's own documentation uses
 from torch import Tensor
@@ -67,3 +69,35 @@ def lift(reflector: Tensor, coordinates: Tensor) -> Tensor:
 def reflect(reflector: Tensor, matrix: Tensor) -> Tensor:
     """`(I − Y Yᵀ) M`."""
     return torch.addmm(matrix, reflector, reflector.T @ matrix, alpha=-1)
+
+
+def project(matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
+    """`P M (d, c)` or `(I − P) M` for the projection `P = B Bᵀ` of an orthonormal basis `B (d, k)`."""
+    # a compiler chooses layouts itself, and tracing a function of one's own makes it warn
+    formula = _project if torch.compiler.is_compiling() else _Projection.apply
+    result: Tensor = formula(matrix, basis, within)
+    return result
+
+
+def _project(matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
+    coordinates = (matrix.T @ basis).T
+    return basis @ coordinates if within else torch.addmm(matrix, basis, coordinates, alpha=-1)
+
+
+class _Projection(torch.autograd.Function):
+    """`_project` with its gradient, which is the same projection.
+
+    Autograd would take its two products in another memory layout, in which thin matrices need up to twice
+    the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
+        ctx.save_for_backward(basis)
+        ctx.within = within
+        return _project(matrix, basis, within)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (basis,) = ctx.saved_tensors
+        return project(gradient, basis, ctx.within), None, None
