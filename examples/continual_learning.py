@@ -43,7 +43,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="encoder of the Hub or a directory; without it, a packaged MiniLM")
+    group.add_argument(
+        "--model", help="BERT or Llama, of the Hub or a directory; without it, a packaged MiniLM"
+    )
     group.add_argument("--data", type=Path, metavar="FOLDER", help="folder with the tasks' files")
     group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of files or datasets")
     group.add_argument(

@@ -379,10 +379,12 @@ def test_sequences_run_without_network_and_resume(tmp_path):
     assert "PEFT's OSF" in shown
     results = tmp_path / "out" / "results.json"
     first = json.loads(results.read_text())
-    assert len(first["runs"]) == len(methods) * (3 + 2)
+    splits = [run["split"] for run in first["runs"].values()]
+    assert splits.count("test") == len(methods) * 2
+    assert splits.count("validation") >= len(methods) * 3
     assert list(first["summary"]) == methods
     assert all((tmp_path / "out" / f"{method}.png").stat().st_size for method in methods)
     run_script(*options, "--seeds", "2", script="continual_learning.py", HF_HUB_OFFLINE="1")
     second = json.loads(results.read_text())
     assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
-    assert len(second["runs"]) == len(methods) * (3 + 4)
+    assert len(second["runs"]) == len(first["runs"]) + len(methods) * 2

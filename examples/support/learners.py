@@ -10,10 +10,11 @@ from torch import nn
 
 import peft_subspace
 
-TARGETS = r".*\.(query|key|value|dense)"
-"""Linear layers of BERT's blocks and pooler."""
+TARGETS = r".*\.(query|key|value|dense|[qkvo]_proj|(gate|up|down)_proj)"
+"""Linear layers of BERT's blocks and pooler, and of Llama's blocks."""
 
-HEAD = "classifier"
+HEADS = ("classifier", "score")
+"""What BERT and Llama call the head."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Learner:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the update and of the head, which is trained in full by every method."""
     for name, parameter in model.named_parameters():
-        if f"{HEAD}." in name:
+        if any(f"{head}." in name for head in HEADS):
             parameter.requires_grad_(True)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -49,6 +49,7 @@ class Sequences:
         self.orders = [order.split(",") for order in options.orders] or [list(self.tasks)]
         self.source = options.model or demos.minilm_folder()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.results.content |= {
             "versions": {package: version(package) for package in PACKAGES},
             "threads": torch.get_num_threads(),
@@ -111,7 +112,8 @@ class Sequences:
     def _base(self) -> nn.Module:
         labels = sum(len(task.classes) for task in self.tasks.values())
         auto = transformers.AutoModelForSequenceClassification
-        return auto.from_pretrained(self.source, num_labels=labels)
+        padding = self.tokenizer.pad_token_id
+        return auto.from_pretrained(self.source, num_labels=labels, pad_token_id=padding, dtype=torch.float32)
 
     def _train(self, model: nn.Module, tasks: list[TextTask], rate: float, seed: int) -> None:
         """AdamW with a linear decay to zero; the loss compares the classes of a row's own task."""
