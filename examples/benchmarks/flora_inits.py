@@ -25,7 +25,7 @@ from peft_subspace import FLoRAConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.demos import TASKS
-from support.run import _keep_batch_norm_frozen
+from support.run import keep_batch_norm_frozen
 from support.task import Task
 
 DEMOS = ("digits",)
@@ -41,7 +41,7 @@ def validation_loss(task: Task, init: str, learning_rate: float, seed: int) -> t
         init_weights=init, target_modules=task.target_modules, modules_to_save=task.new_modules
     )
     model = get_peft_model(task.make_base(), config)
-    _keep_batch_norm_frozen(model)
+    keep_batch_norm_frozen(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, STEPS, pct_start=0.1)
     order = Shuffle(task.train, generator=torch.Generator().manual_seed(seed))

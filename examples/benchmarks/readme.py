@@ -8,30 +8,21 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import claims
 import timing
+from claims import markdown, spread
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
 
 
 def results(name: str) -> dict[str, Any]:
     """One result file."""
     return json.loads((timing.RESULTS / f"{name}.json").read_text())
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def between(ratio: dict[str, float]) -> str:
@@ -248,6 +239,35 @@ def effort() -> str:
     return markdown(["", "median (range)"], rows)
 
 
+def quality(name: str, claim: str) -> str:
+    """One claim on real tasks, and how it was tested."""
+    run = results(name)
+    schedule, rows = run["settings"]["schedule"], run["settings"]["rows"]
+    return (
+        f"{claims.table(run, claim)}\n\n"
+        f"Mean ± standard deviation over {run['seeds']} seeds; {rows['train']} rows to train on, "
+        f"{rows['test']} to test, at most {schedule['steps']} steps of 16, early stopping; the "
+        f"best of three rates by validation loss (seed 0)."
+    )
+
+
+def speed(name: str) -> str:
+    """Time and memory of all methods by model."""
+    rows = [
+        [
+            f"{method}, {shape}",
+            f"{row['trainable']:,}",
+            *(between(row[ratio]) for ratio in ("to_lora", "to_frozen")),
+            *(f"{row[key]:.2f}" for key in ("wrap_s", "load_s", "merge_s")),
+            f"{row['peak_mib']:.0f}",
+        ]
+        for shape, methods in results(name)["shapes"].items()
+        for method, row in methods.items()
+    ]
+    seconds = ["wrap and start, s", "load, s", "merge, s", "peak, MiB"]
+    return markdown(["", "trained parameters", "step / LoRA's", "step / frozen model's", *seconds], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
     "continual_svd": ("continual_svd.json", continual_svd),
     "continual_tasks": ("continual_tasks.json", continual_tasks),
@@ -260,6 +280,13 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),
     "mos": ("mos.json", mos),
+    "speed": ("speed.json", lambda: speed("speed")),
+    "speed_quick": ("speed-quick.json", lambda: speed("speed-quick")),
+    **{
+        f"quality_{name}{suffix}": (f"quality{size}.json", partial(quality, f"quality{size}", name))
+        for name in claims.CLAIMS
+        for suffix, size in (("", ""), ("_small", "-small"))
+    },
 }
 
 

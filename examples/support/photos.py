@@ -45,7 +45,7 @@ def load(folder: Path | None, pixels: int, wanted: dict[str, int], seed: int) ->
     for name in ("test", "validation", "train", "generator"):
         count = min(wanted[name], int(SHARES.get(name, 1) * len(sources)))
         chosen = [sources[index] for index in order[start : start + count]]
-        splits[name] = stacked(_resampled(_opened(source), pixels, rng) for source in chosen)
+        splits[name] = stacked(_resampled(opened(source), pixels, rng) for source in chosen)
         start += count
     return Photos(**splits)
 
@@ -59,7 +59,7 @@ def centres(files: Iterable[Path], pixels: int) -> torch.Tensor:
     """Middle `pixels` × `pixels` of each image at its own resolution, which leaves a generator's traces."""
     images = []
     for file in files:
-        image = _opened(file)
+        image = opened(file)
         left, top = (image.width - pixels) // 2, (image.height - pixels) // 2
         images.append(image.crop((left, top, left + pixels, top + pixels)))
     return encoded(stacked(images))
@@ -83,7 +83,8 @@ def stacked(images: Iterable[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def _opened(source: Path | Image.Image) -> Image.Image:
+def opened(source: Path | Image.Image) -> Image.Image:
+    """An RGB image, from its file if need be."""
     image = source if isinstance(source, Image.Image) else Image.open(source)
     return image.convert("RGB")
 
@@ -91,7 +92,7 @@ def _opened(source: Path | Image.Image) -> Image.Image:
 def _packaged_tiles(pixels: int) -> Iterator[Image.Image]:
     """Cuts two photos of scikit-learn and one of matplotlib into tiles that share no pixel."""
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    photos.append(_opened(Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")))
+    photos.append(opened(Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")))
     for photo in photos:
         for top in range(0, photo.height - pixels + 1, pixels):
             for left in range(0, photo.width - pixels + 1, pixels):

@@ -62,7 +62,7 @@ def _adapt(
     if options.quantize:
         base = peft.prepare_model_for_kbit_training(base)
     model = peft.get_peft_model(base, config)
-    _keep_batch_norm_frozen(model)
+    keep_batch_norm_frozen(model)
     return model
 
 
@@ -77,7 +77,7 @@ def _adaptable(base: PreTrainedModel, new_modules: list[str]) -> list[str]:
     ]
 
 
-def _keep_batch_norm_frozen(model: nn.Module) -> None:
+def keep_batch_norm_frozen(model: nn.Module) -> None:
     """Keeps running statistics as they are: they belong to the frozen base, and no adapter file has them."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

@@ -68,7 +68,8 @@ def load(names: list[str], folder: Path | None, wanted: dict[str, int], seed: in
 def _read(name: str, folder: Path | None, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training and test rows of a task, the latter in random order."""
     if folder is not None:
-        train, test = (list(_lines(folder / f"{name}.{split}.jsonl.gz")) for split in ("train", "test"))
+        files = (folder / f"{name}.{split}.jsonl.gz" for split in ("train", "test"))
+        train, test = ([(row["text"], str(row["label"])) for row in lines(file)] for file in files)
     elif name in TOPIC_PAIRS:
         articles = demos.bbcnews_articles().items()
         rows = [(text, topic) for text, topic in articles if topic in TOPIC_PAIRS[name]]
@@ -83,8 +84,7 @@ def _read(name: str, folder: Path | None, seed: int) -> tuple[list[Pair], list[P
     return train, test
 
 
-def _lines(file: Path) -> Iterator[Pair]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield row["text"], str(row["label"])
+def lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a compressed file with a JSON object in each line."""
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        yield from map(json.loads, opened)

@@ -1,0 +1,177 @@
+"""Time and memory of all methods beside PEFT's own, on decoders from 20 million to a billion weights.
+
+    python examples/benchmarks/speed.py            hours on 2 cores, by model; `--shapes 20M` for one
+    python examples/benchmarks/speed.py --quick    about 5 minutes
+
+For each method, at rank 16 or with as many trained parameters as MoS at an eighth of LoRA's: trained numbers,
+seconds to wrap (with the start that the method takes from weights or gradients), to load a saved adapter and
+to merge it, the train step (4×256 tokens, forward and backward), and the peak of a process that takes two
+steps of AdamW. Steps are interleaved; ratios to LoRA's and to the frozen model's are medians with their
+range. `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.contestants import CONTESTANTS
+from support.graded import DECODER
+
+SHAPES = {"20M": (6, 512), "300M": (24, 1024), "1B": (20, 2048)}  # layers, width
+SIZES = {  # rank, or what stands for it
+    "flora": 16,
+    "lora-sb": 16,
+    "mos": 2,
+    "effort": 16,
+    "continual-svd": 16,
+    "lora": 16,
+    "lora-ga": 16,
+    "loha": 16,
+    "osf": 16,
+    "vb-lora": 64,
+}
+OURS = ("flora", "lora-sb", "mos", "effort", "continual-svd")
+GROWTH = {  # what grows: (rank, layers, width, batch)
+    "rank": [(rank, 2, 512, 4) for rank in (4, 16, 64)],
+    "width": [(16, 2, width, 4) for width in (256, 512, 1024)],
+    "depth": [(16, layers, 512, 4) for layers in (1, 2, 4)],
+    "batch": [(16, 2, 512, batch) for batch in (1, 4, 16)],
+}
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Random tokens, for starts from gradients."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 1000, (4, 256), generator=generator) for _ in range(count)]
+    return [{"input_ids": rows, "labels": rows} for rows in ids]
+
+
+def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
+    """The model with its adapter, started from data where the method is."""
+    contestant = CONTESTANTS[method]
+    if contestant.config is None:
+        raise ValueError(f"{method!r} has no adapter to measure; choose one of {', '.join(SIZES)}")
+    config = contestant.config(DECODER, size)
+    contestant.before(base, config, batches())
+    model = get_peft_model(base, config)
+    contestant.after(model, batches(), 1e-3)
+    return model
+
+
+def measured(shape: str, repeats: int) -> dict[str, dict[str, Any]]:
+    """All figures of all methods on one model."""
+    layers, width = SHAPES[shape]
+    found: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(frozen(layers, width))}
+    for method, size in SIZES.items():
+        base = frozen(layers, width)
+        started = time.perf_counter()
+        model = wrapped(method, size, base)
+        found[method] = {
+            "wrap_s": time.perf_counter() - started,
+            "trainable": model.get_nb_trainable_parameters()[0],
+            "peak_mib": timing.peak_mib(__file__, method, str(layers), str(width)),
+            **reloaded(model, layers, width),
+        }
+        steps[method] = timing.train_step(model)
+    seconds = timing.interleaved(steps, repeats)
+    for method, row in found.items():
+        row["step_s"] = statistics.median(seconds[method])
+        row["to_lora"] = timing.ratio(seconds, method, "lora")
+        row["to_frozen"] = timing.ratio(seconds, method, "frozen")
+    return found
+
+
+def frozen(layers: int, width: int) -> nn.Module:
+    """A model with the same random weights at each call."""
+    torch.manual_seed(0)
+    return timing.transformer(layers, width).requires_grad_(False)
+
+
+def reloaded(model: PeftModel, layers: int, width: int) -> dict[str, float]:
+    """Seconds to load the adapter onto a base model, and to merge it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        base = frozen(layers, width)
+        started = time.perf_counter()
+        loaded = PeftModel.from_pretrained(base, folder)
+        seconds = {"load_s": time.perf_counter() - started}
+    started = time.perf_counter()
+    loaded.merge_adapter()
+    return {**seconds, "merge_s": time.perf_counter() - started}
+
+
+def growth(repeats: int, methods: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Ratio of train steps to LoRA's as one of four sizes grows."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for what, points in GROWTH.items():
+        found[what] = []
+        for rank, layers, width, batch in points:
+            base, steps = frozen(layers, width), {}
+            for method in ("lora", *methods):
+                size = max(1, rank // 8) if method == "mos" else rank
+                model = wrapped(method, size, copy.deepcopy(base))
+                steps[method] = timing.train_step(model, batch=batch)
+            seconds = timing.interleaved(steps, repeats)
+            ratios = {method: timing.ratio(seconds, method, "lora") for method in methods}
+            point = {"rank": rank, "layers": layers, "width": width, "batch": batch}
+            found[what].append({**point, "to_lora": ratios})
+    return found
+
+
+def peak(method: str, layers: int, width: int) -> None:
+    """What a peak is taken of: model, adapter, start, and two steps with their optimiser state."""
+    model = wrapped(method, SIZES[method], frozen(layers, width)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for batch in batches(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    """Measure, print a table for each model and write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest model and fewer repeats")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models to measure")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peak", nargs=3, metavar=("METHOD", "LAYERS", "WIDTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # of PEFT's own methods
+    if options.peak:
+        method, layers, width = options.peak
+        timing.print_peak(lambda: peak(method, int(layers), int(width)))
+        return
+    repeats = 3 if options.quick else options.repeats
+    shapes = {shape: measured(shape, repeats) for shape in (["20M"] if options.quick else options.shapes)}
+    columns = ["trainable", "wrap_s", "load_s", "merge_s", "step_s", "peak_mib"]
+    for shape, rows in shapes.items():
+        table = [
+            [name, *(row[c] for c in columns), row["to_lora"]["median"], row["to_frozen"]["median"]]
+            for name, row in rows.items()
+        ]
+        timing.table(shape, ["", *columns, "step/LoRA's", "step/frozen"], table)
+    grown = growth(repeats, ("flora", "lora-sb") if options.quick else OURS)
+    timing.save(f"speed{'-quick' * options.quick}", {"shapes": shapes, "growth": grown})
+
+
+if __name__ == "__main__":
+    main()

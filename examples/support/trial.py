@@ -1,0 +1,125 @@
+"""One run of a comparison: train with early stopping, and test what validated best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from support.contestants import CONTESTANTS, trainable
+from support.run import keep_batch_norm_frozen
+from support.task import Rows, Task
+
+WARMUP = 0.1
+TEST_BATCH = 64
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long every method trains, alike.
+
+    Attributes:
+        steps: Most steps of AdamW; the rate rises over their first tenth and falls to zero as a cosine.
+        batch_size: Rows of a step.
+        checks: How often validation rows are looked at.
+        patience: Looks without improvement after which training stops.
+        start_batches: Batches that starts from data read.
+        bf16: Whether to compute with bfloat16 autocast.
+    """
+
+    steps: int
+    batch_size: int = 16
+    checks: int = 6
+    patience: int = 2
+    start_batches: int = 4
+    bf16: bool = True
+
+
+def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
+    """Trains one method once.
+
+    Returns:
+        `trainable` (head included), `validation_loss`, `validation_accuracy`, `test_loss`, `test_accuracy`,
+        `steps` taken to the best weights, and `seconds`.
+    """
+    started = time.perf_counter()
+    transformers.set_seed(seed)
+    few = list(itertools.islice(_batches(task, schedule.batch_size, seed), schedule.start_batches))
+    contestant = CONTESTANTS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's own methods
+        model = contestant.adapt(task, size, few)
+    contestant.after(model, few, rate)
+    keep_batch_norm_frozen(model)
+    best = _train(model, task, rate, seed, schedule)
+    found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
+    return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
+
+
+def _train(model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
+    """Leaves the model with the weights of the least validation loss, and says what that was."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warmup = max(1, int(WARMUP * schedule.steps))
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, schedule.steps)
+    look, best, kept = math.ceil(schedule.steps / schedule.checks), {"validation_loss": math.inf}, []
+    waited = 0
+    batches = itertools.islice(_batches(task, schedule.batch_size, seed), schedule.steps)
+    for step, batch in enumerate(batches, start=1):
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bf16):
+            loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step % look and step != schedule.steps:
+            continue
+        found = evaluate(model, task, task.validation, schedule.bf16)
+        waited += 1
+        if found["loss"] < best["validation_loss"]:
+            best = {**{f"validation_{key}": value for key, value in found.items()}, "steps": step}
+            kept, waited = [parameter.detach().clone() for parameter in parameters], 0
+        if waited >= schedule.patience:
+            break
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=False):
+            parameter.copy_(value)
+    return best
+
+
+def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:
+    """Rows in random order, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(task.train), generator=generator).tolist()
+        for start in range(0, len(order) - len(order) % size or len(order), size):
+            yield dict(task.collate([task.train[i] for i in order[start : start + size]]))
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
+    """Mean loss and accuracy over rows, or over the labelled tokens of a language model."""
+    model.eval()
+    loss = right = count = 0.0
+    for start in range(0, len(rows), TEST_BATCH):
+        batch = dict(task.collate([rows[i] for i in range(start, min(start + TEST_BATCH, len(rows)))]))
+        labels = batch.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(**batch).logits.float()
+        if labels.dim() == 2:  # what comes next is what a language model predicts
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        right += (logits.argmax(-1) == labels).sum().item()
+        count += (labels >= 0).sum().item()
+    return {"loss": loss / count, "accuracy": right / count}

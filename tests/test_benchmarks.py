@@ -1,0 +1,224 @@
+"""The comparison with PEFT's own methods: all train, rates and stopping are fair, tables add up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WIDTH, WORDS, CLASSES = 128, 12, 3
+NAMES = (
+    "full", "probe", "lora", "rslora", "pissa", "lora-ga", "vb-lora", "loha", "lokr", "randlora", "tinylora",
+    "osf", "flora", "mos", "lora-sb", "effort", "continual-svd",
+)  # fmt: skip
+SIZES = {"mos": 2, "vb-lora": 4}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+@pytest.fixture(autouse=True)
+def _paths(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+
+
+def network():
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=4, num_attention_heads=2,
+        vocab_size=WORDS, num_labels=CLASSES, max_position_embeddings=8,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def collate(rows):
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.fixture
+def task():
+    from support.task import Task
+
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, WORDS, (24, 4), generator=generator).tolist()
+    rows = [{"input_ids": text, "labels": text[0] % CLASSES} for text in texts]
+    return Task(
+        "words", network, rows[:12], rows[12:18], rows[18:], collate=collate, peft_task_type="SEQ_CLS",
+        new_modules=["classifier"], target_modules=r".*encoder.*\.(query|key|value|dense)",
+    )  # fmt: skip
+
+
+def schedule(**options):
+    from support.trial import Schedule
+
+    return Schedule(
+        **{"steps": 2, "batch_size": 4, "checks": 1, "start_batches": 1, "bf16": False, **options}
+    )
+
+
+def test_every_contestant_is_tried():
+    from support.contestants import CONTESTANTS
+
+    assert set(CONTESTANTS) == set(NAMES)
+    assert all(len(contestant.rates) == 3 for contestant in CONTESTANTS.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contestant_trains_from_the_base_and_reports_all_figures(task, name):
+    from support import trial
+    from support.contestants import CONTESTANTS, trainable
+
+    size = SIZES.get(name, 4)
+    found = trial.run(task, name, size, CONTESTANTS[name].rates[1], 0, schedule())
+    head = WIDTH * CLASSES + CLASSES
+    assert found["trainable"] == trainable(network()) if name == "full" else found["trainable"] >= head
+    assert (found["trainable"] == head) == (name == "probe")
+    assert all(math.isfinite(found[f"{split}_loss"]) for split in ("validation", "test"))
+    assert 0 <= found["test_accuracy"] <= 1
+    assert found["steps"] == 2
+
+
+def test_size_for_gives_the_size_that_trains_as_many_parameters(task):
+    from support.contestants import CONTESTANTS, size_for, trainable
+
+    for name in ("lora", "flora", "loha"):
+        wanted = trainable(CONTESTANTS[name].adapt(task, 5, ()))
+        assert size_for(name, task, wanted) == 5
+    with pytest.raises(ValueError, match="has no size"):
+        size_for("full", task, 100)
+
+
+def test_training_stops_early_and_goes_back_to_the_best_weights(task, monkeypatch):
+    from support import trial
+
+    losses, seen = iter([1.0, 0.5, 2.0, 3.0, 0.1]), []
+
+    def evaluate(model, task, rows, bf16):
+        seen.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        return {"loss": next(losses), "accuracy": 0.0}
+
+    monkeypatch.setattr(trial, "evaluate", evaluate)
+    found = trial.run(task, "probe", 0, 0.1, 0, schedule(steps=10, checks=5, patience=2))
+    assert found["validation_loss"] == 0.5
+    assert found["steps"] == 4  # the second look, of one after every two steps
+    assert found["test_loss"] == 0.1  # the fifth look is at the test rows
+    assert all(torch.equal(now, best) for now, best in zip(seen[-1], seen[1], strict=True))
+    assert not all(torch.equal(now, last) for now, last in zip(seen[-1], seen[3], strict=True))
+
+
+def test_evaluation_counts_rows_and_labelled_tokens(task):
+    from support import trial
+
+    class Next(torch.nn.Module):
+        """Predicts the next number with certainty."""
+
+        def forward(self, input_ids):
+            logits = 50.0 * torch.nn.functional.one_hot((input_ids + 1) % WORDS, WORDS)
+            return transformers.modeling_outputs.CausalLMOutput(logits=logits.float())
+
+    rows = [{"input_ids": [1, 2, 3, 5], "labels": [-100, 2, 3, 5]}]
+    found = trial.evaluate(Next(), task, rows, False)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["loss"] == pytest.approx(50 / 3, rel=1e-5)
+
+
+class Runs:
+    """Stands for `trial.run`: the loss depends on the rate, the accuracy on method and seed."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, task, name, size, rate, seed, schedule):
+        self.calls.append((name, size, rate, seed))
+        loss = abs(math.log10(rate) + 2)
+        score = {"mos": 0.8, "lora": 0.7}.get(name, 0.5) + seed / 100
+        return {
+            "trainable": 10 * (size or 5), "validation_loss": loss, "test_accuracy": score, "seconds": 1.0
+        }  # fmt: skip
+
+
+@pytest.fixture
+def runs(task, monkeypatch):
+    from support import graded, trial
+
+    stand_in = Runs()
+    monkeypatch.setattr(trial, "run", stand_in)
+    monkeypatch.setattr(graded, "load", lambda *_: task)
+    monkeypatch.setattr("sys.argv", ["quality.py"])
+    return stand_in
+
+
+def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, monkeypatch, capsys):
+    import quality
+
+    from support.contestants import CONTESTANTS
+
+    results = tmp_path / "results.json"
+    command = ["quality.py", "--small", "--claims", "mos", "--seeds", "2", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", command)
+    quality.main()
+    mos = [call for call in runs.calls if call[0] == "mos"]
+    rates = CONTESTANTS["mos"].rates
+    best = min(rates, key=lambda rate: abs(math.log10(rate) + 2))
+    assert [call[2:] for call in mos] == [*((rate, 0) for rate in rates), (best, 1)]
+    first, shown = len(runs.calls), capsys.readouterr().out
+    assert "predicted: 0.0" in shown
+    quality.main()
+    assert len(runs.calls) == first
+    monkeypatch.setattr("sys.argv", [*command[:-3], "3", *command[-2:]])
+    quality.main()
+    assert {call[3] for call in runs.calls[first:]} == {2}
+
+
+def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
+    import claims
+    import quality
+    import readme
+    import timing
+
+    results = tmp_path / "quality-small.json"
+    command = ["quality.py", "--small", "--claims", "mos", "--seeds", "2", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", command)
+    quality.main()
+    content = json.loads(results.read_text())
+    claim = claims.CLAIMS["mos"]
+    gaps = claims.differences(content, claim, claims.Entry("lora", 16))
+    assert gaps == {"bbcnews": pytest.approx([0.1, 0.1])}
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    text = readme.filled("<!-- table: quality_mos_small -->\n<!-- end -->")
+    assert "| mos-2 | 20 | 0.805 ± 0.007 |  |" in text
+    assert "| lora-16 | 160 | 0.705 ± 0.007 | 0.100 ± 0.000 |" in text
+    claims.plot(content, "bbcnews", tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size
+
+
+def test_pareto_front_has_what_nothing_smaller_beats():
+    from claims import pareto
+
+    points = [(100, 0.9), (10, 0.5), (50, 0.4), (10, 0.6), (200, 0.9), (300, 0.95)]
+    assert pareto(points) == [(10, 0.6), (100, 0.9), (300, 0.95)]
+
+
+@pytest.mark.slow
+def test_speed_measures_every_method(tmp_path, monkeypatch):
+    import speed
+    import timing
+
+    monkeypatch.setattr(speed, "SHAPES", {"20M": (4, 512)})
+    monkeypatch.setattr(speed, "GROWTH", {"batch": [(8, 4, 128, 1)]})
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "peak_mib", lambda script, method, *sizes: float(len(method)))
+    monkeypatch.setattr("sys.argv", ["speed.py", "--quick"])
+    with torch.random.fork_rng():
+        speed.main()
+    found = json.loads((tmp_path / "speed-quick.json").read_text())
+    rows = found["shapes"]["20M"]
+    assert list(rows) == list(speed.SIZES)
+    assert rows["lora"]["to_lora"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert rows["lora-sb"]["trainable"] * 27 < rows["lora"]["trainable"]
+    assert set(found["growth"]["batch"][0]["to_lora"]) == {"flora", "lora-sb"}
