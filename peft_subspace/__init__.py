@@ -16,6 +16,7 @@ from .continual_svd import (
 from .core import config as _config
 from .core.callbacks import GradientInitCallback
 from .core.export import save_as_lora, to_lora
+from .core.hub import push_to_hub
 from .core.initialize import initialize_from_gradient
 from .core.loading import load
 from .effort import EffortConfig, EffortModel, RegularizationCallback, regularization_loss
@@ -47,6 +48,7 @@ __all__ = [
     "next_task",
     "preserve_pattern",
     "preserve_schedule",
+    "push_to_hub",
     "regularization_loss",
     "save_as_lora",
     "save_heatmap",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft_subspace.core.config import SubspaceConfig, check_count, check_number, invalid, look_up
+from peft_subspace.core.config import SubspaceConfig, check_count, check_flag, check_number, invalid
+from peft_subspace.core.patterns import look_up
 
 CONSTRAINTS = ("both", "core", "input", "output")
 HISTORIES = ("merge", "stack")
@@ -75,6 +76,7 @@ class ContinualSVDConfig(SubspaceConfig):
         check_preserve("preserve", self.preserve)
         for key, preserve in self._patterns("preserve_pattern"):
             check_preserve(f"preserve_pattern[{key!r}]", preserve)
+        check_flag("closed", self.closed)
         if self.constraint not in CONSTRAINTS:
             raise invalid("constraint", self.constraint, f"must be one of {CONSTRAINTS}")
         check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)

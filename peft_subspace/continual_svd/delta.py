@@ -1,4 +1,4 @@
-r"""Continual SVD: `ΔW` that keeps the leading singular directions of `W (m, n)` untouched, exactly.
+r"""Continual SVD: `ΔW`, such as `U_⊥ Z V_⊥ᵀ`, which leaves leading directions of `W (m, n)` alone, exactly.
 
 With the `k` leading directions `U_h (m, k)`, `V_h (n, k)` of the weight's SVD and orthonormal complements
 `U_⊥ (m, m − k)`, `V_⊥ (n, n − k)`, one of four constraints holds for all values of the trained tensors,

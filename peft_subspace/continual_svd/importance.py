@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from peft_subspace.core.config import check_count, check_number, invalid, patterns_of
+from peft_subspace.core.config import check_count, check_number, invalid
+from peft_subspace.core.patterns import patterns_of
 from peft_subspace.core.undisturbed import read_batches, undisturbed
 
 from .config import ContinualSVDConfig

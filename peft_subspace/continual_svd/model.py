@@ -11,9 +11,10 @@ from peft.utils.other import _set_adapter as set_heads
 from torch import Tensor, nn
 
 from peft_subspace.core.checks import naming
-from peft_subspace.core.config import SubspaceConfig, patterns_of
+from peft_subspace.core.config import SubspaceConfig
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
+from peft_subspace.core.patterns import patterns_of
 
 from .delta import ContinualSVDDelta
 from .fingerprint import fingerprint, is_same

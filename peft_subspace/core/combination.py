@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .checks import naming
-from .config import SubspaceConfig, patterns_of
+from .config import SubspaceConfig
+from .patterns import patterns_of
 
 
 class CombiningTuner(BaseTuner):

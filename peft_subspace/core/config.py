@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 
 from .card import write_card
+from .patterns import MOST_ENTRIES, check_patterns, look_up
 from .registry import peft_type
 
 VERSION = version("peft-subspace")
@@ -21,25 +20,36 @@ VERSION = version("peft-subspace")
 FORMAT_VERSION = 1
 """Version of the files that the package writes; a reader refuses newer ones."""
 
+_LARGEST = 2.0**127  # fp32 holds it
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise invalid(name, value, "must be True or False", TypeError)
+
 
 def invalid(name: str, value: Any, rule: str, error: type[Exception] = ValueError) -> Exception:
     """Return the error for a field: its name, its value, the rule it breaks and what to do instead."""
-    return error(f"{name}={value!r} {rule}")
+    shown = repr(value)
+    return error(f"{name}={shown if len(shown) < 200 else f'{shown[:200]}…'} {rule}")
 
 
-def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
-    """Raise unless `value` is a whole number of at least `minimum`."""
+def check_count(name: str, value: Any, *, minimum: int = 1, maximum: int = 2**31 - 1) -> None:
+    """Raise unless `value` is a whole number from `minimum` to `maximum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise invalid(name, value, f"must be a whole number, such as {name}={max(minimum, 8)}", TypeError)
     if value < minimum:
         raise invalid(name, value, f"must be at least {minimum}; try {name}={max(minimum, 8)}")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}; try {name}={max(minimum, 8)}")
 
 
 def check_number(name: str, value: Any, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     """Raise unless `value` is a finite number with `minimum <= value < maximum`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise invalid(name, value, f"must be a number, such as {name}={max(minimum, 0.0):g}", TypeError)
-    if not (math.isfinite(value) and minimum <= value < maximum):
+    if not (abs(value) <= _LARGEST and minimum <= value < maximum):
         raise invalid(name, value, f"must be finite, at least {minimum:g} and below {maximum:g}")
 
 
@@ -75,6 +85,7 @@ class SubspaceConfig(PeftConfig):
 
     peft_type_name: ClassVar[str]
     init_choices: ClassVar[tuple[str, ...]] = ()
+    trained = 0  # numbers that train, of the adapter that was made with this object; no field
 
     r: Any = field(default=8)
     target_modules: list[str] | str | None = field(default=None)
@@ -97,8 +108,9 @@ class SubspaceConfig(PeftConfig):
         self.peft_subspace_version = self.peft_subspace_version or VERSION
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
-            if isinstance(names, list | tuple):
+            if isinstance(names, list | tuple) and all(isinstance(entry, Hashable) for entry in names):
                 setattr(self, name, set(names))
+        self._check_types()
         self._check_format()
         self._check_targets()
         self._check_choices()
@@ -106,7 +118,7 @@ class SubspaceConfig(PeftConfig):
             self.check_rank(f"rank_pattern[{key!r}]", rank)
         self.check_rank("r", self.r)
         if self.seed is not None:
-            check_count("seed", self.seed, minimum=0)
+            check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, marked as that of a finished adapter, and our part of the model card."""
@@ -129,7 +141,37 @@ class SubspaceConfig(PeftConfig):
         patterns = getattr(self, name)
         if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
             raise invalid(name, patterns, "must map module names or regular expressions to values", TypeError)
+        if len(patterns) > MOST_ENTRIES:
+            raise ValueError(f"{name} must have at most {MOST_ENTRIES} entries, and has {len(patterns)}")
+        check_patterns(name, patterns)
         return list(patterns.items())
+
+    def _check_types(self) -> None:
+        """Check what has no rule of its own; PEFT hands these fields on as they are."""
+        for name in ("base_model_name_or_path", "revision", "peft_subspace_version", "peft_version"):
+            if not isinstance(getattr(self, name), str | None):
+                raise invalid(name, getattr(self, name), "must be text, or None", TypeError)
+        for name in ("initialized", "inference_mode"):
+            check_flag(name, getattr(self, name))
+        for name, kind in (("modules_to_save", str), ("layers_pattern", str), ("layers_to_transform", int)):
+            entries = getattr(self, name)
+            if isinstance(entries, kind | None) and name != "modules_to_save":
+                continue
+            self._check_entries(name, entries, kind)
+        tokens = self.trainable_token_indices
+        for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+            self._check_entries(f"trainable_token_indices{f'[{name!r}]' if name else ''}", indices, int)
+
+    @staticmethod
+    def _check_entries(name: str, entries: Any, kind: type) -> None:
+        if entries is None:
+            return
+        if not isinstance(entries, list | tuple | set) or not all(type(entry) is kind for entry in entries):
+            raise invalid(name, entries, f"must be a list of {kind.__name__}", TypeError)
+        if len(entries) > MOST_ENTRIES:
+            raise ValueError(f"{name} must have at most {MOST_ENTRIES} entries, and has {len(entries)}")
+        if kind is int and min(entries, default=0) < 0:
+            raise invalid(name, min(entries), "must be at least 0")
 
     def _check_format(self) -> None:
         check_count("format_version", self.format_version)
@@ -144,12 +186,16 @@ class SubspaceConfig(PeftConfig):
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
-            if names is None or isinstance(names, str):
-                continue
-            if not isinstance(names, set) or not all(isinstance(entry, str) for entry in names):
-                raise invalid(
-                    name, names, "must be a list of module names, or one regular expression", TypeError
-                )
+            if isinstance(names, str):
+                check_patterns(name, [names], embedded=False)
+            elif names is not None:
+                rule = "must be a list of module names, or one regular expression"
+                if not isinstance(names, set) or not all(isinstance(entry, str) for entry in names):
+                    raise invalid(name, names, rule, TypeError)
+                self._check_entries(name, names, str)
+        patterns = self.layers_pattern or []
+        check_patterns("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
+        check_patterns("modules_to_save", self.modules_to_save or [])
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise invalid(
                 "layers_to_transform",
@@ -165,7 +211,9 @@ class SubspaceConfig(PeftConfig):
         biases = ("none", "all", f"{self.peft_type_name.lower()}_only")
         if self.bias not in biases:
             raise invalid("bias", self.bias, f"must be one of {biases}")
-        if self.init_weights not in (True, False, *self.init_choices):
+        if not isinstance(self.init_weights, bool | str) or (
+            self.init_weights not in (True, False, *self.init_choices)
+        ):
             raise invalid(
                 "init_weights", self.init_weights, f"must be one of {(True, False, *self.init_choices)}"
             )
@@ -197,16 +245,3 @@ class ScaledConfig(SubspaceConfig):
         rank = self.rank_for(module_name)
         rank = rank if isinstance(rank, int) else rank[0]
         return look_up(self.alpha_pattern, module_name, self.alpha) / rank
-
-
-def look_up(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
-    """Value of the first pattern, a name's end or a regular expression, that fits a module."""
-    return patterns.get(get_pattern_key(list(patterns), module_name), default)
-
-
-def patterns_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Patterns by which `look_up` finds the value of each module by its full name.
-
-    A pattern fits the end of a name, and the first one counts: longest names first.
-    """
-    return {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}

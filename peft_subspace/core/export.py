@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .card import LORA_FOLDER, write_card
 from .delta import split
 from .layer import SubspaceLayer
 from .ops import Conv1DOps, EmbeddingOps
@@ -81,6 +82,8 @@ def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "d
     )
     partial.rename(folder / SAFETENSORS_WEIGHTS_NAME)
     config.save_pretrained(str(folder))
+    if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
+        write_card(folder.parent, model.peft_config[adapter_name])
 
 
 def _no_lora_form(layer: SubspaceLayer) -> str | None:

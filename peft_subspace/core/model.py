@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from peft.utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checks import check_state, check_values, naming
+from .checks import check_declared, check_state, check_values, naming
 from .combination import CombiningTuner
 from .config import SubspaceConfig
 from .delta import Delta, WeightShape
@@ -27,6 +28,10 @@ from .ops import EmbeddingOps, ops_for
 from .weight_start import WeightStarts
 
 logger = getLogger("peft_subspace")
+
+# The largest deltas have five times the numbers of their weight, and sums of some of them accordingly more.
+_MOST_TIMES = 64
+_MOST_BESIDES = 2**20
 
 # Vision models that PEFT's own table lacks.
 _MORE_TARGETS = {
@@ -57,6 +62,11 @@ class SubspaceModel(CombiningTuner):
         """Add an adapter; if that fails, forget its config."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.peft_config[adapter_name].trained = sum(
+                parameter.numel()
+                for name, parameter in model.named_parameters()
+                if self.prefix in name and f".{adapter_name}." in name
+            )
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -110,7 +120,19 @@ class SubspaceModel(CombiningTuner):
                 with naming(name), torch.device("meta"):
                     known[key] = cls.tuner_layer_cls.delta_cls(config, shapes[name], rank)
             plan[name] = known[key]
+        cls._check_size(config, plan, shapes)
         return plan
+
+    @classmethod
+    def _check_size(cls, config: Any, plan: dict[str, Delta], shapes: dict[str, WeightShape]) -> None:
+        """Raise, before anything is allocated, if an adapter is out of proportion to its weights."""
+        size = sum(tensor.numel() for tensor in cls.expected_state(plan).values())
+        adapted = sum(prod(shape.dims) for shape in shapes.values())
+        if size > _MOST_TIMES * adapted + _MOST_BESIDES:
+            raise ValueError(
+                f"the adapter would have {size} numbers, more than {_MOST_TIMES} times the {adapted} of the "
+                f"weights that it adapts; lower its ranks, such as r={config.r!r} or those in rank_pattern"
+            )
 
     @classmethod
     def ranks(cls, config: Any, shapes: dict[str, WeightShape]) -> dict[str, Any]:
@@ -211,8 +233,10 @@ class SubspaceModel(CombiningTuner):
             for name, layer in model.named_modules()
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.deltas
         }
+        here = [key for key in remapped if key in own]
         try:
-            check_state({key: own[key] for key in remapped if cls.prefix in key and key in own}, remapped)
+            check_declared(model, config, [key for key in here if cls.prefix not in key])
+            check_state({key: own[key] for key in here if cls.prefix in key}, remapped)
             check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, remapped)
             cls.check_base(layers, remapped)
         except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peft_subspace.core.config import SubspaceConfig, check_number, invalid
+from peft_subspace.core.config import SubspaceConfig, check_flag, check_number
 
 
 @dataclass
@@ -45,5 +45,4 @@ class LoRASBConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
-        if not isinstance(self.exact_svd, bool):
-            raise invalid("exact_svd", self.exact_svd, "must be True or False", TypeError)
+        check_flag("exact_svd", self.exact_svd)

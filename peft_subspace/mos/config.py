@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peft_subspace.core.config import ScaledConfig, check_count, invalid, look_up
+from peft_subspace.core.config import ScaledConfig, check_count, check_flag, invalid
+from peft_subspace.core.patterns import look_up
 
 
 @dataclass
@@ -66,8 +67,7 @@ class MoSConfig(ScaledConfig):
         if self.private_r is not None:
             self._check_private()
         for name in ("subset_selection", "pair_dissociation"):
-            if not isinstance(getattr(self, name), bool):
-                raise invalid(name, getattr(self, name), "must be True or False", TypeError)
+            check_flag(name, getattr(self, name))
         for key, group in self._patterns("group_pattern"):
             if not isinstance(group, str) or not group.isidentifier():
                 rule = "must be made of letters, digits and underscores, like 'qk'"

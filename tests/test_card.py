@@ -1,0 +1,167 @@
+"""The model card: completed on every save path, and nothing that others wrote is lost."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from models import llama
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import peft_subspace
+
+pytestmark = pytest.mark.feature("model card")
+
+DATA = """---
+language: en
+license: mit
+datasets:
+- fancyzhx/ag_news
+model-index:
+- name: mine
+  results:
+  - task:
+      type: text-classification
+    dataset:
+      name: AG News
+      type: fancyzhx/ag_news
+    metrics:
+    - type: accuracy
+      value: 0.93
+      name: Accuracy
+---
+# Mine
+
+Some words of my own.
+"""
+
+
+def adapted(method, name="default", **options):
+    config = method.config(target_modules=["q_proj"], **{"init_weights": False, "seed": 1, **options})
+    return get_peft_model(llama(), config, name)
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def assert_complete(card, method):
+    name = method.config_cls.peft_type_name
+    assert card.text.count("import peft_subspace  #") == 1
+    assert card.text.count("<!-- peft_subspace -->") == 2
+    assert f"`KeyError: '{name}'`" in card.text
+    assert re.search(r"\| Method \| [\w -]+: `ΔW", card.text)
+    assert re.search(r"\| Reference \| .*arXiv \d{4}\.\d{5}", card.text)
+    assert {"peft", "peft_subspace", method.config_cls.__name__[:-6].lower()} <= set(card.data.tags)
+    assert len(card.data.tags) == len(set(card.data.tags))
+    assert card.data.library_name == "peft"
+
+
+def trained_numbers(model):
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"| Trained numbers of the update | {count:,} |"
+
+
+def test_saving_completes_the_card(method, tmp_path):
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert_complete(card, method)
+    assert trained_numbers(model) in card.text
+    assert "Base model |" not in card.text
+    assert card.data.base_model is None
+    assert "base_model:adapter:" not in card.data.tags
+
+
+def test_base_model_is_named(method, tmp_path):
+    base = llama()
+    base.name_or_path = base.config._name_or_path = "org/base"
+    model = get_peft_model(base, method.config(target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.peft_config["default"].save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert card.data.base_model == "org/base"
+    assert "| Base model | org/base |" in card.text
+
+
+def test_data_results_and_words_of_the_user_stay_and_are_repeated(method, tmp_path):
+    (tmp_path / "README.md").write_text(DATA)
+    model = adapted(method)
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+        card = card_of(tmp_path)
+        assert_complete(card, method)
+        assert card.text.count("# Mine\n\nSome words of my own.") == 1
+        assert "| Data | fancyzhx/ag_news |" in card.text
+        assert "| Results | Accuracy 0.93 (AG News) |" in card.text
+        assert card.data.license == "mit"
+        assert card.data.eval_results[0].metric_value == 0.93
+
+
+def test_section_stays_where_the_user_put_it(method, tmp_path):
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    mark = "<!-- peft_subspace -->"
+    header, section, rest = re.split(f"({mark}.*{mark})", path.read_text(), flags=re.DOTALL)
+    path.write_text(f"{header}BEFORE\n\n{section.replace('KeyError', 'Changed')}\n\nAFTER {rest}")
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert_complete(card, method)
+    assert 0 <= card.text.index("BEFORE") < card.text.index("import peft_subspace") < card.text.index("AFTER")
+
+
+def test_half_a_section_costs_no_words(method, tmp_path):
+    (tmp_path / "README.md").write_text(DATA + "\n<!-- peft_subspace -->\n\nMore words.\n")
+    adapted(method).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert_complete(card, method)
+    assert card.text.count("Some words of my own.") == card.text.count("More words.") == 1
+
+
+def test_each_adapter_gets_a_card_in_its_folder(method, tmp_path):
+    model = adapted(method)
+    model.add_adapter("other", method.config(target_modules=["k_proj", "o_proj"], seed=2))
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "other"):
+        assert_complete(card_of(folder), method)
+    counts = [re.search(r"update \| ([\d,]+)", card_of(f).text)[1] for f in (tmp_path, tmp_path / "other")]
+    assert counts[0] != counts[1]
+
+
+def test_model_of_transformers_with_an_added_adapter_gets_a_card(method, tmp_path):
+    model = llama()
+    model.add_adapter(method.config(target_modules=["q_proj"], seed=1))
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert_complete(card, method)
+    assert trained_numbers(model) in card.text
+
+
+def test_lora_export_beside_the_adapter_is_mentioned(method, tmp_path):
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    assert 'subfolder="lora"' not in card_of(tmp_path).text
+    peft_subspace.save_as_lora(model, tmp_path / "lora")
+    assert_complete(card_of(tmp_path), method)
+    assert 'subfolder="lora"' in card_of(tmp_path).text
+
+
+def test_trainer_saves_the_card_and_completes_its_own(method, tmp_path):
+    """`Trainer.create_model_card` writes the file anew; saving the model once more completes it again."""
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    model = adapted(method)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": torch.tensor([3, 4])}])
+    trainer.save_model()
+    assert_complete(card_of(tmp_path), method)
+    trainer.create_model_card(model_name="Named", dataset="Data", dataset_tags="org/data")
+    assert "# Named" in card_of(tmp_path).text
+    trainer.save_model()
+    card = card_of(tmp_path)
+    assert_complete(card, method)
+    assert "# Named" in card.text
+    assert "| Data | org/data |" in card.text
+    assert "fine-tuned" in card.text or "trained from scratch" in card.text
