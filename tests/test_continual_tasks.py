@@ -9,6 +9,7 @@ import transformers
 from layers import distance
 from models import bert, build, llama
 from peft import PeftModel, get_peft_model
+from quantized import KINDS, WARNINGS, marked, quantised_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -484,21 +485,12 @@ def test_callback_starts_a_task_before_the_first_step_and_only_once(tmp_path):
 # ----------------------------------------------------------------------------------------- quantised
 
 
-def four_bit(model):
-    bnb = pytest.importorskip("bitsandbytes")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "classifier" not in name:
-            quantized = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                torch.float32,
-                quant_type="nf4",
-            )
-            quantized.load_state_dict(module.state_dict())
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized.to("cpu"))
-    return model
+QUANTISED = [kind for kind in KINDS if str(kind) in ("bnb-nf4", "bnb-8bit", "torchao-int8", "hqq-4bit")]
+
+
+def quantised(model, kind):
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return quantised_model(model, kind, tuple(names - {"classifier"}))
 
 
 def wide_bert():
@@ -509,8 +501,10 @@ def wide_bert():
     return build(transformers.BertForSequenceClassification, config)
 
 
-def test_quantised_weights_are_stacked_by_default(tmp_path):
-    model = first(3, four_bit(wide_bert()), target_modules=["query", "value"])
+@WARNINGS
+@pytest.mark.parametrize("kind", marked(QUANTISED))
+def test_quantised_weights_are_stacked_by_default(kind, tmp_path):
+    model = first(3, quantised(wide_bert(), kind), target_modules=["query", "value"])
     before = weights(model)
     train(model)
     next_task(model, "task2")
@@ -519,21 +513,23 @@ def test_quantised_weights_are_stacked_by_default(tmp_path):
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
     assert subspace_leak(model, "task2", from_weight=True)["max"] < 1e-5
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(four_bit(wide_bert()), tmp_path / "task1", "task1")
+    again = PeftModel.from_pretrained(quantised(wide_bert(), kind), tmp_path / "task1", "task1")
     again.load_adapter(str(tmp_path / "task2"), "task2")
     again.set_adapter("task2")
     assert distance(logits(again.eval()), logits(model)) < 1e-6
 
 
-def test_quantised_weights_can_be_merged_into_when_asked_to():
-    model = first(3, four_bit(wide_bert()), target_modules=["query", "value"], modules_to_save=None)
+@WARNINGS
+@pytest.mark.parametrize("kind", marked(QUANTISED))
+def test_quantised_weights_can_be_merged_into_when_asked_to(kind):
+    model = first(3, quantised(wide_bert(), kind), target_modules=["query", "value"], modules_to_save=None)
     train(model)
     base, update, before = weights(model), updates(model, "task1"), logits(model)
     next_task(model, "task2", keep="merge")
     for name, layer in layers(model).items():
         wanted = base[name] + update[name]
         found = layer.get_base_weight()
-        assert distance(found, wanted) < 0.15  # the steps of four bits
+        assert distance(found, wanted) < 1.25 * kind.requantised
         assert distance(found, wanted) < distance(base[name], wanted)
         assert torch.equal(layer.deltas["task2"].fingerprint, layer.base_fingerprint())
     assert distance(logits(model), before) < 0.2

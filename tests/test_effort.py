@@ -13,6 +13,7 @@ import torch
 from models import llama, vit
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from processes import run_in_two_processes
+from quantized import KINDS, WARNINGS, marked
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
@@ -805,17 +806,10 @@ def test_twin_starts_at_the_base_model():
         assert not multiply(other.factors()).any()
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast from:UserWarning")
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@WARNINGS
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_regularisers_on_a_quantised_base(kind):
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = (
-        bnb.nn.Linear4bit(128, 32, compute_dtype=torch.float32, quant_type="nf4")
-        if kind == "4bit"
-        else bnb.nn.Linear8bitLt(128, 32, has_fp16_weights=False)
-    )
-    layer.load_state_dict(nn.Linear(128, 32).state_dict())
-    model = move(one_layer(layer.to("cpu"), r=2, **WEIGHTS))
+    model = move(one_layer(kind.quantise(nn.Linear(128, 32)), r=2, **WEIGHTS))
     weight = next(iter(layers(model).values())).get_base_weight().float()
     (delta,) = deltas(model)
     orthogonality, energy = oracles.effort_losses(delta, weight)

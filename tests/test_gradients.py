@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from processes import run_in_two_processes, sharded
+from quantized import KINDS, WARNINGS, marked
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -454,21 +455,11 @@ def test_the_loader_is_left_as_if_nobody_had_read_it():
     assert [batch.tolist() for batch in loader] != first
 
 
-def quantized_linear(kind):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    layer = nn.Linear(64, 32)
-    if kind == "8bit":
-        quantized = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    else:
-        quantized = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type=kind)
-    quantized.load_state_dict(layer.state_dict())
-    return quantized.to("cpu")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "8bit"])
+@WARNINGS
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_gradient_of_a_quantized_layer(kind):
-    layer = quantized_linear(kind)
+    torch.manual_seed(0)
+    layer = kind.quantise(nn.Linear(64, 32))
     before = nn.Linear(64, 64)
     torch.manual_seed(1)
     batches = [{"x": torch.randn(4, 64)} for _ in range(2)]
@@ -480,7 +471,7 @@ def test_gradient_of_a_quantized_layer(kind):
     wanted = by_autograd(dense, batches, before=before)
     found = estimate(model, batches)["layer"]
     # LLM.int8 rounds its input as well: its output, and so the gradient of the loss there, is another one.
-    limit = 0.02 if kind == "8bit" else 1e-3
+    limit = 0.02 if kind.name in ("bnb-8bit", "bnb-nf4-bf16") else 1e-3
     assert torch.norm(found - wanted) < limit * torch.norm(wanted)
     start(model, batches)
     delta = model.base_model.model.layer.deltas["default"]

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .quantization import nbytes, unmergeable
+
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
 
 # Attributes besides its parameters in which a quantised layer keeps parts of its weight.
-_QUANTIZATION_STATE = ("state", "quant_state")
+_QUANTIZATION_STATE = ("state", "quant_state", "meta")
 
 
 class KeptWeight:
     """What a base layer held before a merge; `restore` puts it back bit for bit.
 
-    Of an unquantised layer it is the weight tensor; of a quantised one the codes with their constants, and
-    the layer itself, which some backends replace.
+    Of an unquantised layer it is the weight tensor; of a quantised one the codes with their constants.
     """
 
     def __init__(self, layer: SubspaceLayer) -> None:
@@ -28,7 +29,6 @@ class KeptWeight:
         self.data: Tensor = _on_host_if_short(base.weight.data) if not self.quantized else torch.empty(0)
         if self.quantized:
             unpack_codes(base)
-            self.base_layer = layer.base_layer
             self.parameters = dict(base._parameters)
             self.constants = {name: dict(vars(p)) for name, p in base._parameters.items() if p is not None}
             self.state = {
@@ -41,12 +41,12 @@ class KeptWeight:
             weight = layer.get_base_layer().weight
             weight.data = self.data.to(weight.device, weight.dtype)
             return
-        layer.base_layer = self.base_layer
         base = layer.get_base_layer()
         for name, parameter in self.parameters.items():
             if parameter is not None:
                 parameter.__dict__.clear()
                 parameter.__dict__.update(self.constants[name])
+            vars(base).pop(name, None)  # what a failed merge may have left, which would hide it
             base._parameters[name] = parameter
         for name, value in self.state.items():
             setattr(base, name, value)
@@ -54,7 +54,25 @@ class KeptWeight:
     def nbytes(self) -> int:
         """Bytes that the kept weight occupies beside the merged one."""
         tensors = [p for p in self.parameters.values() if p is not None] if self.quantized else [self.data]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(nbytes(tensor) for tensor in tensors)
+
+
+def write_weight(layer: SubspaceLayer, weight: Tensor) -> None:
+    """Store a weight in the base layer, quantised as the one that is there.
+
+    Raises:
+        TypeError: If the backend leaves it unquantised, as PEFT's for torchao does with embeddings.
+    """
+    base, beneath = layer.get_base_layer(), layer.base_layer
+    kind, label = type(getattr(base, "weight", None)), vars(base).get("extra_repr")
+    layer.set_base_weight(weight)
+    if layer.base_layer is not beneath:  # HQQ's makes a new layer, without the bias
+        base.W_q, base.meta = layer.base_layer.W_q, layer.base_layer.meta
+        layer.base_layer = beneath
+    if label is not None:  # torchao's appends to it each time
+        base.extra_repr = label
+    if type(getattr(base, "weight", None)) is not kind:
+        raise TypeError(unmergeable(layer.quantization_backend))
 
 
 def unpack_codes(base: nn.Module) -> None:

@@ -87,6 +87,10 @@ class Delta(nn.Module, ABC):
         """Initialise from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
 
+    def can_do_without_weight(self, config) -> bool:
+        """Whether a start may leave the base weight out: it has a substitute, and was not asked for."""
+        return not self.needs_weight and config.init_weights is True
+
     def check_weight(self, weight: Tensor) -> None:
         """Raise unless `reset_from_weight` can do with this weight, given as its layer stores it.
 

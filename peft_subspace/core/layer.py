@@ -7,15 +7,23 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from .base_weight import KeptWeight, keep_codes, unpack_codes
+from .base_weight import KeptWeight, keep_codes, unpack_codes, write_weight
 from .checks import naming
 from .config import SubspaceConfig
 from .delta import Delta, multiply
 from .linalg import local_generator
 from .ops import Branch, ops_for
+from .quantization import (
+    can_compute_in,
+    is_readable,
+    quantization_of,
+    stored_tensor,
+    unmergeable,
+    unreadable,
+)
 from .weight_start import WeightStarts
 
 LayerT = TypeVar("LayerT", bound="SubspaceLayer")
@@ -28,7 +36,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: The layer to adapt, quantised or not.
-        backend_kwargs: What PEFT's `resolve_quantization_backend` needs besides the layer.
+        backend_kwargs: What `quantization_of` needs besides the layer.
 
     Raises:
         TypeError: If layers of this type cannot be adapted.
@@ -48,7 +56,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         keep_codes(base)
-        self.quantization_backend = resolve_quantization_backend(base, **backend_kwargs)
+        self.quantization_backend = quantization_of(base, **backend_kwargs)
         self.ops = ops_for(base, quantized=self.quantization_backend is not None)
         for name in getattr(base, "__constants__", ()):  # models read some, such as a convolution's stride
             setattr(self, name, getattr(base, name))
@@ -127,7 +135,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self._deferred or delta.initialized:
             self._deferred.pop(adapter_name, None)
             return delta
-        if self.get_base_layer().weight.is_meta:
+        if stored_tensor(self.get_base_layer()).is_meta:
             raise RuntimeError(
                 f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
                 "the base model first"
@@ -155,10 +163,16 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """Move one adapter to the base layer's device; its parameters also take a floating dtype."""
         if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
             return
-        base = self.get_base_layer()
-        base_device, dtype = self._get_base_layer_device_and_dtype(base)
-        device = device or base_device or next(base.parameters()).device
-        self.deltas[adapter_name].to(device, dtype if dtype is not None and dtype.is_floating_point else None)
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        self.deltas[adapter_name].to(device or base_device, dtype)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device, torch.dtype | None]:
+        """Device and dtype that an adapter takes from the base layer; no dtype where that holds codes."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        device = device or stored_tensor(base_layer).device
+        return device, dtype if dtype is not None and can_compute_in(dtype) else None
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and add the active adapters, or one adapter per sample with `adapter_names`."""
@@ -211,8 +225,15 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return result
 
     def get_base_weight(self) -> Tensor:
-        """Weight of the base layer as it stores it, dequantised if need be."""
-        unpack_codes(self.get_base_layer())
+        """Weight of the base layer as it stores it, dequantised if need be.
+
+        Raises:
+            NotImplementedError: If its codes can only be run.
+        """
+        base = self.get_base_layer()
+        if not is_readable(self.quantization_backend):
+            raise NotImplementedError(unreadable(base))
+        unpack_codes(base)
         return super().get_base_weight()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -233,17 +254,12 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` and the update is not finite.
-            TypeError: If the base layer's quantisation cannot be written.
+            TypeError: If the base layer's quantisation cannot be written. The layer is then unmerged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas]
         if not names:
             return
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise TypeError(
-                f"{self.quantization_backend.backend_name} weights cannot be rewritten, so adapters cannot "
-                "be merged into them; serve the adapter unmerged, or export it with "
-                "peft_subspace.save_as_lora"
-            )
+        self.check_merge()
         if safe_merge:
             self._check_finite(names)
         kept = self._kept or KeptWeight(self)
@@ -253,9 +269,22 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         total = sum(
             (self.get_delta_weight(name) for name in [*self.merged_adapters, *names]), start=weight.float()
         )
-        self.set_base_weight(total.to(weight.dtype))
         self._kept = kept
+        try:
+            write_weight(self, total.to(weight.dtype))
+        except Exception:
+            self.unmerge()
+            raise
         self.merged_adapters.extend(names)
+
+    def check_merge(self) -> None:
+        """Raise unless adapters can be merged into the base weight.
+
+        Raises:
+            TypeError: If the base layer's quantisation cannot be written.
+        """
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(unmergeable(self.quantization_backend))
 
     def _check_finite(self, names: Iterable[str]) -> None:
         for name in names:
@@ -283,15 +312,16 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`."""
-        for name in self._active_here():
+        for name in self.active_here():
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`, or put it back to the start."""
-        for name in self._active_here():
+        for name in self.active_here():
             self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
-    def _active_here(self) -> list[str]:
+    def active_here(self) -> list[str]:
+        """Active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.deltas]
 
     def extra_repr(self) -> str:

@@ -9,15 +9,12 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .base_weight import keep_codes
 from .checks import check_declared, check_state, check_values, naming
 from .combination import CombiningTuner
 from .config import SubspaceConfig
@@ -25,6 +22,8 @@ from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
 from .mixed_batch import adapter_names_passed, check_adapter_names
 from .ops import EmbeddingOps, ops_for
+from .quantization import is_readable, quantization_of, unreadable
+from .targets import include_all_linear_layers, targets
 from .weight_start import WeightStarts
 
 logger = getLogger("peft_subspace")
@@ -59,7 +58,11 @@ class SubspaceModel(CombiningTuner):
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; if that fails, forget its config."""
+        """Add an adapter; if that fails, forget its config.
+
+        The codes of 4-bit layers stay as they are from then on, in the layers without adapter as well: what
+        bitsandbytes makes of them when a CPU evaluates in bf16 passes no gradient on.
+        """
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.peft_config[adapter_name].trained = sum(
@@ -74,6 +77,8 @@ class SubspaceModel(CombiningTuner):
             if self._starts is not None:
                 self._starts.close()
                 self._starts = None
+        for module in model.modules():
+            keep_codes(module)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
@@ -82,7 +87,7 @@ class SubspaceModel(CombiningTuner):
         reading = [name for name, d in plan.items() if d.reads_weight and not peft_config.initialized]
         for name in reading:
             with naming(name):
-                _check_start(model.get_submodule(name), plan[name])
+                _check_start(model.get_submodule(name), plan[name], peft_config)
         self._starts = WeightStarts(len(reading))
         lowered = [name for name, delta in plan.items() if getattr(delta, "lowered", False)]
         if lowered and peft_config.r != type(peft_config).r:
@@ -100,14 +105,14 @@ class SubspaceModel(CombiningTuner):
             TypeError: If a targeted module's type cannot be adapted.
             ValueError: If a targeted module cannot hold what the config asks for.
         """
-        _maybe_include_all_linear_layers(config, model)  # replaces the shorthand in place
+        include_all_linear_layers(config, model)
         backend_kwargs = get_quantization_kwargs(model)
         shapes = {}
-        for name, module in _targets(model, config):
+        for name, module in targets(model, config):
             with naming(name):
                 _refuse_attention_internals(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                quantized = resolve_quantization_backend(base, **backend_kwargs) is not None
+                quantized = quantization_of(base, **backend_kwargs) is not None
                 ops = ops_for(base, quantized=quantized)
                 if isinstance(ops, EmbeddingOps) and not cls.tuner_layer_cls.delta_cls.on_embeddings:
                     raise TypeError(f"{cls.__name__} adapts no embeddings; exclude it with exclude_modules")
@@ -209,6 +214,18 @@ class SubspaceModel(CombiningTuner):
             layer.__class__ = self.linear_layer_cls
         return layer
 
+    def _check_merge_allowed(self) -> None:
+        """Look, before anything is merged, for a layer that adapters cannot be merged into."""
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, self.tuner_layer_cls) and layer.active_here():
+                with naming(name):
+                    layer.check_merge()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
+        """Put a layer in the place of another. PEFT also asks for a `weight`, which not all layers have."""
+        setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one per sample, to the tuner layers while the model runs."""
@@ -256,24 +273,16 @@ def _discard(model: nn.Module, adapter_name: str, cls: type[SubspaceModel]) -> N
         tuner.delete_adapter(adapter_name)
 
 
-def _targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that PEFT will hand over for replacement."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        if BaseTuner._check_target_module_exists(config, name):
-            yield name, module
-
-
-def _check_start(module: nn.Module, delta: Delta) -> None:
+def _check_start(module: nn.Module, delta: Delta, config: SubspaceConfig) -> None:
     """Look, before anything is replaced, for a weight that no start is possible from."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = base.weight.detach()
-    if not weight.is_meta and weight.dtype.itemsize > 1:  # else quantised, and read when its turn comes
-        delta.check_weight(weight)
+    backend = quantization_of(base)
+    if backend is None:
+        weight = base.weight.detach()
+        if not weight.is_meta and weight.dtype.itemsize > 1:
+            delta.check_weight(weight)
+    elif not is_readable(backend) and not delta.can_do_without_weight(config):
+        raise ValueError(unreadable(base))
 
 
 def _refuse_attention_internals(model: nn.Module, name: str) -> None:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
 from .delta import WeightShape, chain_cost, multiply, narrowest_rank, shorten, split
 from .linear import update_linear, update_pays
+from .quantization import linear_sizes
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -299,13 +300,14 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
         shape = WeightShape(base.out_channels, per_group, tuple(base.kernel_size), base.groups)
         return ConvOps(shape, calls_layer=_has_own_forward(base))
     if isinstance(base, nn.Linear | Conv1D) or quantized:
-        in_features, out_features = (int(size or 0) for size in _get_in_out_features(base))
+        sizes = None if isinstance(base, nn.Linear | Conv1D) else linear_sizes(base)
+        in_features, out_features = (int(size or 0) for size in sizes or _get_in_out_features(base))
         ops = Conv1DOps if isinstance(base, Conv1D) else LinearOps
         calls_layer = not quantized and base.weight.dtype.itemsize > 1 and _has_own_forward(base)
         return ops(WeightShape(out_features, in_features), calls_layer=calls_layer)
     raise TypeError(
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
-        "Conv1d, Conv2d, Conv3d, their subclasses, and the quantised linear layers that PEFT knows"
+        "Conv1d, Conv2d, Conv3d, their subclasses, and quantised linear layers"
     )
 
 

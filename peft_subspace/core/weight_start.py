@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from .config import SubspaceConfig
 from .delta import Delta
+from .quantization import stored_tensor, unreadable
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
@@ -41,15 +42,16 @@ class WeightStarts:
         try:
             weight = layer.get_base_weight()
         except NotImplementedError as error:
-            if not delta.needs_weight and config.init_weights is True:
+            if delta.can_do_without_weight(config):
                 return True
-            raise ValueError(_unreadable(layer)) from error
+            raise ValueError(unreadable(layer.get_base_layer())) from error
         self.bar.update()
         if weight.is_meta:
             return False
         beneath = layer.beneath(config)
-        stored = layer.get_base_layer().weight  # kept, so that no other weight takes its address
-        key = (stored.data_ptr(), stored.stride(), layer.ops.shape, str(delta.rank))
+        stored = stored_tensor(layer.get_base_layer())  # kept, so that no other weight takes its address
+        # Tensors that are made of others have no address of their own.
+        key = (stored.data_ptr() or id(stored), stored.stride(), layer.ops.shape, str(delta.rank))
         if beneath:
             delta.reset_from_weight(layer.with_updates(weight, beneath))
         elif key in self._known:
@@ -63,11 +65,3 @@ class WeightStarts:
         """Finish the progress bar, and forget the weights."""
         self.bar.close()
         self._known.clear()
-
-
-def _unreadable(layer: SubspaceLayer) -> str:
-    name = type(layer.get_base_layer()).__name__
-    return (
-        f"the weight of {name} cannot be read, and this start is computed from it; exclude the module, or "
-        "load the base model unquantised or quantised otherwise"
-    )

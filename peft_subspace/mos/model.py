@@ -90,7 +90,7 @@ class MoSLayer(SubspaceLayer):
     ) -> None:
         """Move the indices to the base layer's device, and pools off the host if the layer is."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        target = device or self.get_base_layer().weight.device
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for pool in self.deltas[adapter_name].pool_parameters() if adapter_name in self.deltas else ():
             if pool.device.type == "cpu" and target.type not in ("cpu", "meta"):
                 pool.data = pool.data.to(target)
@@ -181,8 +181,7 @@ class MoSModel(SubspaceModel):
             layer = next(
                 m for m in self.model.modules() if isinstance(m, MoSLayer) and adapter_name in m.deltas
             )
-            base_dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
-            dtype = base_dtype if base_dtype is not None and base_dtype.is_floating_point else dtype
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1] or dtype
         for _, pools in _pool_dicts(self.model):
             if adapter_name in pools:
                 pools[adapter_name].to(dtype)
