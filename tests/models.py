@@ -22,7 +22,7 @@ LLAMA = {
 
 
 def llama(**options) -> nn.Module:
-    return build(hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT, **LLAMA, **options))
+    return build(hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT, **{**LLAMA, **options}))
 
 
 def gemma(**options) -> nn.Module:
@@ -58,6 +58,15 @@ def vit() -> nn.Module:
         patch_size=8, num_labels=3,
     )  # fmt: skip
     return build(hf.ViTForImageClassification, config)
+
+
+def clip() -> nn.Module:
+    """A text and a vision model side by side."""
+    sides = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = hf.CLIPTextConfig(**TEXT, **sides, max_position_embeddings=16)
+    vision = hf.CLIPVisionConfig(**sides, image_size=16, patch_size=8)
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    return build(hf.CLIPModel, config)
 
 
 def resnet() -> nn.Module:
@@ -99,11 +108,14 @@ class Architecture:
 
     def inputs(self, batch: int = 3) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(12)
+        size = 32 if self.kind == "image" and self.name != "vit" else 16
+        images = {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
         if self.kind == "image":
-            size = 16 if self.name == "vit" else 32
-            return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
+            return images
         ids = torch.randint(3, 37, (batch, 6), generator=generator)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.name == "clip":
+            return {**inputs, **images}
         return {**inputs, "decoder_input_ids": ids[:, :4]} if self.name == "t5" else inputs
 
 

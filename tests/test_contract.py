@@ -116,6 +116,7 @@ def test_forward_in_eval_mode_without_a_batch_equals_the_dense_oracle(method, ca
     assert distance(outputs(model, x), dense(model, method, x)) < FP32.tolerance
 
 
+@pytest.mark.feature("AMP (bf16 autocast)")
 def test_forward_under_autocast_equals_the_dense_oracle(method, case):
     model = adapt(method, case)
     x = case.inputs()
@@ -231,6 +232,7 @@ def test_merged_output_equals_the_unmerged_one(method, case, setting):
     assert distance(outputs(model, x), before) < 2 * setting.tolerance
 
 
+@pytest.mark.feature("merge, unmerge (bit for bit)")
 def test_unmerge_restores_the_weight_bit_for_bit_a_hundred_times(method, case, setting):
     model = adapt(method, case, setting)
     layer, before = tuner_layer(model), weight_of(model)
@@ -253,6 +255,7 @@ def test_merged_layer_reports_the_memory_it_keeps(method, case, setting):
     assert layer.kept_bytes == 0
 
 
+@pytest.mark.feature("safe_merge")
 def test_safe_merge_equals_merge(method, case, setting):
     plain, safe = (adapt(method, case, setting) for _ in range(2))
     plain.merge_adapter()
@@ -261,6 +264,7 @@ def test_safe_merge_equals_merge(method, case, setting):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.feature("safe_merge")
 def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(method, case, value):
     model = adapt(method, case)
     before = weight_of(model)
@@ -272,6 +276,7 @@ def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(method, case, v
     assert not tuner_layer(model).merged
 
 
+@pytest.mark.feature("merge, unmerge (bit for bit)")
 def test_merging_one_by_one_equals_merging_together(method, case, setting):
     together, single = (two_adapters(method, case, setting) for _ in range(2))
     for model in (together, single):
@@ -297,6 +302,7 @@ def test_merging_twice_merges_once(method, case):
 
 
 @pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.feature("merge_and_unload")
 def test_merge_and_unload_gives_a_plain_layer_with_the_same_outputs(method, case, setting, safe):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -313,6 +319,7 @@ def test_unload_gives_the_base_model(method, case, setting):
     assert torch.equal(plain.layer.weight, case.layer().weight.to(setting.dtype))
 
 
+@pytest.mark.feature("disable_adapter")
 def test_disabled_adapter_gives_exactly_the_base_output(method, case, setting):
     model = adapt(method, case, setting)
     x = case.inputs(setting.dtype)
@@ -335,6 +342,7 @@ def test_merged_and_disabled_is_exactly_the_base_output(method, case, setting):
 # --------------------------------------------------------------------------------- several adapters
 
 
+@pytest.mark.feature("several active adapters")
 def test_all_active_adapters_count(method, case, setting):
     model = two_adapters(method, case, setting).eval()
     activate(model, *BOTH)
@@ -369,6 +377,7 @@ def test_two_adapters_of_different_seeds_differ(method, case):
     assert distance(delta_weight(model, method, "other"), delta_weight(model, method)) > 1e-3
 
 
+@pytest.mark.feature("delete_adapter")
 def test_deleted_adapter_leaves_nothing_behind(method, case):
     model = two_adapters(method, case, **({"dropout": 0.1} if method.has_dropout else {}))
     model.set_adapter("other")
@@ -399,6 +408,7 @@ def test_merged_adapter_is_not_deleted(method, case):
     assert torch.equal(weight_of(model), before)
 
 
+@pytest.mark.feature("one adapter per sample (adapter_names)")
 def test_each_sample_of_a_batch_gets_its_own_adapter(method, case, setting):
     model = two_adapters(method, case, setting).eval()
     x = case.inputs(setting.dtype, batch=5)
@@ -430,11 +440,17 @@ def test_mixed_batches_explain_wrong_names_counts_and_states(method, case):
 
 
 @pytest.mark.parametrize("weights", [(0.5, -1.5), (2.0, 1.0)])
-def test_weighted_adapter_is_the_exact_sum_and_survives_saving(method, case, setting, weights, tmp_path):
+@pytest.mark.feature("add_weighted_adapter (exact)")
+def test_weighted_adapter_is_the_exact_sum_and_survives_saving(
+    method, case, setting, weights, tmp_path, record_property
+):
     model = two_adapters(method, case, setting)
     if not method.combines:
         with pytest.raises(ValueError, match="to_lora"):
             model.add_weighted_adapter(list(BOTH), list(weights), "sum")
+        record_property(
+            "no", "its pools belong to all modules at once; export both to LoRA and combine those"
+        )
         return
     model.add_weighted_adapter(list(BOTH), list(weights), "sum")
     model.set_adapter("sum")
@@ -462,6 +478,7 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.feature("save_pretrained, from_pretrained")
 def test_saved_adapter_gives_the_same_outputs_when_loaded(method, case, setting, low_cpu_mem_usage, tmp_path):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -486,6 +503,7 @@ def test_loaded_adapter_can_be_trained_on(method, case, tmp_path):
     assert all(p.grad is not None for p in trainables(again).values())
 
 
+@pytest.mark.feature("peft_subspace.load")
 def test_own_loader_gives_the_same_outputs(method, case, setting, tmp_path):
     model = two_adapters(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -535,6 +553,7 @@ def test_cast_and_moved_model_still_equals_the_dense_oracle(method, case):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.feature("torch.compile (no graph breaks)")
 def test_adapted_layer_compiles_without_graph_breaks(method, case, train):
     torch._dynamo.reset()
     model = adapt(method, case).train(train)
@@ -550,6 +569,7 @@ def test_adapted_layer_compiles_without_graph_breaks(method, case, train):
 # ------------------------------------------------------------------------------------------- scaling
 
 
+@pytest.mark.feature("scale_layer, set_scale")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)
     layer, x = tuner_layer(model), case.inputs()
@@ -576,6 +596,7 @@ def test_scaling_can_be_multiplied_divided_and_set(method, case):
 # -------------------------------------------------------------------------------------- export to LoRA
 
 
+@pytest.mark.feature("export to LoRA (exact)")
 def test_exported_lora_gives_the_same_outputs_in_peft(method, lora_case, setting, tmp_path):
     model = adapt(method, lora_case, setting).eval()
     x = lora_case.inputs(setting.dtype)

@@ -60,6 +60,7 @@ def two_adapters(method, model=None, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.feature("default target_modules")
 def test_known_architectures_need_no_target_modules(method, architecture):
     model = architecture.build()
     inputs = architecture.inputs()
@@ -80,6 +81,7 @@ def test_unknown_architecture_without_target_modules_is_refused(method):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:6], ids=str)
+@pytest.mark.feature('target_modules="all-linear"')
 def test_all_linear_adapts_every_linear_layer_but_the_head(method, architecture):
     model = architecture.build()
     linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
@@ -133,6 +135,7 @@ def rank(layer):
     return layer.deltas["default"].factors()[-1].shape[0]
 
 
+@pytest.mark.feature("rank_pattern")
 def test_rank_and_alpha_patterns_apply_to_the_modules_they_name(method):
     options = {"r": 2, "rank_pattern": {"q_proj": 3, "layers.1.self_attn.v_proj": 1}}
     if method.has_alpha:
@@ -175,6 +178,7 @@ def test_bias_options_train_the_biases_they_name(method):
 
 
 @pytest.mark.parametrize("bias", ["all", "own"])
+@pytest.mark.feature("bias")
 def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
     bias = f"{method.prefix}only" if bias == "own" else bias
     options = {"target_modules": ["query", "value"], "bias": bias}
@@ -187,6 +191,7 @@ def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
     assert torch.equal(logits(again), logits(model.eval()))
 
 
+@pytest.mark.feature("modules_to_save")
 def test_modules_to_save_are_trained_saved_and_loaded(method, tmp_path):
     model = wrap(method, modules_to_save=["lm_head"]).eval()
     head = [name for name in trained(model) if "lm_head.modules_to_save.default" in name]
@@ -201,6 +206,7 @@ def test_modules_to_save_are_trained_saved_and_loaded(method, tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [[4, 7], {"embed_tokens": [4, 7]}])
+@pytest.mark.feature("trainable_token_indices")
 def test_trainable_tokens_are_trained_saved_and_loaded(method, tokens, tmp_path):
     model = wrap(method, trainable_token_indices=tokens).eval()
     names = [name for name in trained(model) if "token_adapter.trainable_tokens_delta" in name]
@@ -213,6 +219,7 @@ def test_trainable_tokens_are_trained_saved_and_loaded(method, tokens, tmp_path)
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.feature("task types")
 def test_task_types_keep_the_head_that_peft_adds(method, tmp_path):
     model = wrap(method, bert(), target_modules=["query"], task_type=TaskType.SEQ_CLS)
     assert any("classifier.modules_to_save" in name for name in trained(model))
@@ -226,6 +233,7 @@ def test_task_types_keep_the_head_that_peft_adds(method, tmp_path):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("build", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
+@pytest.mark.feature("one adapter per sample (adapter_names)")
 def test_each_sample_generates_with_its_own_adapter(method, build, beams):
     targets = {"gpt2": ["c_attn", "c_fc", "wte"], "t5": ["q", "v", "wi", "shared"]}.get(
         build.__name__, [*TARGETS, "up_proj", "embed_tokens"]
@@ -284,6 +292,7 @@ def test_mixed_batch_uses_each_adapters_own_modules_to_save(method):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("build", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
+@pytest.mark.feature("gradient checkpointing (reentrant and not)")
 def test_gradients_are_the_same_with_gradient_checkpointing(method, build, reentrant):
     targets = {"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(build.__name__, TARGETS)
 
@@ -328,6 +337,7 @@ def test_compiled_model_gives_the_same_outputs(method):
 # ------------------------------------------------------------------------------- status, copy, merge
 
 
+@pytest.mark.feature("get_model_status")
 def test_model_status_names_the_method_and_its_adapters(method):
     model = two_adapters(method)
     status = model.get_model_status()
@@ -347,6 +357,7 @@ def test_model_status_names_the_method_and_its_adapters(method):
         assert layer.available_adapters == ["default", "other"]
 
 
+@pytest.mark.feature("merge_and_unload")
 def test_merged_model_gives_the_same_logits_everywhere(method):
     for architecture in ARCHITECTURES:
         model = get_peft_model(
@@ -414,6 +425,7 @@ def test_saved_file_holds_the_adapter_and_nothing_else(method, tmp_path):
     )
 
 
+@pytest.mark.feature("AutoPeftModel")
 def test_auto_classes_of_peft_load_adapter_and_base(method, tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
@@ -426,6 +438,7 @@ def test_auto_classes_of_peft_load_adapter_and_base(method, tmp_path):
     assert type(config) is method.config_cls
 
 
+@pytest.mark.feature("several adapters in one model")
 def test_several_adapters_are_saved_in_folders_and_loaded_back(method, tmp_path):
     model = two_adapters(method)
     model.save_pretrained(tmp_path)
@@ -451,6 +464,7 @@ def test_loading_runs_no_initialisation_from_the_weight(method, tmp_path, monkey
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.feature("transformers add_adapter, load_adapter")
 def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp_path):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -477,6 +491,7 @@ def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), changed)
 
 
+@pytest.mark.feature("transformers add_adapter, load_adapter")
 def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -488,6 +503,7 @@ def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.feature("inject_adapter_in_model")
 def test_injected_adapter_works_without_a_wrapper(method):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -509,6 +525,7 @@ def test_model_card_shows_the_import(method, tmp_path):
     assert "import peft_subspace" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.feature("low_cpu_mem_usage")
 def test_loading_twice_with_low_memory_use_leaves_nothing_on_meta(method, tmp_path):
     model = two_adapters(method)
     model.save_pretrained(tmp_path)
@@ -524,6 +541,7 @@ def test_loading_twice_with_low_memory_use_leaves_nothing_on_meta(method, tmp_pa
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, bert, resnet], ids=["llama", "gpt2", "bert", "resnet"])
+@pytest.mark.feature("export to LoRA (exact)")
 def test_exported_model_gives_the_same_logits_in_peft(method, build, tmp_path):
     targets = {
         "gpt2": ["c_attn", "c_fc", "wte"],
@@ -560,6 +578,7 @@ def test_export_chooses_the_adapter_it_is_asked_for(method, tmp_path):
         peft_subspace.to_lora(model, "absent")
 
 
+@pytest.mark.feature("PEFT's convert_to_lora")
 def test_pefts_own_conversion_to_lora_agrees(method):
     model = wrap(method).eval()
     own_config, own_state = peft_subspace.to_lora(model)

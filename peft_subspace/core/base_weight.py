@@ -20,13 +20,20 @@ _QUANTIZATION_STATE = ("state", "quant_state", "meta")
 class KeptWeight:
     """What a base layer held before a merge; `restore` puts it back bit for bit.
 
-    Of an unquantised layer it is the weight tensor; of a quantised one the codes with their constants.
+    Of an unquantised layer it is the weight tensor, or, if other layers have the same, the parameter; of a
+    quantised one the codes with their constants.
     """
 
     def __init__(self, layer: SubspaceLayer) -> None:
         base = layer.get_base_layer()
         self.quantized = layer.quantization_backend is not None
-        self.data: Tensor = _on_host_if_short(base.weight.data) if not self.quantized else torch.empty(0)
+        self.data = torch.empty(0)
+        self.shared: Tensor | None = None
+        if not self.quantized:
+            self.shared = layer.base_parameter if layer.tied else None
+            self.data = (
+                layer.base_parameter.data if layer.tied else _on_host_if_short(layer.base_parameter.data)
+            )
         if self.quantized:
             unpack_codes(base)
             self.parameters = dict(base._parameters)
@@ -36,10 +43,22 @@ class KeptWeight:
             }
 
     def restore(self, layer: SubspaceLayer) -> None:
-        """Put the weight back, on the device where the layer is now."""
+        """Put the weight back, on the device where the layer is now.
+
+        Raises:
+            RuntimeError: If the weight is offloaded now.
+        """
         if not self.quantized:
-            weight = layer.get_base_layer().weight
-            weight.data = self.data.to(weight.device, weight.dtype)
+            weight = layer.base_parameter
+            if weight.is_meta and not self.data.is_meta:
+                raise RuntimeError(
+                    "the merged weight is offloaded and cannot be unmerged during a forward pass; call "
+                    "unmerge_adapter() first"
+                )
+            data = self.data.to(weight.device, weight.dtype)
+            if self.shared is not None:
+                setattr(layer.get_base_layer(), layer.parameter_name, self.shared)
+            layer.base_parameter.data = data
             return
         base = layer.get_base_layer()
         for name, parameter in self.parameters.items():
@@ -73,6 +92,22 @@ def write_weight(layer: SubspaceLayer, weight: Tensor) -> None:
         base.extra_repr = label
     if type(getattr(base, "weight", None)) is not kind:
         raise TypeError(unmergeable(layer.quantization_backend))
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules have, such as an embedding and its head."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
+            (tied if parameter in seen else seen).add(parameter)
+    return tied
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """Hook by which accelerate fetches a module's offloaded tensors before each call, or None."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
 
 
 def unpack_codes(base: nn.Module) -> None:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from .checks import naming
 from .config import SubspaceConfig
+from .parameter import weight_name
 from .patterns import patterns_of
 
 
@@ -57,7 +58,7 @@ class CombiningTuner(BaseTuner):
                     [layer.deltas[a] for a in present],
                     [scale[a] * layer.initial_scaling[a] for a in present],
                 )
-        ranks = {name: rank for name, (rank, _) in combined.items()}
+        ranks = {weight_name(name, layers[name]): rank for name, (rank, _) in combined.items()}
         self.peft_config[adapter_name] = self._combined_config(self.peft_config[adapters[0]], ranks)
         self.inject_adapter(self.model, adapter_name)
         for name, layer in layers.items():
@@ -65,10 +66,13 @@ class CombiningTuner(BaseTuner):
 
     def _combined_config(self, config: SubspaceConfig, ranks: dict[str, Any]) -> SubspaceConfig:
         """Config under which the result of `add_weighted_adapter` is created again on loading."""
+        modules = {name for name, _ in self.model.named_modules()}
         changes: dict[str, Any] = {
-            "target_modules": set(ranks), "rank_pattern": patterns_of(ranks), "alpha_pattern": {},
-            "scale": 1.0, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-            "dropout": 0.0, "initialized": True, "orthogonality_weight": 0.0,
+            "target_modules": modules.intersection(ranks),
+            "target_parameters": sorted(set(ranks) - modules) or None,
+            "rank_pattern": patterns_of(ranks), "alpha_pattern": {}, "scale": 1.0, "exclude_modules": None,
+            "layers_to_transform": None, "layers_pattern": None, "dropout": 0.0, "initialized": True,
+            "orthogonality_weight": 0.0,
         }  # fmt: skip
         return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 

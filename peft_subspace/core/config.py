@@ -62,6 +62,9 @@ class SubspaceConfig(PeftConfig):
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, `"all-linear"`,
             or `None` for PEFT's default choice where it knows the architecture.
         exclude_modules: Modules to leave out, as a list of names or suffixes, or a regular expression.
+        target_parameters: Parameters to adapt that are no layer's weight, by name or suffix, such as
+            `["experts.gate_up_proj", "experts.down_proj"]`: the stacked weights of fused experts. Without
+            `target_modules` nothing else is adapted. Not all methods can.
         layers_to_transform: Index, or indices, of the blocks to adapt; all if `None`.
         layers_pattern: Name of the module list that holds the blocks, if it is not recognised.
         rank_pattern: Ranks of single modules, by name or regular expression, in place of `r`.
@@ -84,12 +87,14 @@ class SubspaceConfig(PeftConfig):
     """
 
     peft_type_name: ClassVar[str]
+    adapts_parameters: ClassVar[bool] = False
     init_choices: ClassVar[tuple[str, ...]] = ()
     trained = 0  # numbers that train, of the adapter that was made with this object; no field
 
     r: Any = field(default=8)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
+    target_parameters: list[str] | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
     rank_pattern: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +111,7 @@ class SubspaceConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type(self.peft_type_name)
         self.peft_subspace_version = self.peft_subspace_version or VERSION
+        self._check_parameters()
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, list | tuple) and all(isinstance(entry, Hashable) for entry in names):
@@ -207,6 +213,29 @@ class SubspaceConfig(PeftConfig):
                 "layers_pattern", self.layers_pattern, "needs layers_to_transform as well; set both"
             )
 
+    def _check_parameters(self) -> None:
+        names = self.target_parameters
+        if names is None:
+            return
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise invalid(
+                "target_parameters",
+                names,
+                "must be a list, such as ['experts.down_proj']",
+                TypeError,
+            )
+        if names and not self.adapts_parameters:
+            raise invalid(
+                "target_parameters",
+                names,
+                f"cannot be adapted by {type(self).__name__}: its factors belong to one matrix, the weight "
+                "of a module, and a stack of experts is many matrices in one parameter; use FLoRAConfig, or "
+                "name modules in target_modules",
+            )
+        self.target_parameters = list(names)
+        if names and self.target_modules is None:
+            self.target_modules = []
+
     def _check_choices(self) -> None:
         biases = ("none", "all", f"{self.peft_type_name.lower()}_only")
         if self.bias not in biases:
@@ -239,6 +268,12 @@ class ScaledConfig(SubspaceConfig):
         for key, alpha in self._patterns("alpha_pattern"):
             check_number(f"alpha_pattern[{key!r}]", alpha)
         check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
+        if self.dropout and self.target_parameters:
+            raise invalid(
+                "dropout",
+                self.dropout,
+                "needs the input of a layer, and target_parameters are updated without it; set dropout=0",
+            )
 
     def scaling_for(self, module_name: str) -> float:
         """`alpha / r` of one module, patterns applied; `r` as configured, before any clamping."""

@@ -19,7 +19,8 @@ class WeightShape:
     Attributes:
         out_features: Rows of `ΔW`.
         in_features: Columns of `ΔW`; of a convolution `in_channels / groups`.
-        kernel_size: Kernel of a convolution, `()` for a matrix.
+        kernel_size: Further axes: the kernel of a convolution, the number of experts in a stack of matrices;
+            `()` for a matrix.
         groups: Groups of a convolution.
     """
 
@@ -78,6 +79,10 @@ class Delta(nn.Module, ABC):
 
         Of a convolution's chain exactly one factor carries the kernel, `(·, ·, *kernel_size)`.
         """
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The chain; called as a module, so that hooks which fetch the tensors from elsewhere run."""
+        return self.factors()
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Fill the parameters in place; `init_weights=False` asks for a start that changes the output."""

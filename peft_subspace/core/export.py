@@ -15,6 +15,7 @@ from .card import LORA_FOLDER, write_card
 from .delta import split
 from .layer import SubspaceLayer
 from .ops import Conv1DOps, EmbeddingOps
+from .parameter import ParameterLayer, weight_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,6 +89,8 @@ def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "d
 
 def _no_lora_form(layer: SubspaceLayer) -> str | None:
     """Why PEFT's LoRA cannot stand for the layer's update, None if it can."""
+    if isinstance(layer, ParameterLayer):
+        return None
     base: Any = layer.get_base_layer()
     if layer.ops.shape.groups > 1:
         return f"groups={base.groups}"
@@ -102,7 +105,7 @@ def _no_lora_form(layer: SubspaceLayer) -> str | None:
 @torch.no_grad()
 def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Factors `(out, r)` and `(r, in, *kernel)` of the scaled update, in fp32."""
-    left, right = split([factor.float() for factor in layer.deltas[adapter_name].factors()])
+    left, right = split([factor.float() for factor in layer.deltas[adapter_name]()])
     return left * layer.scaling[adapter_name], right
 
 
@@ -111,6 +114,10 @@ def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) 
     key = f"base_model.model.{name}"
     if isinstance(layer.ops, EmbeddingOps):
         return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
+    if isinstance(layer, ParameterLayer) and layer.ops.shape.kernel_size:
+        # PEFT keeps rank and experts in one axis, of A expert by expert, of B rank by rank.
+        left = left[..., None].expand(-1, -1, right.shape[-1]).flatten(1)
+        return {f"{key}.lora_A.weight": right.movedim(-1, 0).flatten(0, 1), f"{key}.lora_B.weight": left}
     ones = (1,) * len(layer.ops.shape.kernel_size)
     return {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
 
@@ -132,10 +139,13 @@ def _lora_config(
     model: nn.Module, adapter_name: str, layers: dict[str, SubspaceLayer], rank: int
 ) -> LoraConfig:
     config = model.peft_config[adapter_name]
+    parameters = [weight_name(n, layer) for n, layer in layers.items() if isinstance(layer, ParameterLayer)]
+    modules = [name for name, layer in layers.items() if not isinstance(layer, ParameterLayer)]
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_shortest_targets(model, layers),
+        target_modules=_shortest_targets(model, modules),
+        target_parameters=parameters or None,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias.endswith("_only") else config.bias,

@@ -10,12 +10,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from .base_weight import KeptWeight, keep_codes, unpack_codes, write_weight
+from .base_weight import KeptWeight, keep_codes, offload_hook, unpack_codes, write_weight
 from .checks import naming
 from .config import SubspaceConfig
 from .delta import Delta, multiply
 from .linalg import local_generator
-from .ops import Branch, ops_for
+from .ops import Branch, LayerOps, ops_for
 from .quantization import (
     can_compute_in,
     is_readable,
@@ -38,6 +38,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         base_layer: The layer to adapt, quantised or not.
         backend_kwargs: What `quantization_of` needs besides the layer.
 
+    Attributes:
+        tied: Whether other modules have the same weight, so that merging must not change it in place.
+
     Raises:
         TypeError: If layers of this type cannot be adapted.
         ValueError: If the layer has no weight yet, or groups that do not divide its channels.
@@ -45,9 +48,12 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     prefix: ClassVar[str]
     delta_cls: ClassVar[type[Delta]]
+    parameter_name: str = "weight"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "prefix"):  # of a kind of layer, not yet of a method
+            return
         cls.adapter_layer_names = (f"{cls.prefix}delta",)
         cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
 
@@ -57,7 +63,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         keep_codes(base)
         self.quantization_backend = quantization_of(base, **backend_kwargs)
-        self.ops = ops_for(base, quantized=self.quantization_backend is not None)
+        self.ops = self._ops_for(base)
         for name in getattr(base, "__constants__", ()):  # models read some, such as a convolution's stride
             setattr(self, name, getattr(base, name))
         self.in_features = self.ops.shape.in_features * self.ops.shape.groups
@@ -68,9 +74,29 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.initial_scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
+        self.tied = False
         self._disable_adapters = False
         self._kept: KeptWeight | None = None
         self._deferred: dict[str, tuple[SubspaceConfig, str]] = {}
+
+    def _ops_for(self, base: nn.Module) -> LayerOps:
+        return ops_for(base, quantized=self.quantization_backend is not None)
+
+    @property
+    def base_parameter(self) -> Tensor:
+        """Parameter of the base layer that is adapted, as it is stored; of a quantised one its codes."""
+        base = self.get_base_layer()
+        return stored_tensor(base) if self.quantization_backend else getattr(base, self.parameter_name)
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Set the weight; of a tied one, this layer's alone: the others have no adapter to be merged."""
+        if self.quantization_backend is not None:
+            super().set_base_weight(weight_data)
+        elif self.tied:
+            parameter = nn.Parameter(weight_data, requires_grad=self.base_parameter.requires_grad)
+            setattr(self.get_base_layer(), self.parameter_name, parameter)
+        else:
+            self.base_parameter.data = weight_data
 
     @property
     def deltas(self) -> nn.ModuleDict:
@@ -135,7 +161,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self._deferred or delta.initialized:
             self._deferred.pop(adapter_name, None)
             return delta
-        if stored_tensor(self.get_base_layer()).is_meta:
+        readable = self.quantization_backend is None
+        if (self.get_base_weight() if readable else self.base_parameter).is_meta:
             raise RuntimeError(
                 f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
                 "the base model first"
@@ -160,11 +187,18 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move one adapter to the base layer's device; its parameters also take a floating dtype."""
+        """Move one adapter to where the base layer works; its parameters also take a floating dtype.
+
+        A weight on the meta device takes no adapter with it: it may be offloaded.
+        """
         if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
             return
-        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        self.deltas[adapter_name].to(device or base_device, dtype)
+        base = self.get_base_layer()
+        base_device, dtype = self._get_base_layer_device_and_dtype(base)
+        target: Any = device or base_device
+        if target.type == "meta":
+            target = getattr(offload_hook(base), "execution_device", None)
+        self.deltas[adapter_name].to(device=target, dtype=dtype)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -198,7 +232,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _branch(self, adapter_name: str) -> Branch:
         dropouts = self.dropouts
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
-        return Branch.scaled(self.started(adapter_name).factors(), self.scaling[adapter_name], dropout)
+        delta = self.started(adapter_name)
+        if torch.is_grad_enabled() and offload_hook(delta) is not None:
+            _check_trainable(delta, adapter_name)
+        return Branch.scaled(delta(), self.scaling[adapter_name], dropout)
 
     def _add(self, result: Tensor, branch: Branch, x: Tensor) -> Tensor:
         if x.is_floating_point():
@@ -225,12 +262,15 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return result
 
     def get_base_weight(self) -> Tensor:
-        """Weight of the base layer as it stores it, dequantised if need be.
+        """Weight of the base layer as it stores it, dequantised, or read from where it is offloaded.
 
         Raises:
             NotImplementedError: If its codes can only be run.
         """
         base = self.get_base_layer()
+        if self.quantization_backend is None:
+            hook = offload_hook(base) if self.base_parameter.is_meta else None
+            return self.base_parameter.data if hook is None else hook.weights_map[self.parameter_name]
         if not is_readable(self.quantization_backend):
             raise NotImplementedError(unreadable(base))
         unpack_codes(base)
@@ -240,7 +280,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
         delta = self.started(adapter)
         with torch.no_grad():
-            product = multiply([factor.float() for factor in delta.factors()])
+            product = multiply([factor.float() for factor in delta()])
         return self.ops.to_layout(product * self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -332,6 +372,14 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def takes_training_step(self) -> bool:
         """Whether this forward pass is one of training, and none that is being compiled."""
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _check_trainable(delta: Delta, adapter_name: str) -> None:
+    if any(parameter.requires_grad for parameter in delta.parameters()):
+        raise RuntimeError(
+            f"adapter {adapter_name!r} is offloaded with its base layer, so it cannot be trained; give the "
+            "layer a device in device_map, or load with is_trainable=False"
+        )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, kind: type[LayerT]) -> dict[str, LayerT]:

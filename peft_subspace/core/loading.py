@@ -84,7 +84,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
             "on the base model that it was trained on"
         )
     plan = tuner.plan(model, config)
-    expected = tuner.expected_state(plan)
+    expected = tuner.expected_state(model, plan)
     if not expected and config.target_modules != DUMMY_TARGET_MODULES:
         raise ValueError(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}; load the "
@@ -100,7 +100,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
             check_shapes(expected, found)
             state = {key: file.get_tensor(key) for key in expected}
             check_state(expected, state)
-            check_values(tuner.keyed(plan), state)
+            check_values(tuner.keyed(model, plan), state)
             tuner.check_base(tuner.on_base(model, plan), state)
     except SafetensorError as error:
         raise ValueError(

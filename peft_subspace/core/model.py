@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .base_weight import keep_codes
+from .base_weight import keep_codes, tied_parameters
 from .checks import check_declared, check_state, check_values, naming
 from .combination import CombiningTuner
 from .config import SubspaceConfig
@@ -22,6 +22,13 @@ from .delta import Delta, WeightShape
 from .layer import SubspaceLayer
 from .mixed_batch import adapter_names_passed, check_adapter_names
 from .ops import EmbeddingOps, ops_for
+from .parameter import (
+    ParameterLayer,
+    check_same_parameters,
+    parameter_ops,
+    targeted_parameters,
+    wrapper_places,
+)
 from .quantization import is_readable, quantization_of, unreadable
 from .targets import include_all_linear_layers, targets
 from .weight_start import WeightStarts
@@ -47,13 +54,16 @@ class SubspaceModel(CombiningTuner):
     """Base of the five tuners.
 
     Subclasses set `prefix`, `tuner_layer_cls`, and `linear_layer_cls`, the same layer under a name that
-    contains `Linear`, by which PEFT recognises adapted linear layers.
+    contains `Linear`, by which PEFT recognises adapted linear layers; those that adapt parameters also set
+    `parameter_layer_cls`, named `ParamWrapper`, by which PEFT recognises these.
     """
 
     peft_config: dict[str, Any]
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     tuner_layer_cls: type[SubspaceLayer]
+    parameter_layer_cls: ClassVar[type[ParameterLayer]]
     _ranks: dict[str, Any]
+    _tied: set[int]
     _starts: WeightStarts | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
 
@@ -83,12 +93,14 @@ class SubspaceModel(CombiningTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
         plan = self.plan(model, peft_config)
+        check_same_parameters(model, peft_config, self.peft_config.values())
         self._ranks = {name: delta.rank for name, delta in plan.items()}
         reading = [name for name, d in plan.items() if d.reads_weight and not peft_config.initialized]
         for name in reading:
             with naming(name):
                 _check_start(model.get_submodule(name), plan[name], peft_config)
         self._starts = WeightStarts(len(reading))
+        self._tied = tied_parameters(model)
         lowered = [name for name, delta in plan.items() if getattr(delta, "lowered", False)]
         if lowered and peft_config.r != type(peft_config).r:
             logger.warning(
@@ -99,7 +111,7 @@ class SubspaceModel(CombiningTuner):
 
     @classmethod
     def plan(cls, model: nn.Module, config: SubspaceConfig) -> dict[str, Delta]:
-        """Deltas, on the meta device, that `config` would create on `model`, by module name.
+        """Deltas, on the meta device, that `config` would create on `model`, by module or parameter name.
 
         Raises:
             TypeError: If a targeted module's type cannot be adapted.
@@ -110,13 +122,16 @@ class SubspaceModel(CombiningTuner):
         shapes = {}
         for name, module in targets(model, config):
             with naming(name):
-                _refuse_attention_internals(model, name)
+                _refuse_unreachable(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 quantized = quantization_of(base, **backend_kwargs) is not None
                 ops = ops_for(base, quantized=quantized)
                 if isinstance(ops, EmbeddingOps) and not cls.tuner_layer_cls.delta_cls.on_embeddings:
                     raise TypeError(f"{cls.__name__} adapts no embeddings; exclude it with exclude_modules")
                 shapes[name] = ops.shape
+        for name, owner, parameter_name in targeted_parameters(model, config):
+            with naming(name):
+                shapes[name] = parameter_ops(owner, parameter_name).shape
         known: dict[Any, Delta] = {}
         plan = {}
         for name, rank in cls.ranks(config, shapes).items():
@@ -125,13 +140,15 @@ class SubspaceModel(CombiningTuner):
                 with naming(name), torch.device("meta"):
                     known[key] = cls.tuner_layer_cls.delta_cls(config, shapes[name], rank)
             plan[name] = known[key]
-        cls._check_size(config, plan, shapes)
+        cls._check_size(model, config, plan, shapes)
         return plan
 
     @classmethod
-    def _check_size(cls, config: Any, plan: dict[str, Delta], shapes: dict[str, WeightShape]) -> None:
+    def _check_size(
+        cls, model: nn.Module, config: Any, plan: dict[str, Delta], shapes: dict[str, WeightShape]
+    ) -> None:
         """Raise, before anything is allocated, if an adapter is out of proportion to its weights."""
-        size = sum(tensor.numel() for tensor in cls.expected_state(plan).values())
+        size = sum(tensor.numel() for tensor in cls.expected_state(model, plan).values())
         adapted = sum(prod(shape.dims) for shape in shapes.values())
         if size > _MOST_TIMES * adapted + _MOST_BESIDES:
             raise ValueError(
@@ -149,9 +166,10 @@ class SubspaceModel(CombiningTuner):
         return {name: config.rank_for(name) for name in shapes}
 
     @classmethod
-    def keyed(cls, plan: dict[str, Delta]) -> dict[str, Delta]:
-        """Deltas of a plan by the start of their keys in a saved adapter."""
-        return {f"base_model.model.{module}.{cls.prefix}delta": delta for module, delta in plan.items()}
+    def keyed(cls, model: nn.Module, plan: dict[str, Delta]) -> dict[str, Delta]:
+        """Deltas of a plan for `model` by the start of their keys in a saved adapter."""
+        places = wrapper_places(model, plan)
+        return {f"base_model.model.{places[name]}.{cls.prefix}delta": delta for name, delta in plan.items()}
 
     @classmethod
     def check_base(cls, layers: dict[str, SubspaceLayer], state: dict[str, Tensor]) -> None:
@@ -169,18 +187,20 @@ class SubspaceModel(CombiningTuner):
     def on_base(cls, model: nn.Module, plan: dict[str, Delta]) -> dict[str, SubspaceLayer]:
         """Layers that read the base weights of a plan's modules, by the start of their saved keys."""
         kwargs = get_quantization_kwargs(model)
-        modules = (model.get_submodule(name) for name in plan)
-        layers = (
-            m if isinstance(m, cls.tuner_layer_cls) else cls.tuner_layer_cls(m, **kwargs) for m in modules
-        )
-        return dict(zip(cls.keyed(plan), layers, strict=True))
+        modules = {name: module for name, module in model.named_modules() if name in plan}
+        layers = {
+            name: m if isinstance(m, cls.tuner_layer_cls) else cls.tuner_layer_cls(m, **kwargs)
+            for name, m in modules.items()
+        }
+        keys = dict(zip(plan, cls.keyed(model, plan), strict=True))
+        return {keys[name]: layer for name, layer in layers.items()}
 
     @classmethod
-    def expected_state(cls, plan: dict[str, Delta]) -> dict[str, Tensor]:
+    def expected_state(cls, model: nn.Module, plan: dict[str, Delta]) -> dict[str, Tensor]:
         """Tensors, on the meta device, that a saved adapter must hold for the deltas of a plan."""
         return {
             f"{key}.{name}": tensor
-            for key, delta in cls.keyed(plan).items()
+            for key, delta in cls.keyed(model, plan).items()
             for name, tensor in delta.state_dict().items()
         }
 
@@ -197,17 +217,23 @@ class SubspaceModel(CombiningTuner):
         twin = next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None)
         # Injecting by a state dict's keys reaches modules that were not planned.
         rank = self._ranks.get(current_key, peft_config.rank_for(current_key))
-        if isinstance(target, self.tuner_layer_cls):
+        if parameter_name is not None and current_key not in self._ranks:
+            raise ValueError(f"{current_key}: parametrized parameters cannot be adapted; leave it out")
+        if isinstance(target, self.tuner_layer_cls) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, peft_config, current_key, rank, twin, self._starts)
             return
-        layer = self._wrap(target)
+        layer = self._wrap(target, parameter_name)
         layer._active_adapter = adapter_name
+        if layer.quantization_backend is None:
+            layer.tied = id(layer.base_parameter) in self._tied
         layer.update_layer(adapter_name, peft_config, current_key, rank, twin, self._starts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _wrap(self, target: nn.Module) -> SubspaceLayer:
+    def _wrap(self, target: nn.Module, parameter_name: str | None) -> SubspaceLayer:
+        if parameter_name is not None:
+            return self.parameter_layer_cls(target, parameter_name)
         backend_kwargs = get_quantization_kwargs(self.model)
         layer = self.tuner_layer_cls(target, **backend_kwargs)
         if layer.ops.linear:
@@ -223,7 +249,11 @@ class SubspaceModel(CombiningTuner):
                     layer.check_merge()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
-        """Put a layer in the place of another. PEFT also asks for a `weight`, which not all layers have."""
+        """Put a layer in the place of another.
+
+        PEFT also asks for a `weight`, which not all layers have, and sends the adapter after it, offloaded or
+        not.
+        """
         setattr(parent, child_name, new_module)
 
     @contextmanager
@@ -285,7 +315,12 @@ def _check_start(module: nn.Module, delta: Delta, config: SubspaceConfig) -> Non
         raise ValueError(unreadable(base))
 
 
-def _refuse_attention_internals(model: nn.Module, name: str) -> None:
+def _refuse_unreachable(model: nn.Module, name: str) -> None:
+    if isinstance(model.get_submodule(name), ParameterLayer):
+        raise ValueError(
+            "another adapter adapts a parameter of it; load the adapters into separate models, or leave the "
+            "module out of target_modules"
+        )
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise TypeError(

@@ -222,9 +222,9 @@ class ConvOps(LayerOps):
         if not _sums_exactly(base, branches, x) or _has_hooks(base):
             return None
         if is_slow_depthwise(base, x):
-            return convolve_depthwise(base, x, _updated_weight(base, self, branches))
+            return convolve_depthwise(base, x, updated_weight(base.weight, self, branches))
         if self.shape.groups > 1 or self._is_single(x):
-            return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+            return base._conv_forward(x, updated_weight(base.weight, self, branches), base.bias)
         rank = sum(narrowest_rank(branch.factors) for branch in branches)
         few = self._positions(base, x)[1] < _FEW * rank
         if few and all(self._prefers_factors(base, branch, x, dense_passes=1) for branch in branches):
@@ -232,7 +232,7 @@ class ConvOps(LayerOps):
         if 2 * _THIN * rank * (self.shape.out_features + self.shape.columns) < prod(self.shape.dims):
             lefts, rights = zip(*(split(branch.factors) for branch in branches), strict=True)
             return convolve_pair(base, x, torch.cat(lefts, dim=1), torch.cat(rights))
-        return base._conv_forward(x, _updated_weight(base, self, branches), base.bias)
+        return base._conv_forward(x, updated_weight(base.weight, self, branches), base.bias)
 
     def _is_single(self, x: Tensor) -> bool:
         """Whether the input is one sample without a batch axis."""
@@ -372,16 +372,23 @@ def _sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> boo
     return dtypes <= {torch.float32} or dtypes <= {torch.float64}
 
 
-def _updated_weight(base: nn.Module, ops: LayerOps, branches: Sequence[Branch]) -> Tensor:
-    weight = base.weight
+def updated_weight(weight: Tensor, ops: LayerOps, branches: Sequence[Branch]) -> Tensor:
+    """`W + ΔW` of some branches, laid out as the layer stores `W`, in its dtype."""
+    dtype = weight.dtype
+    if weight.is_meta and not branches[0].factors[0].is_meta:
+        raise RuntimeError(
+            "the weight is offloaded, and the adapter of this layer needs it in memory; give its module a "
+            "device in device_map, or merge the adapter first"
+        )
     for branch in branches:
         # Flat, for an axis of size one can have strides that convolutions take for another memory format.
         delta = ops.to_layout(multiply(branch.factors)).reshape(-1)
         weight = weight + delta.view(weight.shape)
-    return weight.to(base.weight.dtype)
+    return weight.to(dtype)
 
 
 def _call_updated(
     base: nn.Module, ops: LayerOps, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    return functional_call(base, {"weight": _updated_weight(base, ops, branches)}, (x, *args), kwargs)
+    weight = updated_weight(base.weight, ops, branches)
+    return functional_call(base, {"weight": weight}, (x, *args), kwargs)

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .config import SubspaceConfig
 from .delta import Delta
-from .quantization import stored_tensor, unreadable
+from .quantization import unreadable
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
@@ -49,9 +49,10 @@ class WeightStarts:
         if weight.is_meta:
             return False
         beneath = layer.beneath(config)
-        stored = stored_tensor(layer.get_base_layer())  # kept, so that no other weight takes its address
-        # Tensors that are made of others have no address of their own.
-        key = (stored.data_ptr() or id(stored), stored.stride(), layer.ops.shape, str(delta.rank))
+        stored = layer.base_parameter  # kept, so that no other weight takes its address
+        # Offloaded weights, and those made of other tensors, have no address.
+        where = stored.data_ptr() or id(stored)
+        key = (where, stored.stride(), layer.ops.shape, str(delta.rank))
         if beneath:
             delta.reset_from_weight(layer.with_updates(weight, beneath))
         elif key in self._known:

@@ -2,6 +2,7 @@
 
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
+from peft_subspace.core.parameter import ParameterLayer
 from peft_subspace.core.registry import register
 
 from .config import FLoRAConfig
@@ -19,12 +20,17 @@ class FLoRALinear(FLoRALayer):
     """Linear layer with FLoRA adapters."""
 
 
+class ParamWrapper(ParameterLayer, FLoRALayer):
+    """FLoRA adapters on one parameter of a module; PEFT knows such wrappers by this name."""
+
+
 class FLoRAModel(SubspaceModel):
     """Model with FLoRA adapters."""
 
     prefix = "flora_"
     tuner_layer_cls = FLoRALayer
     linear_layer_cls = FLoRALinear
+    parameter_layer_cls = ParamWrapper
 
 
 register("FLORA", FLoRAConfig, FLoRAModel)

@@ -14,8 +14,10 @@ class FLoRAConfig(ScaledConfig):
 
     Args:
         r: Rank of the input and output modes, or one rank per mode, `[in, out, *kernel]`, of which the
-            kernel's may be left out. A rank above its dimension is lowered to it.
-        kernel_r: Rank of the kernel modes of a convolution, one for all or a list; `None` for full size.
+            kernel's may be left out. A rank above its dimension is lowered to it. Stacked experts
+            (`target_parameters`) are one more mode in the place of the kernel: `[in, out, experts]`.
+        kernel_r: Rank of the kernel modes of a convolution, one for all or a list, or of the mode of stacked
+            experts; `None` for full size.
         alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
         scale: The scaling itself, in place of `alpha / r`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
@@ -37,6 +39,7 @@ class FLoRAConfig(ScaledConfig):
     """
 
     peft_type_name: ClassVar[str] = "FLORA"
+    adapts_parameters: ClassVar[bool] = True
     init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal")
 
     r: int | list[int] = field(default=8)

@@ -113,12 +113,12 @@ class MoSModel(SubspaceModel):
         return allot(config, shapes)
 
     @classmethod
-    def expected_state(cls, plan: dict[str, Any]) -> dict[str, Tensor]:
+    def expected_state(cls, model: nn.Module, plan: dict[str, Any]) -> dict[str, Tensor]:
         """Indices and pools that a saved adapter must hold."""
         shares = [delta.share for delta in plan.values()]
         with torch.device("meta"):
             pools = Pools(shares).state_dict()
-        expected = super().expected_state(plan)
+        expected = super().expected_state(model, plan)
         return {**expected, **{f"base_model.model.{_POOLS}.{name}": pool for name, pool in pools.items()}}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
