@@ -5,6 +5,9 @@ Commands:
     python examples/finetune.py --demo bbcnews    or `make demo-text`
     python examples/finetune.py --task text-classification --model MODEL --dataset DATASET --method flora
 
+In several processes: `accelerate launch --config_file examples/launch/ddp.yaml examples/finetune.py …`; the
+heads of the files in `examples/launch` say more.
+
 The demos read their networks and data out of installed packages (`examples/data-packages.txt`) and need no
 network. A fixed seed holds out the test rows; the settings below were chosen on the validation rows.
 

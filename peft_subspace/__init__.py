@@ -19,6 +19,7 @@ from .core.export import save_as_lora, to_lora
 from .core.hub import push_to_hub
 from .core.initialize import initialize_from_gradient
 from .core.loading import load
+from .core.processes import prepare_for_ddp
 from .effort import EffortConfig, EffortModel, RegularizationCallback, regularization_loss
 from .flora import FLoRAConfig, FLoRAModel
 from .lora_sb import LoRASBConfig, LoRASBModel
@@ -46,6 +47,7 @@ __all__ = [
     "list_tasks",
     "load",
     "next_task",
+    "prepare_for_ddp",
     "preserve_pattern",
     "preserve_schedule",
     "push_to_hub",

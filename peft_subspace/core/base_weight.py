@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from .quantization import nbytes, unmergeable
@@ -108,6 +111,13 @@ def offload_hook(module: nn.Module) -> Any:
     """Hook by which accelerate fetches a module's offloaded tensors before each call, or None."""
     hook: Any = getattr(module, "_hf_hook", None)
     return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
+
+
+@contextmanager
+def whole_weight(base: nn.Module) -> Iterator[None]:
+    """Have all of a layer's weight here; with DeepSpeed's ZeRO-3 each process keeps a part of it only."""
+    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None):
+        yield
 
 
 def unpack_codes(base: nn.Module) -> None:

@@ -13,6 +13,8 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
 
+from .files import replacing
+
 if TYPE_CHECKING:
     from .config import SubspaceConfig
 
@@ -56,7 +58,8 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
     rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
     section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, rows=rows)
     card.text = _with_section(card.text, section)
-    card.save(path)
+    with replacing(path) as partial:
+        card.save(partial)
 
 
 def _with_section(text: str, section: str) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .card import write_card
+from .files import replacing
 from .patterns import MOST_ENTRIES, check_patterns, look_up
 from .registry import peft_type
 
@@ -128,7 +130,9 @@ class SubspaceConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, marked as that of a finished adapter, and our part of the model card."""
-        super(SubspaceConfig, replace(self, initialized=True)).save_pretrained(save_directory, **kwargs)
+        finished = replace(self, initialized=True)
+        with replacing(Path(save_directory) / CONFIG_NAME) as partial:
+            super(SubspaceConfig, finished).save_pretrained(str(partial.parent), **kwargs)
         write_card(Path(save_directory), self)
 
     def check_rank(self, name: str, rank: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .card import LORA_FOLDER, write_card
 from .delta import split
+from .files import replacing
 from .layer import SubspaceLayer
 from .ops import Conv1DOps, EmbeddingOps
 from .parameter import ParameterLayer, weight_name
@@ -74,15 +75,11 @@ def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "d
     """
     config, state = to_lora(model, adapter_name)
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.part"
-    save_file(
-        {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()},
-        partial,
-        metadata={"format": "pt"},
-    )
-    partial.rename(folder / SAFETENSORS_WEIGHTS_NAME)
-    config.save_pretrained(str(folder))
+    state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    with replacing(folder / CONFIG_NAME) as partial:
+        config.save_pretrained(str(partial.parent))
     if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
         write_card(folder.parent, model.peft_config[adapter_name])
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .checks import check_shapes
+from .files import replacing
 from .gradients import Gradients
 
 
@@ -40,17 +41,11 @@ def write_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]], gradients
 
     The file appears when the last one is written, so that an interruption leaves none.
     """
-    partial = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with closing(gradients), partial.open("wb") as file:
-            file.write(_header(shapes))
-            for name, gradient in gradients:
-                file.write(gradient.contiguous().cpu().numpy().astype("<f4", copy=False).data)
-                yield name, gradient
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with closing(gradients), replacing(path) as partial, partial.open("wb") as file:
+        file.write(_header(shapes))
+        for name, gradient in gradients:
+            file.write(gradient.contiguous().cpu().numpy().astype("<f4", copy=False).data)
+            yield name, gradient
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:

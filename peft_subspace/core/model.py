@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .base_weight import keep_codes, tied_parameters
+from .base_weight import keep_codes, tied_parameters, whole_weight
 from .checks import check_declared, check_state, check_values, naming
 from .combination import CombiningTuner
 from .config import SubspaceConfig
@@ -308,9 +308,10 @@ def _check_start(module: nn.Module, delta: Delta, config: SubspaceConfig) -> Non
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     backend = quantization_of(base)
     if backend is None:
-        weight = base.weight.detach()
-        if not weight.is_meta and weight.dtype.itemsize > 1:
-            delta.check_weight(weight)
+        with whole_weight(base):
+            weight = base.weight.detach()
+            if not weight.is_meta and weight.dtype.itemsize > 1:
+                delta.check_weight(weight)
     elif not is_readable(backend) and not delta.can_do_without_weight(config):
         raise ValueError(unreadable(base))
 

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .delta import Delta
 
 
 def count() -> int:
@@ -48,3 +51,29 @@ def failing_together(device: torch.device, action: str) -> Iterator[None]:
     failed = int(total(torch.zeros((), device=device)))
     if failed:
         raise RuntimeError(f"{action} failed in {failed} of {count()} processes; their own errors say why")
+
+
+def prepare_for_ddp(model: nn.Module) -> None:
+    """Send the frozen tensors of adapters to all processes once, and keep DDP from sending them every step.
+
+    `DistributedDataParallel` takes all buffers from process 0 in each forward pass, and what a method freezes
+    are buffers: hundreds of megabytes in a large model, all of them the same everywhere. Call this in every
+    process, before the very same `model` is wrapped but when it is on its device and `torch.distributed` is
+    initialised: with a Trainer after making it, as `prepare_for_ddp(trainer.model)`; with accelerate after
+    `Accelerator()` and before `prepare`. In one process it does nothing, as without it only time is lost.
+
+    Args:
+        model: Model with adapters, wrapped by PEFT or injected; buffers of the base model stay as they are.
+    """
+    if count() == 1:
+        return
+    frozen = {
+        f"{name}.{key}": buffer
+        for name, module in model.named_modules()
+        if isinstance(module, Delta)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+    for buffer in frozen.values():
+        dist.broadcast(buffer, 0)
+    known = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*known, *frozen})

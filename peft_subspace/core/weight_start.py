@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .base_weight import whole_weight
 from .config import SubspaceConfig
 from .delta import Delta
 from .quantization import unreadable
@@ -39,19 +40,24 @@ class WeightStarts:
         Raises:
             ValueError: If the weight is needed and cannot be read, or cannot be started from.
         """
-        try:
-            weight = layer.get_base_weight()
-        except NotImplementedError as error:
-            if delta.can_do_without_weight(config):
-                return True
-            raise ValueError(unreadable(layer.get_base_layer())) from error
+        with whole_weight(layer.get_base_layer()):
+            try:
+                weight = layer.get_base_weight()
+            except NotImplementedError as error:
+                if delta.can_do_without_weight(config):
+                    return True
+                raise ValueError(unreadable(layer.get_base_layer())) from error
+            return self._start_from(weight, delta, layer, config)
+
+    def _start_from(self, weight: Tensor, delta: Delta, layer: SubspaceLayer, config: SubspaceConfig) -> bool:
         self.bar.update()
         if weight.is_meta:
             return False
         beneath = layer.beneath(config)
         stored = layer.base_parameter  # kept, so that no other weight takes its address
-        # Offloaded weights, and those made of other tensors, have no address.
-        where = stored.data_ptr() or id(stored)
+        # Weights that are gathered have an address for a while only; offloaded ones, and those made of others,
+        # have none.
+        where = getattr(stored, "ds_id", stored.data_ptr() or id(stored))
         key = (where, stored.stride(), layer.ops.shape, str(delta.rank))
         if beneath:
             delta.reset_from_weight(layer.with_updates(weight, beneath))

@@ -25,8 +25,8 @@ class EffortConfig(SubspaceConfig):
         energy_weight: `λ2`, the weight of `|‖W + ΔW‖² − ‖W‖²|` in the loss, averaged over the layers.
 
     In training, both are added to the loss that the model returns. Where that loss is not used, as with
-    `compute_loss_func` or label smoothing, give the Trainer `peft_subspace.RegularizationCallback()`, or add
-    `peft_subspace.regularization_loss(model)`.
+    `compute_loss_func`, label smoothing, and the trainers of TRL, give the Trainer
+    `peft_subspace.RegularizationCallback()`, or add `peft_subspace.regularization_loss(model)`.
 
     Raises:
         TypeError: If a field has the wrong type.

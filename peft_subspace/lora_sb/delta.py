@@ -57,8 +57,8 @@ class LoRASBDelta(Delta):
         self.register_buffer("B", torch.empty(shape.out_features, rank, dtype=torch.float32))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `B`, `R` and `A`."""
-        return self.B, self.R, self.A
+        """Return `B`, `R` and `A`, in one precision, also where a trainer has stored `R` in less."""
+        return self.B, self.R.to(self.B.dtype), self.A
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw orthonormal bases; start `R` at zero, or at random if `init_weights` is False."""
