@@ -15,6 +15,7 @@ from .continual_svd import (
 )
 from .core import config as _config
 from .core.callbacks import GradientInitCallback
+from .core.estimate import Estimate, estimate
 from .core.export import save_as_lora, to_lora
 from .core.hub import push_to_hub
 from .core.initialize import initialize_from_gradient
@@ -32,6 +33,7 @@ __all__ = [
     "ContinualSVDModel",
     "EffortConfig",
     "EffortModel",
+    "Estimate",
     "FLoRAConfig",
     "FLoRAModel",
     "GradientInitCallback",
@@ -42,6 +44,7 @@ __all__ = [
     "NextTaskCallback",
     "RegularizationCallback",
     "continual_metrics",
+    "estimate",
     "initialize_from_gradient",
     "layer_importance",
     "list_tasks",

@@ -13,6 +13,8 @@ import torch
 from layers import CASES, SETTINGS
 from methods import METHODS
 
+pytest_plugins = ["feature_report"]
+
 torch.set_num_threads(1)
 
 

@@ -92,6 +92,7 @@ def test_creating_an_adapter_leaves_the_global_generator_alone(method, case):
     assert isinstance(model, PeftModel)
 
 
+@pytest.mark.feature("bf16 bases, fp32 or bf16 adapters, autocast")
 def test_adapter_takes_the_dtype_that_peft_asks_for(method, case, setting):
     model = adapt(method, case, setting)
     wanted = torch.float32 if method.stays_fp32 else setting.adapter_dtype
@@ -102,6 +103,7 @@ def test_adapter_takes_the_dtype_that_peft_asks_for(method, case, setting):
 # ------------------------------------------------------------------------------- forward and gradients
 
 
+@pytest.mark.feature("bf16 bases, fp32 or bf16 adapters, autocast")
 def test_forward_equals_the_dense_oracle(method, case, setting):
     model = adapt(method, case, setting)
     x = case.inputs(setting.dtype)
@@ -116,7 +118,7 @@ def test_forward_in_eval_mode_without_a_batch_equals_the_dense_oracle(method, ca
     assert distance(outputs(model, x), dense(model, method, x)) < FP32.tolerance
 
 
-@pytest.mark.feature("AMP (bf16 autocast)")
+@pytest.mark.feature("bf16 bases, fp32 or bf16 adapters, autocast")
 def test_forward_under_autocast_equals_the_dense_oracle(method, case):
     model = adapt(method, case)
     x = case.inputs()
@@ -224,6 +226,7 @@ def test_merged_weight_is_the_sum_rounded_once(method, case, setting):
     assert tuner_layer(model).merged
 
 
+@pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merged_output_equals_the_unmerged_one(method, case, setting):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -232,7 +235,7 @@ def test_merged_output_equals_the_unmerged_one(method, case, setting):
     assert distance(outputs(model, x), before) < 2 * setting.tolerance
 
 
-@pytest.mark.feature("merge, unmerge (bit for bit)")
+@pytest.mark.feature("merge and unmerge, bit for bit")
 def test_unmerge_restores_the_weight_bit_for_bit_a_hundred_times(method, case, setting):
     model = adapt(method, case, setting)
     layer, before = tuner_layer(model), weight_of(model)
@@ -255,7 +258,7 @@ def test_merged_layer_reports_the_memory_it_keeps(method, case, setting):
     assert layer.kept_bytes == 0
 
 
-@pytest.mark.feature("safe_merge")
+@pytest.mark.feature("safe merge")
 def test_safe_merge_equals_merge(method, case, setting):
     plain, safe = (adapt(method, case, setting) for _ in range(2))
     plain.merge_adapter()
@@ -264,7 +267,7 @@ def test_safe_merge_equals_merge(method, case, setting):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.feature("safe_merge")
+@pytest.mark.feature("safe merge")
 def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(method, case, value):
     model = adapt(method, case)
     before = weight_of(model)
@@ -276,7 +279,7 @@ def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(method, case, v
     assert not tuner_layer(model).merged
 
 
-@pytest.mark.feature("merge, unmerge (bit for bit)")
+@pytest.mark.feature("several adapters, several active ones")
 def test_merging_one_by_one_equals_merging_together(method, case, setting):
     together, single = (two_adapters(method, case, setting) for _ in range(2))
     for model in (together, single):
@@ -302,7 +305,7 @@ def test_merging_twice_merges_once(method, case):
 
 
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.feature("merge_and_unload")
+@pytest.mark.feature("`merge_and_unload`, `unload`")
 def test_merge_and_unload_gives_a_plain_layer_with_the_same_outputs(method, case, setting, safe):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -313,13 +316,14 @@ def test_merge_and_unload_gives_a_plain_layer_with_the_same_outputs(method, case
     assert plain.state_dict().keys() == Net(case.layer()).state_dict().keys()
 
 
+@pytest.mark.feature("`merge_and_unload`, `unload`")
 def test_unload_gives_the_base_model(method, case, setting):
     plain = adapt(method, case, setting).unload()
     assert type(plain.layer) is type(case.layer())
     assert torch.equal(plain.layer.weight, case.layer().weight.to(setting.dtype))
 
 
-@pytest.mark.feature("disable_adapter")
+@pytest.mark.feature("`disable_adapter`")
 def test_disabled_adapter_gives_exactly_the_base_output(method, case, setting):
     model = adapt(method, case, setting)
     x = case.inputs(setting.dtype)
@@ -330,6 +334,7 @@ def test_disabled_adapter_gives_exactly_the_base_output(method, case, setting):
     assert torch.equal(outputs(model, x), before)
 
 
+@pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merged_and_disabled_is_exactly_the_base_output(method, case, setting):
     model = adapt(method, case, setting)
     x = case.inputs(setting.dtype)
@@ -342,7 +347,7 @@ def test_merged_and_disabled_is_exactly_the_base_output(method, case, setting):
 # --------------------------------------------------------------------------------- several adapters
 
 
-@pytest.mark.feature("several active adapters")
+@pytest.mark.feature("several adapters, several active ones")
 def test_all_active_adapters_count(method, case, setting):
     model = two_adapters(method, case, setting).eval()
     activate(model, *BOTH)
@@ -362,6 +367,7 @@ def test_merging_one_of_two_active_adapters_keeps_the_other(method, case):
     assert distance(outputs(model, x), before) < 2 * FP32.tolerance
 
 
+@pytest.mark.feature("several adapters, several active ones")
 def test_set_adapter_switches_outputs_and_training(method, case, setting):
     model = two_adapters(method, case, setting)
     x = case.inputs(setting.dtype)
@@ -377,7 +383,7 @@ def test_two_adapters_of_different_seeds_differ(method, case):
     assert distance(delta_weight(model, method, "other"), delta_weight(model, method)) > 1e-3
 
 
-@pytest.mark.feature("delete_adapter")
+@pytest.mark.feature("`delete_adapter`")
 def test_deleted_adapter_leaves_nothing_behind(method, case):
     model = two_adapters(method, case, **({"dropout": 0.1} if method.has_dropout else {}))
     model.set_adapter("other")
@@ -391,6 +397,7 @@ def test_deleted_adapter_leaves_nothing_behind(method, case):
     assert distance(outputs(model, x), dense(model, method, x, ("other",))) < FP32.tolerance
 
 
+@pytest.mark.feature("`delete_adapter`")
 def test_deleting_the_only_adapter_leaves_the_base_output(method, case):
     tuner = adapt(method, case).base_model
     x = case.inputs()
@@ -408,7 +415,7 @@ def test_merged_adapter_is_not_deleted(method, case):
     assert torch.equal(weight_of(model), before)
 
 
-@pytest.mark.feature("one adapter per sample (adapter_names)")
+@pytest.mark.feature("one adapter per sample of a batch")
 def test_each_sample_of_a_batch_gets_its_own_adapter(method, case, setting):
     model = two_adapters(method, case, setting).eval()
     x = case.inputs(setting.dtype, batch=5)
@@ -421,6 +428,7 @@ def test_each_sample_of_a_batch_gets_its_own_adapter(method, case, setting):
         assert distance(result[[row]], dense(model, method, x[[row]], chosen)) < setting.tolerance, name
 
 
+@pytest.mark.feature("one adapter per sample of a batch")
 def test_mixed_batches_explain_wrong_names_counts_and_states(method, case):
     model = two_adapters(method, case)
     x = case.inputs(batch=2)
@@ -440,7 +448,7 @@ def test_mixed_batches_explain_wrong_names_counts_and_states(method, case):
 
 
 @pytest.mark.parametrize("weights", [(0.5, -1.5), (2.0, 1.0)])
-@pytest.mark.feature("add_weighted_adapter (exact)")
+@pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_is_the_exact_sum_and_survives_saving(
     method, case, setting, weights, tmp_path, record_property
 ):
@@ -448,9 +456,7 @@ def test_weighted_adapter_is_the_exact_sum_and_survives_saving(
     if not method.combines:
         with pytest.raises(ValueError, match="to_lora"):
             model.add_weighted_adapter(list(BOTH), list(weights), "sum")
-        record_property(
-            "no", "its pools belong to all modules at once; export both to LoRA and combine those"
-        )
+        record_property("no", "modules share their pools, so no adapter of the method is the sum of two")
         return
     model.add_weighted_adapter(list(BOTH), list(weights), "sum")
     model.set_adapter("sum")
@@ -462,6 +468,7 @@ def test_weighted_adapter_is_the_exact_sum_and_survives_saving(
     assert distance(tuner_layer(again).get_delta_weight("default"), wanted) < setting.tolerance
 
 
+@pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case):
     if not method.combines or not method.has_alpha:
         pytest.skip("the method does not combine adapters")
@@ -478,7 +485,7 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.feature("save_pretrained, from_pretrained")
+@pytest.mark.feature("save and load, `low_cpu_mem_usage`")
 def test_saved_adapter_gives_the_same_outputs_when_loaded(method, case, setting, low_cpu_mem_usage, tmp_path):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -494,6 +501,7 @@ def test_saved_adapter_gives_the_same_outputs_when_loaded(method, case, setting,
     assert not any(p.is_meta for p in again.parameters())
 
 
+@pytest.mark.feature("save and load, `low_cpu_mem_usage`")
 def test_loaded_adapter_can_be_trained_on(method, case, tmp_path):
     model = adapt(method, case)
     model.save_pretrained(tmp_path)
@@ -503,7 +511,7 @@ def test_loaded_adapter_can_be_trained_on(method, case, tmp_path):
     assert all(p.grad is not None for p in trainables(again).values())
 
 
-@pytest.mark.feature("peft_subspace.load")
+@pytest.mark.feature("`peft_subspace.load`")
 def test_own_loader_gives_the_same_outputs(method, case, setting, tmp_path):
     model = two_adapters(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -517,6 +525,7 @@ def test_own_loader_gives_the_same_outputs(method, case, setting, tmp_path):
         assert torch.equal(outputs(again, x), outputs(model, x))
 
 
+@pytest.mark.feature("deepcopy and pickle")
 def test_deepcopy_is_equal_and_independent(method, case, setting):
     model = adapt(method, case, setting).eval()
     x = case.inputs(setting.dtype)
@@ -528,6 +537,7 @@ def test_deepcopy_is_equal_and_independent(method, case, setting):
     assert torch.equal(outputs(model, x), before)
 
 
+@pytest.mark.feature("deepcopy and pickle")
 def test_deepcopy_of_a_merged_model_can_unmerge(method, case):
     model = adapt(method, case)
     before = weight_of(model)
@@ -539,6 +549,7 @@ def test_deepcopy_of_a_merged_model_can_unmerge(method, case):
     assert not torch.equal(weight_of(model), before)
 
 
+@pytest.mark.feature("deepcopy and pickle")
 def test_pickled_layer_gives_the_same_outputs(method, case):
     layer = tuner_layer(adapt(method, case)).eval()
     x = case.inputs()
@@ -569,7 +580,7 @@ def test_adapted_layer_compiles_without_graph_breaks(method, case, train):
 # ------------------------------------------------------------------------------------------- scaling
 
 
-@pytest.mark.feature("scale_layer, set_scale")
+@pytest.mark.feature("scaling at run time (`scale_layer`, `set_scale`)")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)
     layer, x = tuner_layer(model), case.inputs()
@@ -596,7 +607,7 @@ def test_scaling_can_be_multiplied_divided_and_set(method, case):
 # -------------------------------------------------------------------------------------- export to LoRA
 
 
-@pytest.mark.feature("export to LoRA (exact)")
+@pytest.mark.feature("exact LoRA export")
 def test_exported_lora_gives_the_same_outputs_in_peft(method, lora_case, setting, tmp_path):
     model = adapt(method, lora_case, setting).eval()
     x = lora_case.inputs(setting.dtype)
@@ -613,6 +624,7 @@ def lora_weight(model):
     return layer.get_delta_weight("default")
 
 
+@pytest.mark.feature("exact LoRA export")
 def test_export_follows_a_changed_scaling(method, lora_case, tmp_path):
     model = adapt(method, lora_case)
     tuner_layer(model).set_scale("default", 0.5)
@@ -621,9 +633,15 @@ def test_export_follows_a_changed_scaling(method, lora_case, tmp_path):
     assert distance(lora_weight(served), 0.5 * delta_weight(model, method)) < 1e-5
 
 
-def test_export_names_the_layers_that_no_lora_can_express(method, case, tmp_path):
+@pytest.mark.feature("LoRA export of grouped, dilated and unusual layers")
+def test_export_names_the_layers_that_no_lora_can_express(method, case, tmp_path, record_property):
     if case.has_lora_form:
         pytest.skip("has a LoRA form")
+    record_property(
+        "no",
+        "PEFT's LoRA convolves without groups, dilation and padding_mode (peft/tuners/lora/layer.py:1625), "
+        "and calls no layer's own forward; the merged model can be served",
+    )
     model = adapt(method, case)
     with pytest.raises(ValueError, match=r"no LoRA form.*\blayer\b.*; leave .* out of target_modules"):
         peft_subspace.save_as_lora(model, tmp_path / "lora")

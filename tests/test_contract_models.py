@@ -60,7 +60,7 @@ def two_adapters(method, model=None, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-@pytest.mark.feature("default target_modules")
+@pytest.mark.feature("default `target_modules` of known architectures")
 def test_known_architectures_need_no_target_modules(method, architecture):
     model = architecture.build()
     inputs = architecture.inputs()
@@ -81,7 +81,7 @@ def test_unknown_architecture_without_target_modules_is_refused(method):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:6], ids=str)
-@pytest.mark.feature('target_modules="all-linear"')
+@pytest.mark.feature('`"all-linear"`')
 def test_all_linear_adapts_every_linear_layer_but_the_head(method, architecture):
     model = architecture.build()
     linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
@@ -107,6 +107,7 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(method, architecture)
         ({"target_modules": ["lm_head"]}, r"lm_head"),
     ],
 )  # fmt: skip
+@pytest.mark.feature("`exclude_modules`, `layers_to_transform`")
 def test_targets_are_chosen_as_in_peft(method, options, expected):
     if "embedding" not in method.kinds and "embed_tokens" in options["target_modules"]:
         pytest.skip("the method does not adapt embeddings")
@@ -119,6 +120,7 @@ def test_targets_are_chosen_as_in_peft(method, options, expected):
     assert wanted
 
 
+@pytest.mark.feature('`"all-linear"`')
 def test_all_linear_leaves_the_classifier_of_its_task_out(method):
     model = wrap(method, bert(), target_modules="all-linear", task_type=TaskType.SEQ_CLS)
     assert "dense" in last_parts(adapted(model))
@@ -135,7 +137,7 @@ def rank(layer):
     return layer.deltas["default"].factors()[-1].shape[0]
 
 
-@pytest.mark.feature("rank_pattern")
+@pytest.mark.feature("`rank_pattern`")
 def test_rank_and_alpha_patterns_apply_to_the_modules_they_name(method):
     options = {"r": 2, "rank_pattern": {"q_proj": 3, "layers.1.self_attn.v_proj": 1}}
     if method.has_alpha:
@@ -161,6 +163,7 @@ def test_rank_and_alpha_patterns_apply_to_the_modules_they_name(method):
 # -------------------------------------------------------------------------------- what trains besides
 
 
+@pytest.mark.feature("`bias`")
 def test_bias_options_train_the_biases_they_name(method):
     def biases(bias):
         model = wrap(method, bert(), target_modules=["query", "value"], bias=bias)
@@ -178,7 +181,7 @@ def test_bias_options_train_the_biases_they_name(method):
 
 
 @pytest.mark.parametrize("bias", ["all", "own"])
-@pytest.mark.feature("bias")
+@pytest.mark.feature("`bias`")
 def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
     bias = f"{method.prefix}only" if bias == "own" else bias
     options = {"target_modules": ["query", "value"], "bias": bias}
@@ -191,7 +194,7 @@ def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
     assert torch.equal(logits(again), logits(model.eval()))
 
 
-@pytest.mark.feature("modules_to_save")
+@pytest.mark.feature("`modules_to_save`")
 def test_modules_to_save_are_trained_saved_and_loaded(method, tmp_path):
     model = wrap(method, modules_to_save=["lm_head"]).eval()
     head = [name for name in trained(model) if "lm_head.modules_to_save.default" in name]
@@ -206,7 +209,7 @@ def test_modules_to_save_are_trained_saved_and_loaded(method, tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [[4, 7], {"embed_tokens": [4, 7]}])
-@pytest.mark.feature("trainable_token_indices")
+@pytest.mark.feature("`trainable_token_indices`")
 def test_trainable_tokens_are_trained_saved_and_loaded(method, tokens, tmp_path):
     model = wrap(method, trainable_token_indices=tokens).eval()
     names = [name for name in trained(model) if "token_adapter.trainable_tokens_delta" in name]
@@ -219,7 +222,7 @@ def test_trainable_tokens_are_trained_saved_and_loaded(method, tokens, tmp_path)
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.feature("task types")
+@pytest.mark.feature("`modules_to_save`")
 def test_task_types_keep_the_head_that_peft_adds(method, tmp_path):
     model = wrap(method, bert(), target_modules=["query"], task_type=TaskType.SEQ_CLS)
     assert any("classifier.modules_to_save" in name for name in trained(model))
@@ -233,7 +236,7 @@ def test_task_types_keep_the_head_that_peft_adds(method, tmp_path):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("build", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
-@pytest.mark.feature("one adapter per sample (adapter_names)")
+@pytest.mark.feature("one adapter per sample of a batch")
 def test_each_sample_generates_with_its_own_adapter(method, build, beams):
     targets = {"gpt2": ["c_attn", "c_fc", "wte"], "t5": ["q", "v", "wi", "shared"]}.get(
         build.__name__, [*TARGETS, "up_proj", "embed_tokens"]
@@ -259,6 +262,7 @@ def test_each_sample_generates_with_its_own_adapter(method, build, beams):
     assert not torch.equal(mixed, same)
 
 
+@pytest.mark.feature("one adapter per sample of a batch")
 def test_mixed_batch_works_on_every_layer_of_a_model(method):
     model = two_adapters(
         method, convnext(), target_modules=["dwconv", "pwconv1", "pwconv2", "patch_embeddings"]
@@ -274,6 +278,7 @@ def test_mixed_batch_works_on_every_layer_of_a_model(method):
         assert distance(result[row], base[row]) > 1e-3
 
 
+@pytest.mark.feature("one adapter per sample of a batch")
 def test_mixed_batch_uses_each_adapters_own_modules_to_save(method):
     model = two_adapters(method, modules_to_save=["lm_head"])
     for name, parameter in model.named_parameters():
@@ -337,7 +342,7 @@ def test_compiled_model_gives_the_same_outputs(method):
 # ------------------------------------------------------------------------------- status, copy, merge
 
 
-@pytest.mark.feature("get_model_status")
+@pytest.mark.feature("`get_model_status`")
 def test_model_status_names_the_method_and_its_adapters(method):
     model = two_adapters(method)
     status = model.get_model_status()
@@ -425,7 +430,7 @@ def test_saved_file_holds_the_adapter_and_nothing_else(method, tmp_path):
     )
 
 
-@pytest.mark.feature("AutoPeftModel")
+@pytest.mark.feature("`AutoPeftModel…`")
 def test_auto_classes_of_peft_load_adapter_and_base(method, tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
@@ -464,7 +469,7 @@ def test_loading_runs_no_initialisation_from_the_weight(method, tmp_path, monkey
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
-@pytest.mark.feature("transformers add_adapter, load_adapter")
+@pytest.mark.feature("transformers' `add_adapter`, `load_adapter`, `delete_adapter`")
 def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp_path):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -491,7 +496,7 @@ def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), changed)
 
 
-@pytest.mark.feature("transformers add_adapter, load_adapter")
+@pytest.mark.feature("transformers' `add_adapter`, `load_adapter`, `delete_adapter`")
 def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -503,7 +508,7 @@ def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.feature("inject_adapter_in_model")
+@pytest.mark.feature("`inject_adapter_in_model`")
 def test_injected_adapter_works_without_a_wrapper(method):
     if not method.injectable:
         pytest.skip("the method needs its tuner object around the model")
@@ -541,7 +546,7 @@ def test_loading_twice_with_low_memory_use_leaves_nothing_on_meta(method, tmp_pa
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, bert, resnet], ids=["llama", "gpt2", "bert", "resnet"])
-@pytest.mark.feature("export to LoRA (exact)")
+@pytest.mark.feature("exact LoRA export")
 def test_exported_model_gives_the_same_logits_in_peft(method, build, tmp_path):
     targets = {
         "gpt2": ["c_attn", "c_fc", "wte"],
@@ -559,6 +564,7 @@ def test_exported_model_gives_the_same_logits_in_peft(method, build, tmp_path):
     assert served.peft_config["default"].lora_alpha == config.r
 
 
+@pytest.mark.feature("exact LoRA export")
 def test_exported_adapter_keeps_its_biases_heads_and_tokens(method, tmp_path):
     options = {"modules_to_save": ["classifier"], "bias": "all", "target_modules": ["query"]}
     model = wrap(method, bert(), **options).eval()
@@ -578,7 +584,7 @@ def test_export_chooses_the_adapter_it_is_asked_for(method, tmp_path):
         peft_subspace.to_lora(model, "absent")
 
 
-@pytest.mark.feature("PEFT's convert_to_lora")
+@pytest.mark.feature("PEFT's `convert_to_lora`")
 def test_pefts_own_conversion_to_lora_agrees(method):
     model = wrap(method).eval()
     own_config, own_state = peft_subspace.to_lora(model)

@@ -194,7 +194,7 @@ def test_tied_weights_are_decomposed_once(monkeypatch):
 def test_initialisation_shows_its_progress_where_it_is_long(capfd, monkeypatch):
     adapted()
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr("peft_subspace.core.weight_start.DELAY", 0.0)
+    monkeypatch.setattr("peft_subspace.core.progress.DELAY", 0.0)
     adapted()
     assert "decomposing weights: 100%" in capfd.readouterr().err
 

@@ -155,6 +155,7 @@ def test_name_that_exists_is_refused(saved):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_values_that_are_not_finite_are_refused(saved, value):
     key = change_tensor(saved, with_value(value), ".layer", torch.float32)
     assert_refuses(saved, ValueError, f"{key} has NaN or infinite values.*train it again")
@@ -162,6 +163,7 @@ def test_values_that_are_not_finite_are_refused(saved, value):
 
 
 @pytest.mark.parametrize("part", ALL)
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_tensors_of_another_shape_are_refused(saved, part):
     change_tensor(saved, lambda tensor: torch.cat([tensor, tensor]), f".{part}.")
     message = rf"{part}.* has shape .* but the base model needs .*; load the adapter on the base model"
@@ -169,6 +171,7 @@ def test_tensors_of_another_shape_are_refused(saved, part):
     assert_peft_refuses(saved, ValueError, message)
 
 
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_base_model_of_another_width_is_refused(saved):
     for load in (peft_subspace.load, PeftModel.from_pretrained):
         model = base_model(width=9)
@@ -178,6 +181,7 @@ def test_base_model_of_another_width_is_refused(saved):
         assert snapshot(model)[0] == before[0]
 
 
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_missing_tensors_are_refused(saved):
     state = load_file(saved / WEIGHTS)
     key = sorted(state)[0]
@@ -190,6 +194,7 @@ def test_missing_tensors_are_refused(saved):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 0.5, -1], ids=["empty", "in-the-length", "half", "last-byte"])
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_truncated_files_are_refused(saved, keep):
     path = saved / WEIGHTS
     data = path.read_bytes()
@@ -210,6 +215,7 @@ def test_truncated_file_leaves_a_model_that_peft_loaded_it_on_usable(saved):
     assert torch.equal(model(X), output)
 
 
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_pickled_files_are_refused(saved):
     torch.save({"tensor": torch.ones(1)}, saved / WEIGHTS)
     assert_refuses(saved, ValueError, "not a complete safetensors file")
@@ -234,6 +240,7 @@ def test_adapters_of_other_methods_are_refused(saved, peft_type):
     assert_refuses(saved, ValueError, rf"peft_type={peft_type!r} is none of .*PeftModel.from_pretrained")
 
 
+@pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_files_of_a_newer_format_are_refused(saved):
     change_config(saved, format_version=99)
     message = "format_version=99 is newer than 1.*upgrade peft_subspace"

@@ -156,6 +156,7 @@ def test_import_refuses_a_name_that_another_package_took():
     )
 
 
+@pytest.mark.feature("loads in a fresh process after `import peft_subspace`")
 def test_adapter_needs_the_import_and_loads_in_a_fresh_process_with_it(method, tmp_path):
     class Net(nn.Sequential):
         pass

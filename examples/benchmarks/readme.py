@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+import features
 import timing
 from claims import markdown, spread
 
@@ -276,6 +277,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
     "effort": ("effort.json", effort),
     "effort_detector": ("effort_detector.json", effort_detector),
+    "features": ("features.json", lambda: features.table(results("features"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),

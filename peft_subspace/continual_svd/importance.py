@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.config import check_count, check_number, invalid
 from peft_subspace.core.patterns import patterns_of
+from peft_subspace.core.progress import progress
 from peft_subspace.core.undisturbed import read_batches, undisturbed
 
 from .config import ContinualSVDConfig
@@ -137,7 +138,7 @@ class _Meter:
         return max(self.total / self.count, 0.0) if self.count else 0.0
 
 
-def _run(model: nn.Module, modules: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[_Meter]:
+def _run(model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Any]) -> list[_Meter]:
     meters = [_Meter(module) for module in modules.values()]
     handles = [
         module.register_forward_hook(meter.hook)
@@ -146,7 +147,7 @@ def _run(model: nn.Module, modules: Mapping[str, nn.Module], batches: Iterable[A
     device = next(model.parameters()).device
     try:
         with undisturbed(model, [], ""), torch.no_grad():
-            for batch in batches:
+            for batch in progress(batches, len(batches), "comparing inputs and outputs"):
                 batch = send_to_device(batch, device)
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 for meter in meters:

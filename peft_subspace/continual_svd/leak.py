@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_subspace.core.layer import adapted_layers
+from peft_subspace.core.progress import progress
 
 from .delta import ContinualSVDDelta
 from .model import ContinualSVDLayer
@@ -46,7 +47,7 @@ def subspace_leak(
         raise ValueError(f"adapter_name={adapter_name!r} is no Continual SVD adapter on this model")
     config = getattr(model, "peft_config", {}).get(adapter_name)
     modules: dict[str, dict[str, float]] = {}
-    for name, layer in layers.items():
+    for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
         heads = None
         if from_weight:
             beneath = layer.beneath(config) if config is not None else []

@@ -16,6 +16,7 @@ from peft_subspace.core.config import SubspaceConfig
 from peft_subspace.core.layer import SubspaceLayer
 from peft_subspace.core.model import SubspaceModel
 from peft_subspace.core.patterns import patterns_of
+from peft_subspace.core.progress import progress
 
 from .delta import ContinualSVDDelta
 from .fingerprint import fingerprint, is_same
@@ -179,7 +180,7 @@ class ContinualSVDModel(SubspaceModel):
         Raises:
             ValueError: Naming the module.
         """
-        for key, layer in layers.items():
+        for key, layer in progress(layers.items(), len(layers), "checking base weights"):
             expected = state.get(f"{key}.fingerprint")
             found = None if expected is None or not expected.any() else layer.base_fingerprint()
             if expected is None or found is None or is_same(found, expected):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_subspace.core.checks import naming
 from peft_subspace.core.config import invalid
 from peft_subspace.core.layer import adapted_layers
+from peft_subspace.core.progress import progress
 
 from .config import HISTORIES, ContinualSVDConfig
 from .model import ContinualSVDLayer, ContinualSVDModel, stacked_tasks
@@ -72,9 +73,9 @@ def next_task(
     restart_scheduler(scheduler, dry_run=True)
     names = parameter_names(model, optimizer)
     if keep == "merge":
-        for layer in layers:
+        for layer in progress(layers, len(layers), "checking updates"):
             layer._check_finite([task])
-        for layer in layers:
+        for layer in progress(layers, len(layers), "merging"):
             layer.absorb(task)
     model.add_adapter(name, config)
     if not new_heads:

@@ -13,6 +13,7 @@ from .checks import naming
 from .config import SubspaceConfig
 from .parameter import weight_name
 from .patterns import patterns_of
+from .progress import progress
 
 
 class CombiningTuner(BaseTuner):
@@ -51,7 +52,7 @@ class CombiningTuner(BaseTuner):
         delta_cls = self.tuner_layer_cls.delta_cls
         combine = delta_cls.concatenate if combination_type == "cat" else delta_cls.average
         combined = {}
-        for name, layer in layers.items():
+        for name, layer in progress(layers.items(), len(layers), "combining adapters"):
             present = [adapter for adapter in adapters if adapter in layer.deltas]
             with torch.no_grad(), naming(f"{name}: adapters {present}"):
                 combined[name] = combine(

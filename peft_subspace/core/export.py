@@ -17,6 +17,7 @@ from .files import replacing
 from .layer import SubspaceLayer
 from .ops import Conv1DOps, EmbeddingOps
 from .parameter import ParameterLayer, weight_name
+from .progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
             f"{len(reasons)} of the adapted layers have no LoRA form that PEFT runs: {listed}; leave them "
             "out of target_modules, or serve the merged model (merge_and_unload)"
         )
-    pairs = {name: _lora_pair(layer, adapter_name) for name, layer in layers.items()}
+    shown = progress(layers.items(), len(layers), "multiplying factors")
+    pairs = {name: _lora_pair(layer, adapter_name) for name, layer in shown}
     rank = max(left.shape[1] for left, _ in pairs.values())
     state = _other_state(model, adapter_name)
     for name, (left, right) in pairs.items():

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import processes
 from .config import invalid
 from .delta import Delta
 from .layer import SubspaceLayer
+from .progress import bar
 from .undisturbed import read_batches, undisturbed
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -131,12 +131,11 @@ class GradientEstimate:
             if self.max_memory is not None:
                 with processes.failing_together(device, "planning the passes"):
                     groups = self._groups(model, batches, device)
-            hidden = not progress or processes.rank() != 0
-            with tqdm(total=len(groups) * len(batches), desc="gradients", disable=hidden) as bar:
+            with bar(len(groups) * len(batches), "gradients", hidden=not progress) as shown:
                 for group in groups:
                     sums = {name: _GradientSum(self.layers[name], self.offload) for name in group}
                     with processes.failing_together(device, "taking gradients"):
-                        self._run(model, sums.values(), batches, sizes, device, bar)
+                        self._run(model, sums.values(), batches, sizes, device, shown)
                     for name in group:
                         yield name, self._mean(sums.pop(name), device, samples)
 
@@ -147,7 +146,7 @@ class GradientEstimate:
         batches: Sequence[Any],
         sizes: Sequence[int],
         device: torch.device,
-        bar: tqdm,
+        shown: Any,
     ) -> None:
         """Send all batches through the model and back, and let the layers of one group add up."""
         handles = [receiver.base.register_forward_hook(receiver.hook) for receiver in sums]
@@ -157,7 +156,7 @@ class GradientEstimate:
                     loss = self.loss_fn(model, send_to_device(batch, device))
                     _check_loss(loss, number)
                     (loss * size).backward()
-                bar.update()
+                shown.update()
         finally:
             for handle in handles:
                 handle.remove()

@@ -19,6 +19,7 @@ from .delta import Delta
 from .gradient_cache import read_gradients, write_gradients
 from .gradients import GradientEstimate, LossFunction, model_loss
 from .layer import SubspaceLayer, adapted_layers
+from .progress import progress as shown
 
 
 def initialize_from_gradient(
@@ -80,7 +81,8 @@ def initialize_from_gradient(
         if cache is not None and processes.rank() == 0:
             gradients = write_gradients(Path(cache), shapes, gradients)
     with closing(gradients):
-        states = _start_states(layers, adapter_name, gradients, learning_rate)
+        counted = shown(gradients, len(layers), "decomposing gradients", hidden=not progress)
+        states = _start_states(layers, adapter_name, counted, learning_rate)
     for name, layer in layers.items():
         _write(layer.deltas[adapter_name], states.get(name, {}))
 

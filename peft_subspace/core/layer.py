@@ -16,6 +16,7 @@ from .config import SubspaceConfig
 from .delta import Delta, multiply
 from .linalg import local_generator
 from .ops import Branch, LayerOps, ops_for
+from .progress import count
 from .quantization import (
     can_compute_in,
     is_readable,
@@ -316,6 +317,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             raise
         self.merged_adapters.extend(names)
+        count()
 
     def check_merge(self) -> None:
         """Raise unless adapters can be merged into the base weight.

@@ -51,9 +51,7 @@ def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kw
             the model or are not finite. The model has not been touched then.
         OSError: If the Hub has no such repository or revision, or shows it to nobody without a token.
     """
-    folder = _folder(str(path), kwargs)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        _check_file(folder, name)
+    folder = adapter_folder(str(path), kwargs)
     wrapped = isinstance(model, PeftModel)
     if wrapped and adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} exists already on the model; choose a new name")
@@ -72,7 +70,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
     Shapes come from the file's header, and only tensors of the right shape are read. Those of heads and
     embeddings may be wrong if PEFT is asked to leave such tensors out.
     """
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_config(folder / CONFIG_NAME)
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     if config.target_modules is None:
         config.target_modules = tuner.target_module_mapping.get(
@@ -169,8 +167,13 @@ def _restored_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         ) from error
 
 
-def _read_config(path: Path) -> SubspaceConfig:
-    """Read a config whose type this package knows."""
+def read_config(path: Path) -> SubspaceConfig:
+    """Read a config whose type this package knows.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If the file is no config, of another package, or has a value that no layer could take.
+    """
     if path.stat().st_size > _MOST_CONFIG_BYTES:
         raise ValueError(
             f"{path} has more than {_MOST_CONFIG_BYTES} bytes; no config of an adapter is as long"
@@ -209,11 +212,23 @@ def _known_fields(config_cls: type[SubspaceConfig], attributes: dict[str, Any]) 
     return {name: value for name, value in attributes.items() if name in names}
 
 
-def _folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Folder with config and weights, of which nothing else is fetched if they are on the Hub."""
+def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
+    """Folder with config and weights, of which nothing else is fetched if they are on the Hub.
+
+    Args:
+        path: Folder, or id on the Hub.
+        kwargs: `subfolder`, `revision`, `token` and `cache_dir` are taken out of it.
+
+    Raises:
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If one is a link out of the folder.
+    """
     subfolder = kwargs.pop("subfolder", None) or ""
-    if Path(path).is_dir():
-        return Path(path) / subfolder
     options = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
-    names = [str(Path(subfolder) / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-    return Path(snapshot_download(path, allow_patterns=names, **options)) / subfolder
+    if not Path(path).is_dir():
+        names = [str(Path(subfolder) / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+        path = snapshot_download(path, allow_patterns=names, **options)
+    folder = Path(path) / subfolder
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        _check_file(folder, name)
+    return folder

@@ -29,6 +29,7 @@ from .parameter import (
     targeted_parameters,
     wrapper_places,
 )
+from .progress import counting
 from .quantization import is_readable, quantization_of, unreadable
 from .targets import include_all_linear_layers, targets
 from .weight_start import WeightStarts
@@ -92,6 +93,7 @@ class SubspaceModel(CombiningTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every targeted module before the first one is replaced."""
+        _refuse_tensor_parallel(model)
         plan = self.plan(model, peft_config)
         check_same_parameters(model, peft_config, self.peft_config.values())
         self._ranks = {name: delta.rank for name, delta in plan.items()}
@@ -256,6 +258,20 @@ class SubspaceModel(CombiningTuner):
         """
         setattr(parent, child_name, new_module)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge adapters, with a progress bar if it takes more than two seconds."""
+        with counting(self._count_layers(), "merging"):
+            super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        with counting(self._count_layers(), "merging", hidden=progressbar or not merge):
+            return super()._unload_and_optionally_merge(merge, progressbar, *args, **kwargs)
+
+    def _count_layers(self) -> int:
+        return sum(isinstance(module, self.tuner_layer_cls) for module in self.model.modules())
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one per sample, to the tuner layers while the model runs."""
@@ -301,6 +317,15 @@ def _discard(model: nn.Module, adapter_name: str, cls: type[SubspaceModel]) -> N
         tuner.unload()
     else:
         tuner.delete_adapter(adapter_name)
+
+
+def _refuse_tensor_parallel(model: nn.Module) -> None:
+    size = getattr(model, "_tp_size", None)  # as transformers notes it
+    if size is not None and size > 1:
+        raise ValueError(
+            f"the model's weights are split over {size} devices (tensor parallelism), for which PEFT shards "
+            "adapters of LoRA only; load the model without tp_plan, or use FSDP"
+        )
 
 
 def _check_start(module: nn.Module, delta: Delta, config: SubspaceConfig) -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .base_weight import whole_weight
 from .config import SubspaceConfig
 from .delta import Delta
+from .progress import bar
 from .quantization import unreadable
 
 if TYPE_CHECKING:
     from .layer import SubspaceLayer
-
-
-DELAY = 2.0
-"""Seconds after which a start shows its progress."""
 
 
 class WeightStarts:
@@ -28,7 +24,7 @@ class WeightStarts:
     """
 
     def __init__(self, total: int = 0) -> None:
-        self.bar = tqdm(total=total, desc="decomposing weights", delay=DELAY, disable=total < 2)
+        self.bar = bar(total, "decomposing weights")
         self._known: dict[Any, tuple[Delta, Tensor]] = {}
 
     def start(self, delta: Delta, layer: SubspaceLayer, config: SubspaceConfig) -> bool:
@@ -55,8 +51,7 @@ class WeightStarts:
             return False
         beneath = layer.beneath(config)
         stored = layer.base_parameter  # kept, so that no other weight takes its address
-        # Weights that are gathered have an address for a while only; offloaded ones, and those made of others,
-        # have none.
+        # Gathered weights have an address for a while only; offloaded ones, and those made of others, none.
         where = getattr(stored, "ds_id", stored.data_ptr() or id(stored))
         key = (where, stored.stride(), layer.ops.shape, str(delta.rank))
         if beneath:
