@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help .venv demo demo-text test test-slow lint format clean
+.PHONY: help .venv demo demo-text test test-slow features benchmark lint format clean
 
 help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
 	@echo "make test-slow   run the tests that train for longer"
+	@echo "make features    run all tests, and write the table of features into README.md"
+	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make lint        check style, formatting and types"
 	@echo "make format      apply what 'make lint' can repair"
 
@@ -34,6 +36,16 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# A row of the table needs all of its tests, slow or not, from one run.
+features: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --features examples/benchmarks/results/features.json
+	$(BIN)/python examples/benchmarks/readme.py
+
+benchmark: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/speed.py --quick
+	$(BIN)/python examples/benchmarks/quality.py --small
+	$(BIN)/python examples/benchmarks/readme.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

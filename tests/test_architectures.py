@@ -241,6 +241,16 @@ def test_merging_into_a_tied_embedding_leaves_the_head_alone(method, record_prop
     assert merged.config.tie_word_embeddings is False
 
 
+@pytest.mark.feature("merge, unmerge (bit for bit)")
+def test_merging_keeps_the_parameter_of_a_weight_that_is_not_tied(method):
+    model = get_peft_model(llama(), method.config(target_modules=TARGETS, init_weights=False))
+    before = {name: layer.base_parameter for name, layer in layers(model).items()}
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        for name, layer in layers(model).items():
+            assert layer.base_parameter is before[name]
+
+
 # ------------------------------------------------------------------------- device_map, offloaded weights
 
 BLOCKS = ["layers.0", "layers.1", "layers.2", "embed_tokens", "norm", "rotary_emb"]
@@ -326,7 +336,8 @@ def placed(folder):
 
 
 @pytest.mark.feature("device_map with disk offload")
-def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path):
+def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the offloaded weights beneath the working directory
     inputs = {"input_ids": IDS}
     plain = get_peft_model(llama(), config(method)).eval()
     plain.save_pretrained(tmp_path / "adapter")
@@ -349,7 +360,8 @@ def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path):
         assert distance(output(model, inputs), expected) < 1e-5
 
 
-def test_adapter_that_is_offloaded_itself_refuses_training(tmp_path):
+def test_adapter_that_is_offloaded_itself_refuses_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     method = next(m for m in METHODS if m.name == "flora")
     get_peft_model(llama(), config(method)).save_pretrained(tmp_path / "adapter")
     options = placed(tmp_path)

@@ -40,9 +40,9 @@ def test_files(method):
 
 @pytest.mark.slow
 def test_more_configs(method):
-    fuzz(configs(method), 400)
+    fuzz(configs(method), 200)
 
 
 @pytest.mark.slow
 def test_more_files(method):
-    fuzz(files(method), 400)
+    fuzz(files(method), 200)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -128,7 +128,8 @@ def check_declared(model: nn.Module, config: Any, keys: Iterable[str]) -> None:
 
 def _ends(model: nn.Module) -> list[nn.Module]:
     """Input and output embedding of a model of transformers."""
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    ends = (model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)())
+    ends = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # of models without texts, such as ResNet
+            ends.append(getattr(model, name)())
     return [layer for end in ends if end is not None for layer in (end, getattr(end, "base_layer", end))]

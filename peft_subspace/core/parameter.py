@@ -98,7 +98,7 @@ class ParameterLayer(SubspaceLayer):
                 f"adapter_names cannot be used with target_parameters: {self.parameter_name!r} is one weight "
                 "for all samples of a batch; run the samples of each adapter by themselves"
             )
-        active = [name for name in self._active_here() if name not in self.merged_adapters]
+        active = [name for name in self.active_here() if name not in self.merged_adapters]
         if not active:
             return self.base_layer(*args, **kwargs)
         branches = [self._branch(name) for name in active]
