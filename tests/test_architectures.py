@@ -115,12 +115,12 @@ def dense(method, model, base, inputs):
 # ------------------------------------------------------------------------------------------------ layers
 
 KINDS = {
-    "linear": "Linear",
-    "Conv1D": "Conv1D of transformers",
-    "embedding": "Embedding",
-    "conv1d": "Conv1d",
-    "conv2d": "Conv2d",
-    "conv3d": "Conv3d",
+    "linear": "`nn.Linear`",
+    "Conv1D": "`Conv1D` of transformers",
+    "embedding": "`nn.Embedding`",
+    "conv1d": "`nn.Conv1d`, `Conv2d`, `Conv3d`",
+    "conv2d": "`nn.Conv1d`, `Conv2d`, `Conv3d`",
+    "conv3d": "`nn.Conv1d`, `Conv2d`, `Conv3d`",
     "conv2d-grouped": "grouped and depthwise convolutions",
     "conv2d-depthwise": "grouped and depthwise convolutions",
     "linear-own-forward": "layers with a forward of their own",
@@ -147,7 +147,7 @@ def test_layer_equals_the_dense_oracle_and_trains(method, kind, record_property)
     assert distance(model(x), found) < 1e-5
 
 
-@pytest.mark.feature("nn.MultiheadAttention")
+@pytest.mark.feature("`nn.MultiheadAttention`")
 def test_attention_of_torch_is_refused(method, record_property):
     model = torch.nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(TypeError, match=r"reads this layer's weight and never calls it.*exclude_modules"):
@@ -241,7 +241,7 @@ def test_merging_into_a_tied_embedding_leaves_the_head_alone(method, record_prop
     assert merged.config.tie_word_embeddings is False
 
 
-@pytest.mark.feature("merge, unmerge (bit for bit)")
+@pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merging_keeps_the_parameter_of_a_weight_that_is_not_tied(method):
     model = get_peft_model(llama(), method.config(target_modules=TARGETS, init_weights=False))
     before = {name: layer.base_parameter for name, layer in layers(model).items()}
@@ -275,8 +275,8 @@ def in_memory(folder):
 
 @pytest.fixture(
     params=[
-        pytest.param(on_disk, id="disk", marks=pytest.mark.feature("device_map with disk offload")),
-        pytest.param(in_memory, id="cpu", marks=pytest.mark.feature("device_map with CPU offload")),
+        pytest.param(on_disk, id="disk", marks=pytest.mark.feature("offload to disk (`device_map`)")),
+        pytest.param(in_memory, id="cpu", marks=pytest.mark.feature("offload to host memory (`cpu_offload`)")),
     ]
 )
 def offloaded(request, tmp_path):
@@ -335,7 +335,7 @@ def placed(folder):
     return {"device_map": places, "offload_folder": folder / "again"}
 
 
-@pytest.mark.feature("device_map with disk offload")
+@pytest.mark.feature("offload to disk (`device_map`)")
 def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the offloaded weights beneath the working directory
     inputs = {"input_ids": IDS}
@@ -399,7 +399,7 @@ def test_compiled_model_in_bf16_trains_as_the_plain_one(method):
     assert distance(compiled, plain) < 1e-2
 
 
-@pytest.mark.feature("AMP (bf16 autocast)")
+@pytest.mark.feature("bf16 bases, fp32 or bf16 adapters, autocast")
 @pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 def test_training_under_autocast_follows_training_without(method):
     def losses(enabled):

@@ -362,7 +362,7 @@ def test_model_status_names_the_method_and_its_adapters(method):
         assert layer.available_adapters == ["default", "other"]
 
 
-@pytest.mark.feature("merge_and_unload")
+@pytest.mark.feature("`merge_and_unload`, `unload`")
 def test_merged_model_gives_the_same_logits_everywhere(method):
     for architecture in ARCHITECTURES:
         model = get_peft_model(
@@ -443,7 +443,7 @@ def test_auto_classes_of_peft_load_adapter_and_base(method, tmp_path):
     assert type(config) is method.config_cls
 
 
-@pytest.mark.feature("several adapters in one model")
+@pytest.mark.feature("several adapters, several active ones")
 def test_several_adapters_are_saved_in_folders_and_loaded_back(method, tmp_path):
     model = two_adapters(method)
     model.save_pretrained(tmp_path)
@@ -530,7 +530,7 @@ def test_model_card_shows_the_import(method, tmp_path):
     assert "import peft_subspace" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.feature("low_cpu_mem_usage")
+@pytest.mark.feature("save and load, `low_cpu_mem_usage`")
 def test_loading_twice_with_low_memory_use_leaves_nothing_on_meta(method, tmp_path):
     model = two_adapters(method)
     model.save_pretrained(tmp_path)

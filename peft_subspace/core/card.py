@@ -72,7 +72,8 @@ def _with_section(text: str, section: str) -> str:
 def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     """Rows of the section's table; what is not known is left out."""
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    equation = sys.modules[tuner.tuner_layer_cls.delta_cls.__module__].__doc__ or ""
+    module = sys.modules.get(tuner.tuner_layer_cls.delta_cls.__module__)
+    equation = getattr(module, "__doc__", None) or ""
     reference = re.search(r"Reference:\s(.*)", type(config).__doc__ or "", re.DOTALL)
     results = [
         f"{result.metric_name or result.metric_type} {result.metric_value} ({result.dataset_name})"
