@@ -98,10 +98,10 @@ def adapted(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "get_delta_weight")]
 
 
-def train(layers: int, width: int, repeats: int) -> dict[str, Any]:
+def train(layers: int, width: int, repeats: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """Time of a train step and peak memory of training, of each method beside its baseline."""
     results: dict[str, Any] = {}
-    for pair in PAIRS:
+    for pair in pairs:
         configs = {method: METHODS[method] for method in pair}
         found, seconds = timing.training(__file__, configs, layers, width, repeats)
         one, other = (found[method]["peak_mib"] for method in pair)
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer repeats")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, help="layers of the model that is timed")
+    parser.add_argument("--beside", choices=["osf", "lora"], help="measure only the training beside this one")
     parser.add_argument("--peak", nargs=3, metavar=("METHOD", "LAYERS", "WIDTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -124,7 +125,8 @@ def main() -> None:
         timing.print_peak(lambda: timing.two_adamw_steps(METHODS[method](), int(layers), int(width)))
         return
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-    rows = leaks(20 if options.quick else 200, 2, 128)
+    name = "continual_svd-quick" if options.quick else "continual_svd"
+    rows = timing.load(name)["leak"] if options.beside else leaks(20 if options.quick else 200, 2, 128)
     timing.table(
         "leak",
         ["method", "base", "learning rate", "leak", "rounding / update"],
@@ -134,15 +136,16 @@ def main() -> None:
         ],
     )
     layers, width = options.layers or (4 if options.quick else 24), 512 if options.quick else 1024
-    results = train(layers, width, 3 if options.quick else options.repeats)
+    pairs = [pair for pair in PAIRS if options.beside in (None, pair[1].partition(" ")[0])]
+    results = train(layers, width, 3 if options.quick else options.repeats, pairs)
+    if options.beside:
+        results = timing.load(name)["training"] | results
     columns = ["trainable", "peak_mib", "step_s"]
-    table = [[name, *(float(results[name][column]) for column in columns)] for name in METHODS]
+    table = [[method, *(float(results[method][column]) for column in columns)] for method in METHODS]
     timing.table("training", ["", *columns], table)
     for one, other in PAIRS:
         print(f"step, {one}/{other}:", results[f"{one}/{other}"])
-    timing.save(
-        "continual_svd-quick" if options.quick else "continual_svd", {"leak": rows, "training": results}
-    )
+    timing.save(name, {"leak": rows, "training": results})
 
 
 if __name__ == "__main__":

@@ -21,11 +21,6 @@ from claims import markdown, spread
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def results(name: str) -> dict[str, Any]:
-    """One result file."""
-    return json.loads((timing.RESULTS / f"{name}.json").read_text())
-
-
 def between(ratio: dict[str, float]) -> str:
     """Median and range of a ratio."""
     return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
@@ -47,7 +42,7 @@ def demos(method: str = "*") -> str:
 
 def flora() -> str:
     """FLoRA beside LoRA and beside its authors' form."""
-    run, conv = results("flora"), results("convolution")
+    run, conv = timing.load("flora"), timing.load("convolution")
     means, shapes = conv["geometric_means"], conv["shapes"].values()
     peaks = {name: statistics.median(values) for name, values in run["peak_mib"].items()}
     rank = conv["options"]["rank"]
@@ -72,7 +67,7 @@ def flora() -> str:
 
 def inits() -> str:
     """Validation loss of each start."""
-    run = results("flora_inits")
+    run = timing.load("flora_inits")
     rows = [
         [
             row["task"],
@@ -89,7 +84,7 @@ def inits() -> str:
 
 def mos() -> str:
     """MoS beside LoRA: many adapters, and training."""
-    run = results("mos")
+    run = timing.load("mos")
     served, trained = run["serving"], run["training"]
     rows = [
         [title, f"{served['mos'][key]:.2f}", f"{served['lora'][key]:.2f}", f"{served['mos/lora'][key]:.3f}"]
@@ -111,7 +106,7 @@ def mos() -> str:
 
 def lora_sb() -> str:
     """LoRA-SB beside LoRA, and what its start costs."""
-    run = results("lora_sb")
+    run = timing.load("lora_sb")
     rows = [
         [f"train step, 24 layers, {rank}, to LoRA's", between(result["ratio"]), ""]
         for rank, result in run["train_step"].items()
@@ -128,7 +123,7 @@ def lora_sb() -> str:
 
 def continual_svd() -> str:
     """Continual SVD beside OSF and LoRA: leaks and training."""
-    run = results("continual_svd")
+    run = timing.load("continual_svd")
     trained = run["training"]
     rows = []
     for method in dict.fromkeys(row["method"] for row in run["leak"]):
@@ -151,7 +146,7 @@ def continual_svd() -> str:
 
 def continual_tasks() -> str:
     """Sequences of text tasks: what is left of all of them at the end."""
-    run = results("continual_tasks")
+    run = timing.load("continual_tasks")
     rows = [
         [
             method["title"],
@@ -178,7 +173,7 @@ def continual_tasks() -> str:
 
 def effort_detector() -> str:
     """Detectors of generated images on generators seen and not seen in training."""
-    run = results("effort_detector")
+    run = timing.load("effort_detector")
     rows = []
     for method in run["summary"].values():
         unseen = [
@@ -219,7 +214,7 @@ def _detector_settings(run: dict[str, Any]) -> str:
 
 def effort() -> str:
     """Effort beside LoRA, its regularisers and its start."""
-    run = results("effort")
+    run = timing.load("effort")
     trained, started = run["training"], run["start"]
     rows = [
         [f"train step, 24 layers, all linears, {title} / LoRA's, r=2", between(trained[name]["to_lora"])]
@@ -242,7 +237,7 @@ def effort() -> str:
 
 def quality(name: str, claim: str) -> str:
     """One claim on real tasks, and how it was tested."""
-    run = results(name)
+    run = timing.load(name)
     schedule, rows = run["settings"]["schedule"], run["settings"]["rows"]
     return (
         f"{claims.table(run, claim)}\n\n"
@@ -262,7 +257,7 @@ def speed(name: str) -> str:
             *(f"{row[key]:.2f}" for key in ("wrap_s", "load_s", "merge_s")),
             f"{row['peak_mib']:.0f}",
         ]
-        for shape, methods in results(name)["shapes"].items()
+        for shape, methods in timing.load(name)["shapes"].items()
         for method, row in methods.items()
     ]
     seconds = ["wrap and start, s", "load, s", "merge, s", "peak, MiB"]
@@ -277,7 +272,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
     "effort": ("effort.json", effort),
     "effort_detector": ("effort_detector.json", effort_detector),
-    "features": ("features.json", lambda: features.table(results("features"), markdown)),
+    "features": ("features.json", lambda: features.table(timing.load("features"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),

@@ -131,6 +131,12 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
+def load(name: str) -> dict[str, Any]:
+    """Results that were written."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
 def save(name: str, results: dict[str, Any]) -> None:
     """Write results as JSON, with the versions and the machine that they hold for."""
     packages = ("torch", "transformers", "peft", "peft-subspace")
