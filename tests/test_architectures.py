@@ -276,9 +276,7 @@ def in_memory(folder):
 @pytest.fixture(
     params=[
         pytest.param(on_disk, id="disk", marks=pytest.mark.feature("offload to disk (`device_map`)")),
-        pytest.param(
-            in_memory, id="cpu", marks=pytest.mark.feature("CPU offload (`cpu_offload`)")
-        ),
+        pytest.param(in_memory, id="cpu", marks=pytest.mark.feature("CPU offload (`cpu_offload`)")),
     ]
 )
 def offloaded(request, tmp_path):

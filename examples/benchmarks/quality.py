@@ -40,8 +40,8 @@ PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
 
 SETTINGS: dict[bool, dict[str, Any]] = {  # by `--small`
     True: {
-        "rows": {"train": 400, "validation": 120, "test": 400, "tokens": 48, "pixels": 32},
-        "schedule": {"steps": 40, "checks": 4},
+        "rows": {"train": 300, "validation": 100, "test": 300, "tokens": 32, "pixels": 32},
+        "schedule": {"steps": 24, "checks": 3},
     },
     False: {
         "rows": {"train": 1500, "validation": 300, "test": 1000, "tokens": 64, "pixels": 64},
