@@ -153,6 +153,7 @@ def continual_tasks() -> str:
             f"{method['trainable']:,}",
             *(spread(method[name], 3) for name in ("average_accuracy", "learned", "forgetting", "shared")),
             f"{method['rate']:g}",
+            len(method["average_accuracy"]),
         ]
         for method in run["summary"].values()
     ]
@@ -164,8 +165,8 @@ def continual_tasks() -> str:
     ]
     settings, first = run["settings"], next(iter(run["summary"].values()))
     return (
-        f"{markdown(['', 'trained parameters', *titles, 'learning rate'], rows)}\n\n"
-        f"Mean ± standard deviation over {first['orders']} orders and {first['seeds']} seeds of "
+        f"{markdown(['', 'trained parameters', *titles, 'learning rate', 'runs'], rows)}\n\n"
+        f"Mean ± standard deviation over the runs, {first['orders']} orders with {first['seeds']} seeds, of "
         f"{', '.join(run['classes'])}; {settings['train_rows']} rows of each, {settings['epochs']} passes, "
         f"tested on {settings['test_rows']}. The task is known when tested, but for the shared head."
     )
