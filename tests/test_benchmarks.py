@@ -193,6 +193,7 @@ def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     text = readme.filled("<!-- table: quality_mos_small -->\n<!-- end -->")
     assert "| mos-2 | 20 | 0.805 ± 0.007 |  |" in text
     assert "| lora-16 | 160 | 0.705 ± 0.007 | 0.100 ± 0.000 |" in text
+    assert "Not measured yet" in claims.table(content, "flora")
     claims.plot(content, "bbcnews", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size
 

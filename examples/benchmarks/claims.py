@@ -121,6 +121,8 @@ def table(content: dict[str, Any], name: str) -> str:
     claim = CLAIMS[name]
     entries = (claim.subject, *claim.beside)
     tasks = [task for task in _tasks(content) if chosen(content, task, claim.subject)]
+    if not tasks:
+        return f"Claim: {claim.text}. Not measured yet."
     rows = []
     for entry in entries:
         found = {task: chosen(content, task, entry) for task in tasks}
@@ -136,7 +138,7 @@ def table(content: dict[str, Any], name: str) -> str:
             ]
         )
     header = ["", "trained parameters, head included", *tasks, f"{label(claim.subject)} minus it"]
-    return f"{claim.text}. Test accuracy:\n\n{markdown(header, rows)}"
+    return f"Claim: {claim.text}. Test accuracy:\n\n{markdown(header, rows)}"
 
 
 def plot(content: dict[str, Any], task: str, file: Path) -> None:
