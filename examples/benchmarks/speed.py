@@ -137,12 +137,7 @@ def growth(repeats: int, methods: tuple[str, ...]) -> dict[str, list[dict[str, A
 
 def peak(method: str, layers: int, width: int) -> None:
     """What a peak is taken of: model, adapter, start, and two steps with their optimiser state."""
-    model = wrapped(method, SIZES[method], frozen(layers, width)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    for batch in batches(2):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    timing.take_two_adamw_steps(wrapped(method, SIZES[method], frozen(layers, width)))
 
 
 def main() -> None:

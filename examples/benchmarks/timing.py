@@ -93,7 +93,12 @@ def train_step(model: nn.Module, batch: int = 4, tokens: int = 256) -> Callable[
 
 def two_adamw_steps(config: PeftConfig, layers: int, width: int) -> None:
     """What a peak is taken of: a model, its adapter, and two steps with their optimiser state."""
-    model = get_peft_model(transformer(layers, width), config).train()
+    take_two_adamw_steps(get_peft_model(transformer(layers, width), config))
+
+
+def take_two_adamw_steps(model: nn.Module) -> None:
+    """Train on 4×256 random tokens, twice."""
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
     for _ in range(2):

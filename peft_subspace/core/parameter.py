@@ -139,9 +139,11 @@ def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tu
         ValueError: If one belongs to the model itself, or to a module that is adapted as a whole.
     """
     targets = tuple(config.target_parameters or ())
+    if not targets:
+        return
     endings = tuple(f".{target}" for target in targets)
     for module_name, module in model.named_modules():
-        if not targets or ".base_layer" in module_name:
+        if ".base_layer" in module_name:
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, _ in base.named_parameters(recurse=False):
