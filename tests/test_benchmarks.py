@@ -194,15 +194,6 @@ def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     assert "| mos-2 | 20 | 0.805 ± 0.007 |  |" in text
     assert "| lora-16 | 160 | 0.705 ± 0.007 | 0.100 ± 0.000 |" in text
     assert "Not measured yet" in claims.table(content, "flora")
-    claims.plot(content, "bbcnews", tmp_path / "front.png")
-    assert (tmp_path / "front.png").stat().st_size
-
-
-def test_pareto_front_has_what_nothing_smaller_beats():
-    from claims import pareto
-
-    points = [(100, 0.9), (10, 0.5), (50, 0.4), (10, 0.6), (200, 0.9), (300, 0.95)]
-    assert pareto(points) == [(10, 0.6), (100, 0.9), (300, 0.95)]
 
 
 @pytest.mark.slow
@@ -223,3 +214,20 @@ def test_speed_measures_every_method(tmp_path, monkeypatch):
     assert rows["lora"]["to_lora"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert rows["lora-sb"]["trainable"] * 27 < rows["lora"]["trainable"]
     assert set(found["growth"]["batch"][0]["to_lora"]) == {"flora", "lora-sb"}
+
+
+@pytest.mark.parametrize("name", ["flora", "lora", "full"])
+def test_spectra_are_those_of_what_was_trained(task, monkeypatch, name):
+    import spectra
+
+    drawn = ("encoder.layer.0.attention.self.query",)
+    monkeypatch.setattr(spectra, "DRAWN", drawn)
+    monkeypatch.setattr(spectra, "SIZES", {name: 4})
+    found = spectra.measured(task, name)
+    values = found["spectra"][drawn[0]]
+    assert values[0] == 1.0
+    assert values == sorted(values, reverse=True)
+    assert len(values) <= 4 or name == "full"
+    assert len(values) > 1
+    assert all(1 <= rank <= WIDTH for rank in found["effective_ranks"].values())
+    assert len(found["effective_ranks"]) == 4 * 6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -139,41 +138,6 @@ def table(content: dict[str, Any], name: str) -> str:
         )
     header = ["", "trained parameters, head included", *tasks, f"{label(claim.subject)} minus it"]
     return f"Claim: {claim.text}. Test accuracy:\n\n{markdown(header, rows)}"
-
-
-def plot(content: dict[str, Any], task: str, file: Path) -> None:
-    """Accuracy against trained parameters on one task, with the Pareto front."""
-    from matplotlib.figure import Figure
-
-    entries = {label(entry): entry for claim in CLAIMS.values() for entry in (claim.subject, *claim.beside)}
-    points = []
-    for name, entry in entries.items():
-        runs = chosen(content, task, entry)
-        if runs:
-            scores = [run["test_accuracy"] for run in runs]
-            points.append((runs[0]["trainable"], statistics.fmean(scores), name, scores))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for count, mean, name, scores in points:
-        axis.errorbar(
-            count, mean, [[mean - min(scores)], [max(scores) - mean]], marker="o", color="C0", capsize=2
-        )
-        axis.annotate(name, (count, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    front = pareto([(count, mean) for count, mean, *_ in points])
-    axis.step(*zip(*front, strict=True), where="post", color="C1", label="Pareto front")
-    axis.set(xscale="log", xlabel="trained parameters, head included", ylabel="test accuracy", title=task)
-    axis.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other beats with as few parameters, from few to many."""
-    front: list[tuple[float, float]] = []
-    for count, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((count, score))
-    return front
 
 
 def _tasks(content: dict[str, Any]) -> list[str]:

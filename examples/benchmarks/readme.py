@@ -1,11 +1,15 @@
-"""Write the measured tables into README.md and the model cards from `examples/benchmarks/results`.
+"""Write the results in `examples/benchmarks/results` into README.md and the model cards.
 
 python examples/benchmarks/readme.py
+
+Tables stand between `<!-- table: NAME -->` and `<!-- end -->`, figures between `<!-- figure: NAME -->` and
+`<!-- end -->`, and the results in a card's header between `# results` and `# end`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 from collections.abc import Callable
@@ -13,10 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cards
 import claims
 import features
+import figures
 import timing
+import verdicts
 from claims import markdown, spread
+from figures import sequences
+from quality import SMALL_TASKS
+
+from support import trial
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,31 +155,101 @@ def continual_svd() -> str:
     return markdown(["", "result"], rows)
 
 
-def continual_tasks() -> str:
+def continual_tasks(name: str) -> str:
     """Sequences of text tasks: what is left of all of them at the end."""
-    run = timing.load("continual_tasks")
+    run = timing.load(name)
+    gaps = {method: verdicts.paired(run, method) for method in run["summary"]}
     rows = [
         [
             method["title"],
             f"{method['trainable']:,}",
-            *(spread(method[name], 3) for name in ("average_accuracy", "learned", "forgetting", "shared")),
+            *(spread(method[part], 3) for part in ("average_accuracy", "learned", "forgetting", "shared")),
+            spread(gaps[key], 3) if gaps[key] else "",
             f"{method['rate']:g}",
             len(method["average_accuracy"]),
         ]
-        for method in run["summary"].values()
+        for key, method in run["summary"].items()
     ]
     titles = [
         "average accuracy at the end",
         "right after each task",
         "forgetting",
         "one shared head",
+        "Continual SVD minus it, at the end",
     ]
-    settings, first = run["settings"], next(iter(run["summary"].values()))
+    header = ["", "trained parameters", *titles, "learning rate", "runs"]
+    titled = {run["summary"][key]["title"]: values for key, values in gaps.items()}
+    verdict = verdicts.standing("At the end Continual SVD", titled)
+    return f"{markdown(header, rows)}\n\n{verdict}\n\n{_sequence_settings(run)}"
+
+
+def _sequence_settings(run: dict[str, Any]) -> str:
+    """What a table of sequences was measured with."""
+    settings = run["settings"]
+    runs = [one for method in run["summary"] for one in sequences.tested(run, method)]
+    orders = list(dict.fromkeys(", ".join(one["order"]) for one in runs))
+    count = f"{len(orders)} order{'s' * (len(orders) > 1)}"
+    seeds = len({one["seed"] for one in runs})
+    classes = ", ".join(f"{task} ({number} classes)" for task, number in run["classes"].items())
     return (
-        f"{markdown(['', 'trained parameters', *titles, 'learning rate', 'runs'], rows)}\n\n"
-        f"Mean ± standard deviation over the runs, {first['orders']} orders with {first['seeds']} seeds, of "
-        f"{', '.join(run['classes'])}; {settings['train_rows']} rows of each, {settings['epochs']} passes, "
-        f"tested on {settings['test_rows']}. The task is known when tested, but for the shared head."
+        f"{settings['model'] or 'MiniLM'} on {classes}. Mean ± standard deviation over the runs: {count} "
+        f"({'; '.join(orders)}), each with up to {seeds} seeds. {settings['train_rows']} rows of each task, "
+        f"of at most {settings['max_length']} tokens, {settings['epochs']} passes in batches of "
+        f"{settings['batch_size']}, {100 * settings['preserve']:g} % of the directions protected; tested on "
+        f"{settings['test_rows']} rows. Learning rates have the best average on "
+        f"{settings['validation_rows']} validation rows, in the first order with seed 0. The task is known "
+        f"when tested, but for the shared head. {measured_with(run)}"
+    )
+
+
+def measured_with(run: dict[str, Any]) -> str:
+    """Device, where it was noted, and versions."""
+    versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items() if name != "peft-subspace")
+    device = f"on {run['device']} " if "device" in run else ""
+    threads = f" and {run['threads']} thread{'s' * (run['threads'] > 1)}" if "threads" in run else ""
+    return f"Measured {device}with {versions}{threads}."
+
+
+def spectra() -> str:
+    """Effective ranks of what each method trains."""
+    run = timing.load("spectra")
+    settings, methods = run["settings"], run["methods"]
+    rows = [
+        [
+            method["title"],
+            method["size"] or "",
+            f"{method['trainable']:,}",
+            f"{method['rate']:g}",
+            f"{statistics.median(ranks):.1f} ({min(ranks):.1f} to {max(ranks):.1f})",
+            f"{method['test_accuracy']:.3f}",
+        ]
+        for method in methods.values()
+        for ranks in [method["effective_ranks"].values()]
+    ]
+    title = "effective rank of the updates, median (range)"
+    header = ["", "rank", "trained parameters, head included", "learning rate", title, "test accuracy"]
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"{settings['task']}, texts of {settings['tokens']} tokens; {settings['steps']} steps of "
+        f"{settings['batch_size']} rows, seed {settings['seed']}, so that accuracies only say that all have "
+        f"learned. Effective rank: the exponential of the entropy of the singular values, as parts of their "
+        f"sum. The rank of MoS is its budget. {measured_with(run)}"
+    )
+
+
+def effort_claim() -> str:
+    """Whether detectors trained with Effort carry over to other generators better than others do."""
+    methods = timing.load("effort_detector")["summary"]
+    ours = methods["effort"]["auc_unseen"]
+    gaps = {
+        method["title"]: [one - other for one, other in zip(ours, method["auc_unseen"], strict=False)]
+        for name, method in methods.items()
+        if name != "effort"
+    }
+    return (
+        "Claim: detectors of generated images that are trained with Effort carry over to unseen generators "
+        "better than those of LoRA and full fine-tuning.\n\n"
+        f"{verdicts.standing('By the AUC on unseen generators, seed by seed, Effort', gaps)}"
     )
 
 
@@ -237,14 +318,30 @@ def effort() -> str:
 
 
 def quality(name: str, claim: str) -> str:
-    """One claim on real tasks, and how it was tested."""
-    run = timing.load(name)
-    schedule, rows = run["settings"]["schedule"], run["settings"]["rows"]
+    """One claim on real tasks, whether it held, and how it was tested."""
+    run, subject = timing.load(name), claims.label(claims.CLAIMS[claim].subject)
+    table = claims.table(run, claim)
+    if all(one["entry"] != subject for one in run["runs"].values()):
+        return table
+    return f"{table}\n\n{verdicts.verdict(run, claim)}\n\n{_quality_settings(run)}"
+
+
+def _quality_settings(run: dict[str, Any]) -> str:
+    """What the claims were tested with."""
+    schedule, rows = trial.Schedule(**run["settings"]["schedule"]), run["settings"]["rows"]
+    tried: dict[tuple[str, str], set[float]] = {}
+    for one in run["runs"].values():
+        tried.setdefault((one["task"], one["entry"]), set()).add(one["rate"])
+    counts = sorted({len(rates) for rates in tried.values()})
+    rates = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
+    packaged = {task for tasks in SMALL_TASKS.values() for task in tasks}
+    cut = f", texts of at most {rows['tokens']} tokens, images of {rows['pixels']} pixels"
     return (
-        f"{claims.table(run, claim)}\n\n"
         f"Mean ± standard deviation over {run['seeds']} seeds; {rows['train']} rows to train on, "
-        f"{rows['test']} to test, at most {schedule['steps']} steps of 16, early stopping; the "
-        f"best of three rates by validation loss (seed 0)."
+        f"{rows['validation']} to validate, {rows['test']} to test"
+        f"{cut if any(task not in packaged for task, _ in tried) else ''}; at most {schedule.steps} steps of "
+        f"{schedule.batch_size} rows, stopped early. Of {rates} learning rates the one of least validation "
+        f"loss with seed 0. {measured_with(run)}"
     )
 
 
@@ -262,22 +359,28 @@ def speed(name: str) -> str:
         for method, row in methods.items()
     ]
     seconds = ["wrap and start, s", "load, s", "merge, s", "peak, MiB"]
-    return markdown(["", "trained parameters", "step / LoRA's", "step / frozen model's", *seconds], rows)
+    table = markdown(["", "trained parameters", "step / LoRA's", "step / frozen model's", *seconds], rows)
+    return f"{table}\n\nMedians, with the range of the ratios. {measured_with(timing.load(name))}"
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
     "continual_svd": ("continual_svd.json", continual_svd),
-    "continual_tasks": ("continual_tasks.json", continual_tasks),
+    **{
+        name: (f"{name}.json", partial(continual_tasks, name))
+        for name in ("continual_tasks", "continual_published", "continual_decoder")
+    },
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
     "effort": ("effort.json", effort),
+    "effort_claim": ("effort_detector.json", effort_claim),
     "effort_detector": ("effort_detector.json", effort_detector),
     "features": ("features.json", lambda: features.table(timing.load("features"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),
     "mos": ("mos.json", mos),
+    "spectra": ("spectra.json", spectra),
     "speed": ("speed.json", lambda: speed("speed")),
     "speed_quick": ("speed-quick.json", lambda: speed("speed-quick")),
     **{
@@ -288,22 +391,42 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
 }
 
 
+MARKED = re.compile(r"<!-- (table|figure): ([\w-]+) -->\n.*?<!-- end -->", re.S)
+
+
 def main() -> None:
-    """Replace what stands between the markers."""
+    """Replace what stands between the markers, and draw the figures."""
+    drawn = {name: figures.draw(name) for name in figures.FIGURES}
     for page in [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]:
-        page.write_text(filled(page.read_text()))
+        text = filled(page.read_text(), drawn, page.parent)
+        page.write_text(text if page.name == "README.md" else cards.with_results(text, page.stem))
 
 
-def filled(text: str) -> str:
-    """A page with its tables."""
-    for name, (source, table) in TABLES.items():
-        marker = f"<!-- table: {name} -->\n"
-        if marker not in text or not list(timing.RESULTS.glob(source)):
-            continue
-        text = re.sub(
-            f"{re.escape(marker)}.*?<!-- end -->", f"{marker}{table()}\n<!-- end -->", text, flags=re.S
-        )
-    return text
+def filled(text: str, drawn: dict[str, str | None] | None = None, folder: Path = ROOT) -> str:
+    """A page with its tables and figures, or with a word instead of what has not been measured.
+
+    Args:
+        text: The page.
+        drawn: What the figures show, by name; None for those that there are not.
+        folder: Where the page lies.
+    """
+
+    def part(marked: re.Match[str]) -> str:
+        kind, name = marked.groups()
+        made = _table(name) if kind == "table" else _figure(name, (drawn or {})[name], folder)
+        return f"<!-- {kind}: {name} -->\n{made}<!-- end -->"
+
+    return MARKED.sub(part, text)
+
+
+def _table(name: str) -> str:
+    source, make = TABLES[name]
+    return f"{make()}\n" if list(timing.RESULTS.glob(source)) else "Not measured yet.\n"
+
+
+def _figure(name: str, shows: str | None, folder: Path) -> str:
+    path = os.path.relpath(figures.FOLDER / f"{name}.png", folder)
+    return f"![{shows}]({path})\n" if shows else ""
 
 
 if __name__ == "__main__":

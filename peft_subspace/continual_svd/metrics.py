@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft_subspace.core.files import replacing
 
@@ -82,18 +83,23 @@ def save_heatmap(accuracies: Matrix, tasks: Sequence[str], path: str | Path, tit
     size = 1.6 + 0.8 * len(tasks)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(accuracies, vmin=0.0, vmax=1.0, cmap="viridis")
     axes.set(xlabel="accuracy on", ylabel="after training on", title=title)
+    figure.colorbar(draw_heatmap(axes, accuracies, tasks), ax=axes)
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial)
+
+
+def draw_heatmap(axes: Any, accuracies: Matrix, tasks: Sequence[str], digits: int = 3) -> Any:
+    """Draw an accuracy matrix into a chart of matplotlib, and return the image that a colour bar is for."""
+    image = axes.imshow(accuracies, vmin=0.0, vmax=1.0, cmap="viridis")
     axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     axes.set_yticks(range(len(tasks)), tasks)
     for i, row in enumerate(accuracies):
         for j, value in enumerate(row):
             if not math.isnan(value):
                 colour = "white" if value < 0.6 else "black"
-                axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axes)
-    with replacing(Path(path)) as partial:
-        figure.savefig(partial)
+                axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=colour)
+    return image
 
 
 def _mean(values: Sequence[float]) -> float:

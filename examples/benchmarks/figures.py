@@ -1,0 +1,253 @@
+"""Pictures of the results in `examples/benchmarks/results`, drawn by `readme.py`.
+
+Each function makes one picture of a results file, and the words that stand for it where it cannot be seen.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import claims
+import timing
+from claims import Entry
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from quality import SMALL_TASKS, TASKS
+
+from peft_subspace.continual_svd.metrics import draw_heatmap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import sequences
+
+FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "figures"
+
+OURS = {  # colours that most colour-blind readers tell apart
+    "flora": "#d55e00",
+    "mos": "#0072b2",
+    "lora-sb": "#009e73",
+    "effort": "#cc79a7",
+    "continual-svd": "#e69f00",
+    "continual-svd-16": "#a06f00",
+}
+OTHERS = "#8a8a8a"
+LOOKS = tuple(zip("sDv^<>pPhHdX", 3 * ("#8a8a8a", "#8c6d31", "#5254a3", "#a04a4b"), strict=True))
+"""Markers and muted colours of the methods that are not ours."""
+
+Drawn = tuple[Figure, str]
+
+
+def accuracy(content: dict[str, Any], kind: str) -> Drawn | None:
+    """Accuracy against trained parameters on all tasks of a kind, each with its Pareto front."""
+    measured = dict.fromkeys(run["task"] for run in content["runs"].values())
+    tasks = [task for task in measured if task in (*TASKS.get(kind, ()), *SMALL_TASKS.get(kind, ()))]
+    points = {task: _points(content, task) for task in tasks}
+    if not points:
+        return None
+    figure, charts = _panels(len(points), width=3.6, height=3.1)
+    entries = list(dict.fromkeys(entry for found in points.values() for entry in found))
+    for chart, (task, found) in zip(charts, points.items(), strict=False):
+        counts = [count for count, _ in found.values()]
+        front = pareto([(count, statistics.fmean(scores)) for count, scores in found.values()])
+        steps = zip(*front, (max(counts), front[-1][1]), strict=True)
+        chart.step(*steps, where="post", color="#d8d8d8", lw=4, zorder=0, label="Pareto front")
+        for entry, (count, scores) in found.items():
+            chart.errorbar(
+                count,
+                statistics.fmean(scores),
+                statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                label=claims.label(entry),
+                **_style(entry, entries),
+            )
+        chart.set(xscale="log", title=task)
+        chart.xaxis.set_major_locator(LogLocator(subs=(1,) if max(counts) > 300 * min(counts) else (1, 3)))
+        chart.xaxis.set_major_formatter(EngFormatter(sep=""))
+        chart.xaxis.set_minor_locator(NullLocator())
+        chart.margins(x=0.12)
+        chart.grid(alpha=0.25)
+    figure.supxlabel("trained parameters, head included", fontsize="medium")
+    figure.supylabel("test accuracy", fontsize="medium")
+    _legend(figure, charts)
+    return figure, f"Test accuracy against trained parameters on {', '.join(points)}, with Pareto fronts"
+
+
+def _points(content: dict[str, Any], task: str) -> dict[Entry, tuple[int, list[float]]]:
+    """Trained parameters and accuracy of the runs of every entry on a task."""
+    entries = [entry for claim in claims.CLAIMS.values() for entry in (claim.subject, *claim.beside)]
+    runs = {entry: claims.chosen(content, task, entry) for entry in entries}
+    return {
+        entry: (found[0]["trainable"], [run["test_accuracy"] for run in found])
+        for entry, found in runs.items()
+        if found
+    }
+
+
+def _style(entry: Entry, entries: Sequence[Entry]) -> dict[str, Any]:
+    """How the point of an entry looks: ours are large and coloured."""
+    if entry.method in OURS:
+        return {
+            "marker": "o",
+            "ms": 9,
+            "color": OURS[entry.method],
+            "mec": "black",
+            "capsize": 3,
+            "zorder": 3,
+        }
+    others = [other for other in entries if other.method not in OURS]
+    place = others.index(entry)
+    marker, colour = LOOKS[place % len(LOOKS)]
+    return {
+        "marker": marker,
+        "ms": 6,
+        "color": colour,
+        "mfc": "white" if place % 2 else colour,
+        "capsize": 2,
+        "elinewidth": 0.8,
+    }
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other beats with as few parameters, from few to many."""
+    front: list[tuple[float, float]] = []
+    for count, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((count, score))
+    return front
+
+
+def matrices(content: dict[str, Any]) -> Drawn:
+    """Accuracy on each task after each task, by method: means over the seeds of the first order."""
+    order = next(iter(content["runs"].values()))["order"]
+    found = {
+        method["title"]: sequences.mean_matrix(content, name, order)
+        for name, method in content["summary"].items()
+        if not sequences.LEARNERS[name].joint
+    }
+    size = 0.46 * len(order)
+    figure, charts = _panels(len(found), width=size + 0.9, height=size + 1.1)
+    for chart, (title, matrix) in zip(charts, found.items(), strict=False):
+        seen = [
+            [value if j <= i else math.nan for j, value in enumerate(row)] for i, row in enumerate(matrix)
+        ]
+        image = draw_heatmap(chart, seen, order, digits=2)
+        chart.set_title(title, fontsize="medium")
+    figure.supxlabel("accuracy on", fontsize="medium")
+    figure.supylabel("after training on", fontsize="medium")
+    figure.colorbar(image, ax=charts, shrink=0.8, pad=0.02)
+    alt = f"Accuracy on each task after each task of the order {', '.join(order)}, by method"
+    return figure, alt
+
+
+def averages(content: dict[str, Any]) -> Drawn:
+    """Average accuracy right after each task and at the end, by method; what lies between is forgotten."""
+    found = content["summary"]
+    figure = Figure(figsize=(7.5, 1.2 + 0.55 * len(found)), layout="constrained")
+    chart = figure.subplots()
+    for place, (name, method) in enumerate(found.items()):
+        colour = OURS.get(name, OTHERS)
+        for measure, offset, alpha in (("learned", -0.19, 0.4), ("average_accuracy", 0.19, 1.0)):
+            values = method[measure]
+            mean = statistics.fmean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            chart.barh(place + offset, mean, 0.36, color=colour, alpha=alpha)
+            chart.errorbar(mean, place + offset, xerr=spread, color="black", capsize=2, lw=0.8)
+            chart.text(0.01, place + offset, f"{mean:.3f}", va="center", fontsize="small")
+    for alpha, label in ((0.4, "right after each task"), (1.0, "at the end")):
+        chart.bar(0, 0, color="#555555", alpha=alpha, label=label)
+    chart.set_yticks(range(len(found)), [method["title"] for method in found.values()])
+    chart.invert_yaxis()
+    chart.set(xlabel="average accuracy over the tasks, task known", xlim=(0, 1))
+    figure.legend(*chart.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure, "Average accuracy right after each task and at the end of the sequence, by method"
+
+
+def spectra(content: dict[str, Any]) -> Drawn:
+    """Singular values of the updates of a few weights, by method."""
+    methods = content["methods"]
+    weights = list(next(iter(methods.values()))["spectra"])
+    figure, charts = _panels(len(weights), width=3.9, height=2.9, columns=2)
+    for chart, weight in zip(charts, weights, strict=True):
+        for name, method in methods.items():
+            values = method["spectra"][weight]
+            chart.plot(range(1, len(values) + 1), values, label=method["title"], **_line(name))
+        chart.set(xscale="log", yscale="log", title=weight, ylim=(1e-4, 1.5))
+        chart.xaxis.set_major_formatter(EngFormatter(sep=""))
+        chart.grid(alpha=0.25)
+    figure.supxlabel("index of the singular value", fontsize="medium")
+    figure.supylabel("singular value / largest", fontsize="medium")
+    _legend(figure, charts)
+    alt = f"Singular values of the trained updates of {', '.join(weights)}, by method"
+    return figure, alt
+
+
+def _line(name: str) -> dict[str, Any]:
+    if name in OURS:
+        return {"color": OURS[name], "lw": 2}
+    return {"color": "black", "lw": 1.4, "ls": "--" if name == "lora" else ":"}
+
+
+def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Any]]:
+    """A figure with as many charts in rows, those that are left over taken away."""
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * width + 1.6, rows * height + 0.4), layout="constrained")
+    charts = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for chart in charts[count:]:
+        chart.remove()
+    return figure, charts[:count]
+
+
+def _legend(figure: Figure, charts: Sequence[Any]) -> None:
+    """One legend for all charts, on their right."""
+    handles = {
+        label: handle
+        for chart in charts
+        for handle, label in zip(*chart.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside right center",
+        fontsize="small",
+        frameon=False,
+    )
+
+
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # results file, and what draws
+    **{f"accuracy_{kind}": ("quality", partial(accuracy, kind=kind)) for kind in TASKS},
+    **{
+        f"accuracy_{kind}_small": ("quality-small", partial(accuracy, kind=kind))
+        for kind, tasks in SMALL_TASKS.items()
+        if tasks
+    },
+    **{
+        f"{name}_{draw.__name__}": (name, draw)
+        for name in ("continual_tasks", "continual_published", "continual_decoder")
+        for draw in (averages, matrices)
+    },
+    "spectra": ("spectra", spectra),
+}
+
+
+def draw(name: str, folder: Path = FOLDER) -> str | None:
+    """Draw a figure into `folder` as `NAME.png`, if it has been measured.
+
+    Returns:
+        The words that stand for it; None if there is nothing to draw.
+    """
+    source, function = FIGURES[name]
+    if not (timing.RESULTS / f"{source}.json").exists():
+        return None
+    drawn = function(timing.load(source))
+    if drawn is None:
+        return None
+    figure, alt = drawn
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})  # the same bytes each time
+    return alt

@@ -1,0 +1,103 @@
+"""Whether the claims held, by one rule that is applied to all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import claims
+from claims import Claim, Entry
+
+REACHES = {"lora-sb": (Entry("lora", 16),), "mos": (Entry("lora", 16),)}
+"""What the subject of a claim is said to be as good as."""
+
+BEATS = {
+    "mos": (Entry("vb-lora", like=("mos", 2)),),
+    "flora": tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
+}
+"""What it is said to be better than."""
+
+WORDS = {1: "above", 0: "level", -1: "below"}
+BESIDE = {1: "above", 0: "level with", -1: "below"}
+RULE = "Above and below: by more than one standard deviation of the paired differences."
+
+
+def side(differences: Sequence[float]) -> int | None:
+    """1 if differences lie above zero, −1 if below, 0 if neither can be told, None of fewer than two.
+
+    They lie above or below if their mean is more than one standard deviation away from zero. With three seeds
+    chance alone puts one difference in nine above and one in nine below (a one-sided t-test at 11 %), so that
+    a count over several tasks says more than one task does. Where the seeds differ so much that nothing can
+    be told, a method is level, and counts as having reached the other; the counts are shown for that reason.
+    """
+    if len(differences) < 2:
+        return None
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    return (mean > spread) - (mean < -spread)
+
+
+def verdict(content: dict[str, Any], name: str) -> str:
+    """On how many tasks a claim held: level with or above what it reaches, and above what it beats."""
+    claim = claims.CLAIMS[name]
+    tasks: dict[str, None] = {}
+    sides: dict[Entry, dict[str, int]] = {}
+    for entry in (*REACHES.get(name, ()), *BEATS.get(name, ())):
+        found = {task: side(values) for task, values in claims.differences(content, claim, entry).items()}
+        sides[entry] = {task: value for task, value in found.items() if value is not None}
+        tasks |= dict.fromkeys(sides[entry])
+    judged = [task for task in tasks if all(task in found for found in sides.values())]
+    if not judged:
+        return "Too few runs to say whether the claim held."
+    held = [
+        task
+        for task in judged
+        if all(sides[entry][task] >= 0 for entry in REACHES.get(name, ()))
+        and all(sides[entry][task] > 0 for entry in BEATS.get(name, ()))
+    ]
+    parts = [
+        f"It has to {purpose} {claims.label(entry)}{_ratio(content, judged[0], claim, entry)}: "
+        f"{_tally(sides[entry][task] for task in judged)}."
+        for purpose, entries in (("reach", REACHES), ("beat", BEATS))
+        for entry in entries.get(name, ())
+    ]
+    names = f" ({', '.join(held)})" if held and len(judged) > 1 else ""
+    count = f"{len(held)} of {len(judged)} task{'s' * (len(judged) > 1)}{names}"
+    return f"**By {claims.label(claim.subject)} the claim held on {count}.** {' '.join(parts)} {RULE}"
+
+
+def _ratio(content: dict[str, Any], task: str, claim: Claim, entry: Entry) -> str:
+    """How many times the subject's trained parameters another entry has."""
+    one, other = (claims.chosen(content, task, e)[0]["trainable"] for e in (claim.subject, entry))
+    return f" ({other / one:.1f} times its trained parameters, head included)"
+
+
+def _tally(sides: Iterable[int]) -> str:
+    counts = Counter(sides)
+    return ", ".join(f"{WORDS[value]} on {counts[value]}" for value in WORDS)
+
+
+def paired(content: dict[str, Any], method: str) -> list[float]:
+    """Continual SVD's average accuracy at the end minus a method's, where both have an order and seed."""
+    ends: list[dict[tuple[str, int], float]] = [
+        {
+            (",".join(run["order"]), run["seed"]): statistics.fmean(run["known"][-1])
+            for run in content["runs"].values()
+            if (run["method"], run["split"]) == (name, "test")
+        }
+        for name in ("continual-svd", method)
+    ]
+    ours, other = ends
+    return [] if method == "continual-svd" else [ours[key] - other[key] for key in ours if key in other]
+
+
+def standing(subject: str, differences: dict[str, list[float]]) -> str:
+    """Which methods a subject lies above, level with and below, given what it is above each of them."""
+    found: dict[int, list[str]] = {value: [] for value in BESIDE}
+    for title, values in differences.items():
+        value = side(values)
+        if value is not None:
+            found[value].append(f"*{title}*")
+    parts = [f"{BESIDE[value]} {', '.join(titles)}" for value, titles in found.items() if titles]
+    return f"**{subject} is {'; '.join(parts)}.** {RULE}" if parts else ""
