@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -123,11 +124,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def matrices(content: dict[str, Any]) -> Drawn:
     """Accuracy on each task after each task, by method: means over the seeds of the first order."""
-    order = next(iter(content["runs"].values()))["order"]
+    runs = content["runs"].values()
+    order = min(runs, key=lambda run: run["split"] != "validation")["order"]  # rates are chosen in the first
     found = {
         method["title"]: sequences.mean_matrix(content, name, order)
         for name, method in content["summary"].items()
         if not sequences.LEARNERS[name].joint
+        and any(run["order"] == order for run in sequences.tested(content, name))
     }
     size = 0.46 * len(order)
     figure, charts = _panels(len(found), width=size + 0.9, height=size + 1.1)
@@ -136,7 +139,7 @@ def matrices(content: dict[str, Any]) -> Drawn:
             [value if j <= i else math.nan for j, value in enumerate(row)] for i, row in enumerate(matrix)
         ]
         image = draw_heatmap(chart, seen, order, digits=2)
-        chart.set_title(title, fontsize="medium")
+        chart.set_title(textwrap.fill(title, 22), fontsize="medium")
     figure.supxlabel("accuracy on", fontsize="medium")
     figure.supylabel("after training on", fontsize="medium")
     figure.colorbar(image, ax=charts, shrink=0.8, pad=0.02)
