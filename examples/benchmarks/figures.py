@@ -139,7 +139,7 @@ def matrices(content: dict[str, Any]) -> Drawn:
             [value if j <= i else math.nan for j, value in enumerate(row)] for i, row in enumerate(matrix)
         ]
         image = draw_heatmap(chart, seen, order, digits=2)
-        chart.set_title(textwrap.fill(title, 22), fontsize="medium")
+        chart.set_title(textwrap.fill(title, round(11 * size + 8)), fontsize="medium")
     figure.supxlabel("accuracy on", fontsize="medium")
     figure.supylabel("after training on", fontsize="medium")
     figure.colorbar(image, ax=charts, shrink=0.8, pad=0.02)
@@ -252,5 +252,6 @@ def draw(name: str, folder: Path = FOLDER) -> str | None:
         return None
     figure, alt = drawn
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})  # the same bytes each time
+    path, versions = folder / f"{name}.png", {"Software": None}  # without them the bytes stay the same
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata=versions)
     return alt
