@@ -85,8 +85,9 @@ def _claims(method: str) -> Iterator[Found]:
         if runs:
             kind = kind_of(task)
             value = spread([run["test_accuracy"] for run in runs], 3)
-            about = f"accuracy of {claims.label(subject)}, {_count(len(runs), 'seed')}"
-            yield BASES.get(kind), [task], _result(KINDS[kind], [task], "accuracy", value, about)
+            measure = "accuracy of tokens" if kind == "decoder" else "accuracy"
+            about = f"{measure}, {claims.label(subject)}, {_count(len(runs), 'seed')}"
+            yield _base(task), [task], _result(KINDS[kind], [task], "accuracy", value, about)
 
 
 def _sequences(method: str) -> Iterator[Found]:
@@ -129,7 +130,7 @@ def _demos(method: str) -> Iterator[Found]:
         scores = [run["results"][-1]["score"] for run in timing.load(file.stem)["runs"]]
         about = f"accuracy of the demo, {_count(len(scores), 'seed')}"
         kind = kind_of(task)
-        yield BASES.get(kind), [task], _result(KINDS[kind], [task], "accuracy", spread(scores, 3), about)
+        yield _base(task), [task], _result(KINDS[kind], [task], "accuracy", spread(scores, 3), about)
 
 
 def _result(task: str, names: list[str], metric: str, value: str, about: str, beside: str = "") -> EvalResult:
@@ -147,6 +148,10 @@ def _result(task: str, names: list[str], metric: str, value: str, about: str, be
 
 def _dataset(name: str) -> tuple[str, str | None]:
     return DATASETS.get(name, (name, None))
+
+
+def _base(task: str) -> str | None:
+    return CLIP if "clip" in task else BASES.get(kind_of(task))
 
 
 def kind_of(task: str) -> str:

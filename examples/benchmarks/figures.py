@@ -73,7 +73,7 @@ def accuracy(content: dict[str, Any], kind: str) -> Drawn | None:
         chart.margins(x=0.12)
         chart.grid(alpha=0.25)
     figure.supxlabel("trained parameters, head included", fontsize="medium")
-    figure.supylabel("test accuracy", fontsize="medium")
+    figure.supylabel("test accuracy" + ", tokens of answers" * (kind == "decoder"), fontsize="medium")
     _legend(figure, charts)
     return figure, f"Test accuracy against trained parameters on {', '.join(points)}, with Pareto fronts"
 
