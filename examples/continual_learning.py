@@ -5,12 +5,12 @@ Commands:
     python examples/continual_learning.py --data FOLDER --tasks agnews sst2 trec6 --orders agnews,sst2,trec6
     python examples/continual_learning.py --model MODEL --tasks fancyzhx/ag_news stanfordnlp/sst2
 
-Continual SVD is compared with sequential LoRA, sequential full fine-tuning, PEFT's OSF (merged between tasks)
-and joint training, the upper bound. All have one head with a row for every class of every task; a task's
-loss compares the task's own classes. Accuracy is reported twice: with the task known at test time, when the
-prediction is one of its classes, and with one shared head, when it may be any class. Learning rates are
-chosen with the first order and seed 0, on rows held out of the training data: from three, and from more
-while the best is the smallest or largest of those tried. An interrupted run goes on where it stopped.
+Continual SVD is compared with sequential LoRA, O-LoRA, sequential full fine-tuning, PEFT's OSF (merged
+between tasks) and joint training, the upper bound. All have one head with a row for every class of every
+task; a task's loss compares the task's own classes. Accuracy is reported twice: with the task known at test
+time, when the prediction is one of its classes, and with one shared head, when it may be any class. Learning
+rates are chosen with the first order and seed 0, on rows held out of the training data: from three, and from
+more while the best is the smallest or largest of those tried. An interrupted run goes on where it stopped.
 
 Without options, network and texts come out of installed packages (`examples/data-packages.txt`), and the
 tasks are pairs of BBC News topics. `FOLDER` holds NAME.train.jsonl.gz and NAME.test.jsonl.gz with rows
@@ -24,7 +24,7 @@ import argparse
 import os
 from pathlib import Path
 
-METHODS = ("continual-svd", "continual-svd-16", "lora", "full", "osf", "joint")
+METHODS = ("continual-svd", "continual-svd-16", "lora", "o-lora", "full", "osf", "joint")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,6 +71,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, default=3, help="passes over the rows of each task")
     group.add_argument("--batch-size", type=int, default=16, help="rows in one step")
     group.add_argument("--bf16", action="store_true", help="train and test with bfloat16 autocast")
+    group.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    group.add_argument("--no-prediction", action="store_true", help="start without predicting the hours")
     group.add_argument(
         "--output", type=Path, default=Path("outputs/continual_learning"), help="for all files"
     )

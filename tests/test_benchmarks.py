@@ -162,10 +162,11 @@ def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, m
     command = ["quality.py", "--small", "--claims", "mos", "--seeds", "2", "--results", str(results)]
     monkeypatch.setattr("sys.argv", command)
     quality.main()
-    mos = [call for call in runs.calls if call[0] == "mos"]
-    rates = CONTESTANTS["mos"].rates
-    best = min(rates, key=lambda rate: abs(math.log10(rate) + 2))
-    assert [call[2:] for call in mos] == [*((rate, 0) for rate in rates), (best, 1)]
+    calls = [call[2:] for call in runs.calls if call[0] == "lora" and call[1] == 16]
+    tried = [rate for rate, seed in calls[:-1]]
+    assert set(CONTESTANTS["lora"].rates) < set(tried)  # the least loss, of 1e-2, lies beyond them
+    assert 1e-2 < max(tried) < 1e-1
+    assert calls == [*((rate, 0) for rate in tried), (1e-2, 1)]
     first, shown = len(runs.calls), capsys.readouterr().out
     assert "predicted: 0.0" in shown
     quality.main()

@@ -330,25 +330,64 @@ def test_summary_of_sequences(continual_learning):
     assert sequences.mean_matrix(content, "lora", ["b", "a"]) == runs[2]["known"]
 
 
-def test_rates_beyond_the_three_are_tried_while_the_best_is_at_the_edge(continual_learning):
-    from support import sequences
+def test_rates_beyond_the_first_are_tried_while_the_best_is_at_the_edge(continual_learning):
+    from support.results import RATES, tuned
 
-    tried = []
+    def search(optimum, first=(3e-4, 1e-3, 3e-3)):
+        scores = {}
+        while True:
+            missing, best = tuned(scores, first)
+            if best is not None:
+                return best, sorted(scores)
+            scores |= {rate: -abs(RATES.index(rate) - RATES.index(optimum)) for rate in missing}
 
-    class Sequences(sequences.Sequences):
-        def __init__(self, best):
-            self.orders, self.best = [["a", "b"]], best
+    assert search(1e-3) == (1e-3, [3e-4, 1e-3, 3e-3])
+    assert search(1e-5) == (1e-5, [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
+    assert search(RATES[-1])[0] == RATES[-1]
 
-        def run(self, method, order, rate, seed, split):
-            tried.append((rate, split))
-            near = -abs(sequences.RATES.index(rate) - sequences.RATES.index(self.best)) / 10
-            return {"known": [[1 + near] * 2] * 2}
 
-    assert Sequences(1e-3).rate("lora") == 1e-3
-    assert tried == [(rate, "validation") for rate in (3e-4, 1e-3, 3e-3)]
-    tried.clear()
-    assert Sequences(1e-5).rate("lora") == 1e-5
-    assert sorted(tried) == [(rate, "validation") for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+def test_o_lora_trains_the_latest_adapter_away_from_all_earlier_ones(continual_learning):
+    from models import llama
+
+    from support.learners import LEARNERS, trainable
+
+    learner = LEARNERS["o-lora"]
+    model = learner.start(llama(num_hidden_layers=2), 0.5)
+    assert learner.penalty(model) == 0.0
+    for task in (1, 2):
+        model = learner.proceed(model, task, 0.5)
+    assert model.active_adapters == ["task0", "task1", "task2"]
+    trained = {id(parameter) for parameter in trainable(model)}
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert all((id(p) in trained) == (".task2." in name) for name, p in adapters.items())
+    matrices = {name: p.detach() for name, p in adapters.items() if ".lora_A." in name}
+    expected = 0.0
+    for name, new in matrices.items():
+        if ".task2." in name:
+            for earlier in ("task0", "task1"):
+                old = matrices[name.replace("task2", earlier)]
+                expected += 0.5 * sum(abs(float(a @ b)) for a in new for b in old)
+    assert float(learner.penalty(model).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def _half_of(total):
+    return lambda number: {"half": number / total}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_are_made_until_none_is_wanted_and_kept(continual_learning, tmp_path, workers):
+    from support.results import Results
+
+    def wanted():
+        done = results.content["runs"]
+        first = {"one": (1,), "two": (2,)}
+        return {**first, "three": (3,)} if {"one", "two"} <= set(done) else first
+
+    results = Results(tmp_path / "results.json", {})
+    results.complete(wanted, _half_of, (2,), workers)
+    assert Results(tmp_path / "results.json", {}).content["runs"] == {
+        "one": {"half": 0.5}, "two": {"half": 1.0}, "three": {"half": 1.5}
+    }  # fmt: skip
 
 
 def tiny_encoder(folder):
@@ -368,7 +407,7 @@ def tiny_encoder(folder):
 def test_sequences_run_without_network_and_resume(tmp_path):
     tiny_encoder(tmp_path / "model")
     tasks = write_tasks(tmp_path)
-    methods = ["continual-svd", "continual-svd-16", "lora", "full", "osf", "joint"]
+    methods = ["continual-svd", "continual-svd-16", "lora", "o-lora", "full", "osf", "joint"]
     options = [
         *("--model", str(tmp_path / "model"), "--data", str(tmp_path), "--tasks", *tasks),
         *("--orders", ",".join(tasks), ",".join(reversed(tasks)), "--output", str(tmp_path / "out")),

@@ -1,13 +1,14 @@
 """The methods' claims tested on real tasks, against PEFT's own methods, all tuned alike.
 
-    python examples/benchmarks/quality.py --small                    about 15 minutes on 2 cores
-    python examples/benchmarks/quality.py --data FOLDER --decoder DIRECTORY       hours; resumable
+    python examples/benchmarks/quality.py --small --workers 2        about 15 minutes on 2 cores
+    python examples/benchmarks/quality.py --data FOLDER --decoder DIRECTORY --workers 12     minutes on a GPU
 
-Every method trains with each of its three learning rates and seed 0; the least validation loss chooses the
-rate, and the other seeds train with it. Schedules, early stopping and rows are the same for all. Sizes are
-ranks, or chosen to train as many parameters as another method. `--small` uses what installed packages carry;
-`FOLDER` is described in examples/support/graded.py. The predicted hours are printed first, and an
-interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the tables.
+Every method trains with three learning rates and seed 0, and with further ones while the best is the
+smallest or the largest; the least validation loss chooses, and the other seeds train with it. Schedules,
+early stopping and rows are the same for all. Sizes are ranks, or chosen to train as many parameters as
+another method. `--small` uses what installed packages carry; `FOLDER` is described in
+examples/support/graded.py. The predicted hours are printed first, and an interrupted run goes on where it
+stopped. `examples/benchmarks/readme.py` writes the tables.
 
 Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples of their own:
 `effort_detector.py` and `continual_learning.py`.
@@ -20,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ SETTINGS: dict[bool, dict[str, Any]] = {  # by `--small`
     },
     False: {
         "rows": {"train": 1500, "validation": 300, "test": 1000, "tokens": 64, "pixels": 64},
-        "schedule": {"steps": 180},
+        "schedule": {"steps": 240, "bf16": False},
     },
 }
 
@@ -54,7 +55,7 @@ class Grid:
     """All runs, of which the results file has those that are done."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from support import graded, trial
+        from support import device, graded, trial
         from support.results import Results
 
         self.options = options
@@ -63,9 +64,11 @@ class Grid:
         self.results = Results(options.results, SETTINGS[options.small])
         self.results.content |= {
             "versions": {package: version(package) for package in PACKAGES},
+            "device": device.name(),
             "seeds": options.seeds,
         }
         self.tasks: dict[str, Any] = {}
+        self.sizes_found: dict[tuple[str, Entry], int] = {}
 
     def task(self, name: str) -> Any:
         """A task, loaded once."""
@@ -92,41 +95,43 @@ class Grid:
 
         if entry.like is None:
             return entry.size
-        sizes = self.results.content.setdefault("sizes", {})
-        key = f"{task} {label(entry)}"
-        if key not in sizes:
+        if (task, entry) not in self.sizes_found:
             method, size = entry.like
             wanted = trainable(CONTESTANTS[method].adapt(self.task(task), size, ()))
-            sizes[key] = size_for(entry.method, self.task(task), wanted)
-        return int(sizes[key])
+            self.sizes_found[task, entry] = size_for(entry.method, self.task(task), wanted)
+        return self.sizes_found[task, entry]
 
-    def run(self, task: str, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
-        """One training run, unless the results file has it."""
+    def wanted(self) -> dict[str, tuple]:
+        """Arguments of all runs of `measure` that can be named by now, by their keys."""
+        jobs = []
+        for task, entry in self.entries():
+            trying, best = self.rates(task, entry)
+            jobs += [(task, entry, rate, 0) for rate in trying]
+            if best is not None:
+                jobs += [(task, entry, best, seed) for seed in range(1, self.options.seeds)]
+        return {
+            f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed)
+            for task, entry, rate, seed in jobs
+        }
+
+    def rates(self, task: str, entry: Entry) -> tuple[list[float], float | None]:
+        """Learning rates still to try, and the best once there are none."""
+        from support.contestants import CONTESTANTS
+        from support.results import tuned
+
+        runs = self.results.content["runs"].values()
+        tuning = [r for r in runs if (r["task"], r["entry"], r["seed"]) == (task, label(entry), 0)]
+        return tuned(
+            {run["rate"]: -run["validation_loss"] for run in tuning}, CONTESTANTS[entry.method].rates
+        )
+
+    def measure(self, task: str, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
+        """One training run."""
         from support import trial
 
-        runs, key = self.results.content["runs"], f"{task} {label(entry)} {rate:g} {seed}"
-        if key not in runs:
-            size = self.size(task, entry)
-            found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule)
-            runs[key] = {
-                "task": task,
-                "entry": label(entry),
-                "rate": rate,
-                "seed": seed,
-                "size": size,
-                **found,
-            }
-            self.results.save()
-        return runs[key]
-
-    def tune_and_test(self, task: str, entry: Entry) -> None:
-        """Three rates with seed 0, then the other seeds with the best of them."""
-        from support.contestants import CONTESTANTS
-
-        runs = {rate: self.run(task, entry, rate, 0) for rate in CONTESTANTS[entry.method].rates}
-        best = min(runs, key=lambda rate: runs[rate]["validation_loss"])
-        for seed in range(1, self.options.seeds):
-            self.run(task, entry, best, seed)
+        size = self.size(task, entry)
+        found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule)
+        return {"task": task, "entry": label(entry), "rate": rate, "seed": seed, "size": size, **found}
 
     def predicted_hours(self) -> float:
         """Hours that the runs still to come take: as long as those of the same task, or as its first."""
@@ -144,7 +149,16 @@ class Grid:
                 share = self.schedule.steps / few.steps / 2 + self.schedule.checks / 4
                 known[task] = [(time.perf_counter() - started) * share]
             seconds += max(0, missing) * statistics.median(known[task] or [0.0])
-        return seconds / 3600
+        return seconds / 3600 / self.options.workers
+
+
+def _measure_of(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    """What a process makes runs with."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return Grid(options).measure
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -158,6 +172,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="claims to test")
     parser.add_argument("--tasks", nargs="+", help="tasks to run; without it, all")
     parser.add_argument("--seeds", type=int, default=3, help="runs with the chosen rate")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--no-prediction", action="store_true", help="start without predicting the hours")
     parser.add_argument(
         "--results", type=Path, help="results file; without it, in examples/benchmarks/results"
     )
@@ -172,15 +188,10 @@ def main() -> None:
     """Run what is missing, and print every claim with what was found."""
     options = parse_arguments()
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    import transformers
-    from tqdm import tqdm
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     grid = Grid(options)
-    print(f"predicted: {grid.predicted_hours():.2f} hours", flush=True)
-    for task, entry in tqdm(list(grid.entries()), desc="tasks and methods"):
-        grid.tune_and_test(task, entry)
+    if not options.no_prediction:
+        print(f"predicted: {grid.predicted_hours():.2f} hours", flush=True)
+    grid.results.complete(grid.wanted, _measure_of, (options,), options.workers)
     for name in options.claims:
         print(f"\n{table(grid.results.content, name)}")
     print(f"\nall runs: {options.results}")

@@ -11,6 +11,7 @@ import peft
 from torch import nn
 
 import peft_subspace
+from support import device
 from support.task import Task
 
 LARGEST_SIZE = 512
@@ -25,7 +26,7 @@ class Contestant:
 
     Attributes:
         title: Its name in tables.
-        rates: Three learning rates to choose from.
+        rates: Three neighbouring learning rates that are tried in any case.
         config: Makes its config from target modules and size, a rank in most cases; None trains without PEFT.
         before: Prepares a base model for its config, given training batches.
         after: Starts the adapter from training batches and the learning rate.
@@ -39,7 +40,8 @@ class Contestant:
 
     def adapt(self, task: Task, size: int, batches: Batches) -> nn.Module:
         """A model whose update and whose new head train."""
-        base = task.make_base()
+        base: nn.Module = task.make_base()
+        base.to(device.best())
         if self.config is None:
             for name, parameter in base.named_parameters():
                 head = any(name.startswith(f"{module}.") for module in task.new_modules)
@@ -107,14 +109,14 @@ def _start_lora_sb(model: nn.Module, batches: Batches, rate: float) -> None:
 
 CONTESTANTS = {
     "full": Contestant("full fine-tuning", (3e-5, 1e-4, 3e-4)),
-    "probe": Contestant("head only", (1e-3, 1e-2, 1e-1)),
+    "probe": Contestant("head only", (3e-3, 1e-2, 3e-2)),
     "lora": Contestant("LoRA", (3e-4, 1e-3, 3e-3), _lora()),
     "rslora": Contestant("rsLoRA", (3e-4, 1e-3, 3e-3), _lora(use_rslora=True)),
     "pissa": Contestant("PiSSA", (1e-4, 3e-4, 1e-3), _lora(init_lora_weights="pissa_niter_4")),
     "lora-ga": Contestant("LoRA-GA", (1e-4, 3e-4, 1e-3), _lora_ga, before=_gradients_for_lora_ga),
     "vb-lora": Contestant(
         "VB-LoRA",
-        (1e-3, 1e-2, 1e-1),
+        (3e-3, 1e-2, 3e-2),
         lambda targets, vectors: peft.VBLoRAConfig(
             r=4, num_vectors=vectors, vector_length=128, target_modules=targets
         ),
@@ -137,7 +139,7 @@ CONTESTANTS = {
     ),
     "tinylora": Contestant(
         "TinyLoRA",
-        (1e-3, 1e-2, 1e-1),
+        (3e-3, 1e-2, 3e-2),
         lambda targets, u: peft.TinyLoraConfig(r=2, u=u, target_modules=targets),
     ),
     "osf": Contestant(

@@ -64,7 +64,9 @@ def bbcnews() -> Task:
     train, validation, test = _split(rows)
     return Task(
         "MiniLM on BBC News",
-        lambda: AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(topics)),
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(topics), dtype=torch.float32
+        ),
         train,
         validation,
         test,

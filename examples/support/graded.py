@@ -97,7 +97,9 @@ def _text(name: str, folder: Path, sizes: Sizes) -> Task:
     return Task(
         f"MiniLM on {name}",
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            demos.minilm_folder(), num_labels=len(source.classes)
+            demos.minilm_folder(),
+            num_labels=len(source.classes),
+            dtype=torch.float32,  # whatever the file has: half precision would not train
         ),
         train=encoded("train"),
         validation=encoded("validation"),

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import peft
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import peft_subspace
 
@@ -27,6 +28,7 @@ class Learner:
         start: Makes the model that trains the first task of a base model, given the share to preserve.
         proceed: Makes the model that trains the next task of the one that trained the last.
         joint: Whether it learns all tasks at once.
+        penalty: What is added to the loss.
     """
 
     title: str
@@ -34,6 +36,7 @@ class Learner:
     start: Callable[[nn.Module, float], nn.Module]
     proceed: Callable[[nn.Module, int, float], nn.Module] = lambda model, task, preserve: model
     joint: bool = False
+    penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -49,7 +52,40 @@ def _full(base: nn.Module, preserve: float) -> nn.Module:
 
 
 def _lora(base: nn.Module, preserve: float) -> nn.Module:
-    return peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    return peft.get_peft_model(base, _lora_config(), "task0")
+
+
+def _lora_config() -> peft.LoraConfig:
+    return peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)
+
+
+def _lora_on_top(model: nn.Module, task: int, preserve: float) -> nn.Module:
+    """O-LoRA: a new adapter for each task, over those of the earlier tasks, which stay active and frozen."""
+    name = f"task{task}"
+    model.add_adapter(name, _lora_config())
+    model.base_model.set_adapter([*model.active_adapters, name])
+    for path, parameter in model.named_parameters():
+        if ".lora_" in path:
+            parameter.requires_grad_(f".{name}." in path)
+    return model
+
+
+def _overlap(model: nn.Module) -> Tensor | float:
+    """O-LoRA's `λ Σ |A_t A_iᵀ|`, over all layers and all earlier tasks `i`, with the authors' λ = 0.5.
+
+    Reference: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning"
+    (arXiv 2310.14152); the authors' code sums absolute values.
+    """
+    *earlier, current = model.active_adapters
+    if not earlier:
+        return 0.0
+    return 0.5 * sum(
+        (layer.lora_A[current].weight @ torch.cat([layer.lora_A[name].weight for name in earlier]).T)
+        .abs()
+        .sum()
+        for layer in model.modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    )
 
 
 def _osf(base: nn.Module, preserve: float) -> nn.Module:
@@ -80,6 +116,7 @@ LEARNERS = {
     ),
     "continual-svd-16": Learner("Continual SVD, r=16", (1e-3, 3e-3, 1e-2), _continual_svd(16), _next_task),
     "lora": Learner("LoRA r=16, one after another", (3e-4, 1e-3, 3e-3), _lora),
+    "o-lora": Learner("O-LoRA r=16", (3e-4, 1e-3, 3e-3), _lora, _lora_on_top, penalty=_overlap),
     "full": Learner("full fine-tuning, one after another", (3e-5, 1e-4, 3e-4), _full),
     "osf": Learner("PEFT's OSF, merged between tasks", (3e-5, 1e-4, 3e-4), _osf, _merge_and_wrap),
     "joint": Learner("full fine-tuning, all tasks at once", (3e-5, 1e-4, 3e-4), _full, joint=True),

@@ -1,8 +1,23 @@
-"""Results that survive an interruption."""
+"""Results that survive an interruption, and the runs that make them, in one process or in several."""
 
+from __future__ import annotations
+
+import itertools
 import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Learning rates that a method may be tried with."""
+
+Run = dict[str, Any]
+Measure = Callable[..., Run]
 
 
 class Results:
@@ -16,9 +31,91 @@ class Results:
             if self.content["settings"] != settings:
                 raise SystemExit(f"{path} was measured with other settings; choose another --results")
 
+    def complete(
+        self, wanted: Callable[[], dict[str, tuple]], make: Callable[..., Measure], given: tuple, workers: int
+    ) -> None:
+        """Makes runs until none is wanted.
+
+        Args:
+            wanted: Gives the arguments of all runs that can be named by now, by key; asked after each run,
+                because what one run finds decides on others.
+            make: Makes, once in each process, the function that makes a run.
+            given: Arguments of `make`.
+            workers: Processes that work at the same time; with one, all happens in this process.
+        """
+        runs = self.content["runs"]
+        running: dict[Future[Run], str] = {}
+        with _executor(make, given, workers) as executor, tqdm(desc="runs", initial=len(runs)) as bar:
+            while True:
+                started = {*runs, *running.values()}
+                missing = [(key, job) for key, job in wanted().items() if key not in started]
+                bar.total = len(started) + len(missing)
+                for key, job in itertools.islice(missing, workers - len(running)):
+                    running[executor.submit(_measure, *job)] = key
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    runs[running.pop(future)] = future.result()
+                    bar.update()
+                self.save()
+
     def save(self) -> None:
         """Writes the file, never half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(self.path)
+
+
+def tuned(scores: dict[float, float], first: Iterable[float]) -> tuple[list[float], float | None]:
+    """Learning rates still to try, and the best once there are none.
+
+    The first ones are tried, and further ones of `RATES` while the best is the smallest or the largest.
+
+    Args:
+        scores: What was found by rate, higher is better.
+        first: Rates that are tried in any case.
+    """
+    missing = set(first) - set(scores)
+    if missing:
+        return sorted(missing), None
+    best = max(scores, key=scores.__getitem__)
+    place = RATES.index(best)
+    missing = set(RATES[max(0, place - 1) : place + 2]) - set(scores)
+    return (sorted(missing), None) if missing else ([], best)
+
+
+class _Inline(Executor):
+    """Does at once, in this process, what it is given."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+_made: list[Measure] = []  # what `make` made in this process
+
+
+def _executor(make: Callable[..., Measure], given: tuple, workers: int) -> Executor:
+    if workers == 1:
+        _begin(make, given, None)
+        return _Inline()
+    # processes that begin with what takes seconds to import
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "peft_subspace"])
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return ProcessPoolExecutor(workers, context, _begin, (make, given, threads))
+
+
+def _begin(make: Callable[..., Measure], given: tuple, threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(threads)
+    _made[:] = [make(*given)]
+
+
+def _measure(*job: Any) -> Run:
+    return _made[0](*job)

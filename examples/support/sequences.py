@@ -6,32 +6,31 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from peft_subspace.continual_svd import continual_metrics, save_heatmap
-from support import demos, texts
-from support.learners import LEARNERS, trainable
-from support.results import Results
+from support import demos, device, texts
+from support.learners import LEARNERS, Learner, trainable
+from support.results import Results, tuned
 from support.texts import SPLITS, TextTask
 
 DATA_SEED = 0
 PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
-NOT_SETTINGS = ("output", "results", "orders", "methods", "seeds")
+NOT_SETTINGS = ("output", "results", "orders", "methods", "seeds", "workers", "no_prediction")
 """Options that may change between two calls that share one results file."""
 
 KNOWN, SHARED = "known", "shared"
 """Predictions among the classes of the text's own task, and among all classes."""
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Learning rates that a method may be tried with."""
+TEST_BATCH = 256
 
 Batch = dict[str, Tensor]
 
@@ -40,9 +39,10 @@ class Sequences:
     """Tasks, network and results that all runs share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.device = options, device.best()
         settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-        settings["data"] = options.data.name if options.data else None
+        for name in ("data", "model"):  # a name: the place does not matter
+            settings[name] = Path(settings[name]).name if settings[name] else None
         self.results = Results(options.results, settings)
         wanted = {split: getattr(options, f"{split}_rows") for split in SPLITS}
         self.tasks = texts.load(options.tasks, options.data, wanted, DATA_SEED)
@@ -52,47 +52,59 @@ class Sequences:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.results.content |= {
             "versions": {package: version(package) for package in PACKAGES},
-            "threads": torch.get_num_threads(),
+            "device": device.name(),
             "classes": {name: len(task.classes) for name, task in self.tasks.items()},
         }
+        self.encoded = {
+            (name, split): self._encoded(rows)
+            for name, task in self.tasks.items()
+            for split, rows in task.rows.items()
+        }
 
-    def rate(self, method: str) -> float:
-        """The rate with the best average accuracy on validation rows, first order and seed 0.
+    def _encoded(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        texts = [row["text"] for row in rows]
+        ids = (
+            self.tokenizer(texts, truncation=True, max_length=self.options.max_length)["input_ids"]
+            if texts
+            else []
+        )
+        return [{"input_ids": i, "labels": row["labels"]} for i, row in zip(ids, rows, strict=True)]
 
-        The method's three rates are tried, and further ones while the best is the smallest or the largest.
+    def wanted(self) -> dict[str, tuple]:
+        """Arguments of all runs of `measure` that can be named by now, by their keys.
+
+        The rate has the best average accuracy on validation rows, in the first order and with seed 0.
         """
-        scores: dict[float, float] = {}
-        wanted = set(LEARNERS[method].rates)
-        while wanted:
-            for rate in sorted(wanted):
-                run = self.run(method, self.orders[0], rate, 0, "validation")
-                scores[rate] = continual_metrics(run[KNOWN])["average_accuracy"]
-            best = max(scores, key=scores.__getitem__)
-            place = RATES.index(best)
-            wanted = set(RATES[max(0, place - 1) : place + 2]) - set(scores)
-        return best
+        jobs = []
+        for method in self.options.methods:
+            trying, best = self.rates(method)
+            jobs += [(method, self.orders[0], rate, 0, "validation") for rate in trying]
+            if best is not None:
+                pairs = itertools.product(self.orders, range(self.options.seeds))
+                jobs += [(method, order, best, seed, "test") for order, seed in pairs]
+        return {
+            f"{split} {m} {','.join(order)} {r:g} {s}": (m, order, r, s, split)
+            for m, order, r, s, split in jobs
+        }
 
-    def run(
-        self, method: str, order: list[str], rate: float, seed: int, split: str = "test"
-    ) -> dict[str, Any]:
-        """Learns one sequence and measures it after every task, unless the results file has it."""
-        runs, key = self.results.content["runs"], f"{split} {method} {','.join(order)} {rate:g} {seed}"
-        if key not in runs:
-            started = time.perf_counter()
-            runs[key] = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}
-            try:
-                runs[key] |= self._learn(method, order, rate, seed, split)
-            except BaseException:
-                del runs[key]
-                raise
-            runs[key]["seconds"] = time.perf_counter() - started
-            self.results.save()
-        return runs[key]
+    def rates(self, method: str) -> tuple[list[float], float | None]:
+        """Learning rates still to try, and the best once there are none."""
+        runs = self.results.content["runs"].values()
+        tuning = [r for r in runs if (r["method"], r["split"]) == (method, "validation")]
+        scores = {run["rate"]: continual_metrics(run[KNOWN])["average_accuracy"] for run in tuning}
+        return tuned(scores, LEARNERS[method].rates)
+
+    def measure(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
+        """Learns one sequence and measures it after every task."""
+        started = time.perf_counter()
+        found = self._learn(method, order, rate, seed, split)
+        about = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}
+        return {**about, **found, "seconds": time.perf_counter() - started}
 
     def _learn(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
         learner, preserve = LEARNERS[method], self.options.preserve
         transformers.set_seed(seed)
-        model = learner.start(self._base(), preserve)
+        model = learner.start(self._base(), preserve).to(self.device)
         found: dict[str, Any] = {
             KNOWN: [],
             SHARED: [],
@@ -103,7 +115,7 @@ class Sequences:
         for number, group in enumerate(groups):
             if number:
                 model = learner.proceed(model, number, preserve)
-            self._train(model, [self.tasks[name] for name in group], rate, seed)
+            self._train(learner, model, [self.tasks[name] for name in group], rate, seed)
             accuracies = self._accuracies(model, order, split)
             for setting in (KNOWN, SHARED):
                 found[setting] += [accuracies[setting]] * len(group)
@@ -113,11 +125,15 @@ class Sequences:
         labels = sum(len(task.classes) for task in self.tasks.values())
         auto = transformers.AutoModelForSequenceClassification
         padding = self.tokenizer.pad_token_id
-        return auto.from_pretrained(self.source, num_labels=labels, pad_token_id=padding, dtype=torch.float32)
+        model = auto.from_pretrained(
+            self.source, num_labels=labels, pad_token_id=padding, dtype=torch.float32
+        )
+        return model.to(self.device)
 
-    def _train(self, model: nn.Module, tasks: list[TextTask], rate: float, seed: int) -> None:
+    def _train(
+        self, learner: Learner, model: nn.Module, tasks: list[TextTask], rate: float, seed: int
+    ) -> None:
         """AdamW with a linear decay to zero; the loss compares the classes of a row's own task."""
-        options = self.options
         batches = [(task, rows) for task in tasks for rows in self._epochs(task, seed)]
         optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
@@ -125,21 +141,21 @@ class Sequences:
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
             batches = [batches[i] for i in order]
         model.train()
-        for task, rows in tqdm(batches, desc=options.output.name, leave=False):
+        for task, rows in batches:
             batch = self._collate(rows)
             labels = batch.pop("labels") - task.first
-            loss = cross_entropy(self._logits(model, batch)[:, task.span], labels)
+            loss = cross_entropy(self._logits(model, batch)[:, task.span], labels) + learner.penalty(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
             return model(**batch).logits.float()
 
     def _epochs(self, task: TextTask, seed: int) -> Iterator[list[dict[str, Any]]]:
-        rows, size = task.rows["train"], self.options.batch_size
+        rows, size = self.encoded[task.name, "train"], self.options.batch_size
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.options.epochs):
             order = torch.randperm(len(rows), generator=generator).tolist()
@@ -147,14 +163,8 @@ class Sequences:
                 yield [rows[i] for i in order[start : start + size]]
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
-        batch = self.tokenizer(
-            [row["text"] for row in rows],
-            truncation=True,
-            max_length=self.options.max_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+        batch = self.tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+        return device.moved({**batch, "labels": torch.tensor([row["labels"] for row in rows])}, self.device)
 
     @torch.inference_mode()
     def _accuracies(self, model: nn.Module, order: list[str], split: str) -> dict[str, list[float]]:
@@ -163,9 +173,9 @@ class Sequences:
         found: dict[str, list[float]] = {KNOWN: [], SHARED: []}
         for name in order:
             task, right = self.tasks[name], {KNOWN: 0, SHARED: 0}
-            rows = sorted(task.rows[split], key=lambda row: len(row["text"]))  # little padding
-            for start in range(0, len(rows), 64):
-                batch = self._collate(rows[start : start + 64])
+            rows = sorted(self.encoded[name, split], key=lambda row: len(row["input_ids"]))  # little padding
+            for start in range(0, len(rows), TEST_BATCH):
+                batch = self._collate(rows[start : start + TEST_BATCH])
                 labels = batch.pop("labels")
                 logits = self._logits(model, batch)
                 right[KNOWN] += int((logits[:, task.span].argmax(1) + task.first == labels).sum())
@@ -175,31 +185,31 @@ class Sequences:
         return found
 
     def predicted_hours(self) -> float:
-        """Hours that the runs still to come take, by the runs so far or one batch of each method."""
+        """Hours that the runs still to come take, by the runs so far or a few batches of each method."""
         seconds = 0.0
         for method in self.options.methods:
             runs = [r for r in self.results.content["runs"].values() if r["method"] == method]
             wanted = len(LEARNERS[method].rates) + len(self.orders) * self.options.seeds
-            one = statistics.median(r["seconds"] for r in runs) if runs else self._seconds(method)
-            seconds += max(0, wanted - len(runs)) * one
-        return seconds / 3600
+            if len(runs) < wanted:
+                one = statistics.median(r["seconds"] for r in runs) if runs else self._seconds(method)
+                seconds += (wanted - len(runs)) * one
+        return seconds / 3600 / self.options.workers
 
     def _seconds(self, method: str) -> float:
         """Predicted seconds of one sequence."""
-        model = LEARNERS[method].start(self._base(), self.options.preserve)
-        task = next(iter(self.tasks.values()))
-        steps = itertools.islice(self._epochs(task, 0), 4)
-        few = TextTask(
-            task.name, task.first, task.classes, {"train": [row for rows in steps for row in rows]}
-        )
+        learner = LEARNERS[method]
+        model = learner.start(self._base(), self.options.preserve).to(self.device)
+        task, rows = next(iter(self.tasks.values())), 4 * self.options.batch_size
+        few = TextTask("few", task.first, task.classes)
+        self.encoded["few", "train"] = self.encoded[task.name, "train"][:rows]
         started = time.perf_counter()
-        self._train(model, [few], 0.0, 0)
-        per_row = (time.perf_counter() - started) / (len(few.rows["train"]) * self.options.epochs)
-        rows = [
+        self._train(learner, model, [few], 0.0, 0)
+        per_row = (time.perf_counter() - started) / (len(self.encoded["few", "train"]) * self.options.epochs)
+        counts = [
             (len(t.rows["train"]) * self.options.epochs, len(t.rows["test"])) for t in self.tasks.values()
         ]
         # a pass without gradients takes about a third of one with them
-        return per_row * sum(train + len(rows) * test / 3 for train, test in rows)
+        return per_row * sum(train + len(counts) * test / 3 for train, test in counts)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -208,11 +218,9 @@ def run(options: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     sequences = Sequences(options)
     content = sequences.results.content
-    print(f"predicted: {sequences.predicted_hours():.2f} hours", flush=True)
-    for method in tqdm(options.methods, desc="methods"):
-        rate = sequences.rate(method)
-        for order, seed in itertools.product(sequences.orders, range(options.seeds)):
-            sequences.run(method, order, rate, seed)
+    if not options.no_prediction:
+        print(f"predicted: {sequences.predicted_hours():.2f} hours", flush=True)
+    sequences.results.complete(sequences.wanted, _measure_of, (options,), options.workers)
     content["summary"] = summary(content)
     sequences.results.save()
     for method in options.methods:
@@ -221,6 +229,11 @@ def run(options: argparse.Namespace) -> None:
         save_heatmap(matrix, sequences.orders[0], options.output / f"{method}.png", title)
     print(table(content["summary"], options.methods))
     print(f"all runs: {options.results}; accuracy matrices: {options.output}")
+
+
+def _measure_of(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    """What a process makes runs with."""
+    return Sequences(options).measure
 
 
 def tested(content: dict[str, Any], method: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from support import device
 from support.contestants import CONTESTANTS, trainable
 from support.run import keep_batch_norm_frozen
 from support.task import Rows, Task
@@ -54,19 +55,22 @@ def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Sche
     """
     started = time.perf_counter()
     transformers.set_seed(seed)
-    few = list(itertools.islice(_batches(task, schedule.batch_size, seed), schedule.start_batches))
-    contestant = CONTESTANTS[name]
+    where, contestant = device.best(), CONTESTANTS[name]
+    batches = itertools.islice(_batches(task, schedule.batch_size, seed), schedule.start_batches)
+    few = [device.moved(batch, where) for batch in batches]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's own methods
-        model = contestant.adapt(task, size, few)
+        model = contestant.adapt(task, size, few).to(where)
     contestant.after(model, few, rate)
     keep_batch_norm_frozen(model)
-    best = _train(model, task, rate, seed, schedule)
+    best = _train(model, task, rate, seed, schedule, where)
     found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
     return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
 
 
-def _train(model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
+def _train(
+    model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule, where: torch.device
+) -> dict[str, Any]:
     """Leaves the model with the weights of the least validation loss, and says what that was."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -77,8 +81,8 @@ def _train(model: nn.Module, task: Task, rate: float, seed: int, schedule: Sched
     batches = itertools.islice(_batches(task, schedule.batch_size, seed), schedule.steps)
     for step, batch in enumerate(batches, start=1):
         model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bf16):
-            loss = model(**batch).loss
+        with torch.autocast(where.type, torch.bfloat16, enabled=schedule.bf16):
+            loss = model(**device.moved(batch, where)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,11 +115,13 @@ def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:
 def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
     """Mean loss and accuracy over rows, or over the labelled tokens of a language model."""
     model.eval()
+    where = device.best()
     loss = right = count = 0.0
     for start in range(0, len(rows), TEST_BATCH):
-        batch = dict(task.collate([rows[i] for i in range(start, min(start + TEST_BATCH, len(rows)))]))
+        batch = task.collate([rows[i] for i in range(start, min(start + TEST_BATCH, len(rows)))])
+        batch = device.moved(batch, where)
         labels = batch.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             logits = model(**batch).logits.float()
         if labels.dim() == 2:  # what comes next is what a language model predicts
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
