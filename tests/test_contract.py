@@ -10,7 +10,7 @@ import pytest
 import torch
 from layers import FP32, Net, adapt, add, delta_weight, dense, distance, tuner_layer
 from methods import METHODS
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.func import functional_call
 
 import peft_subspace
@@ -137,8 +137,11 @@ def test_gradients_equal_those_through_the_dense_oracle(method, case, setting):
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).double()
     gradients = torch.autograd.grad((result.double() * probe).sum(), leaves.values())
     truths = torch.autograd.grad((expected * probe).sum(), leaves.values())
+    largest = max(truth.norm() for truth in truths)
     for name, gradient, truth in zip(leaves, gradients, truths, strict=True):
-        assert distance(gradient, truth) < 4 * setting.tolerance, name
+        # one number's gradient is a sum that cancels, with the rounding errors of all that is summed
+        scale = truth.norm() if truth.numel() > 1 else largest
+        assert (gradient.double() - truth).norm() <= 4 * setting.tolerance * scale, name
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
@@ -496,7 +499,12 @@ def test_saved_adapter_gives_the_same_outputs_when_loaded(method, case, setting,
         low_cpu_mem_usage=low_cpu_mem_usage,
         autocast_adapter_dtype=setting.autocast,
     )
-    assert torch.equal(outputs(again, x), outputs(model, x))
+    states = (get_peft_model_state_dict(adapted) for adapted in (model, again))
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    if low_cpu_mem_usage:  # tensors lie where they lay in the file, and some kernels round by alignment
+        assert distance(outputs(again, x), outputs(model, x)) < setting.tolerance / 10
+    else:
+        assert torch.equal(outputs(again, x), outputs(model, x))
     assert not trainables(again)
     assert not any(p.is_meta for p in again.parameters())
 
