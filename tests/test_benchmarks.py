@@ -176,6 +176,19 @@ def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, m
     assert {call[3] for call in runs.calls[first:]} == {2}
 
 
+def test_grid_stops_where_no_rate_trains(runs, tmp_path, monkeypatch):
+    import quality
+
+    from support import trial
+
+    diverged = lambda *call: {**runs(*call), "validation_loss": math.inf}  # noqa: E731
+    monkeypatch.setattr(trial, "run", diverged)
+    command = ["quality.py", "--small", "--claims", "mos", "--results", str(tmp_path / "results.json")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"mos-2 on bbcnews: no loss is finite with rates \[0.001"):
+        quality.main()
+
+
 def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     import claims
     import quality

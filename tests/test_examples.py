@@ -370,21 +370,26 @@ def test_o_lora_trains_the_latest_adapter_away_from_all_earlier_ones(continual_l
     assert float(learner.penalty(model).detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def _half_of(total):
-    return lambda number: {"half": number / total}
+class Halves:
+    """Halves 1 and 2, and 3 after them."""
+
+    def __init__(self, options):
+        self.options, self.done = options, options["done"]
+
+    def wanted(self):
+        first = {"one": (1,), "two": (2,)}
+        return {**first, "three": (3,)} if {"one", "two"} <= set(self.done) else first
+
+    def measure(self, number):
+        return {"half": number / 2}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_runs_are_made_until_none_is_wanted_and_kept(continual_learning, tmp_path, workers):
     from support.results import Results
 
-    def wanted():
-        done = results.content["runs"]
-        first = {"one": (1,), "two": (2,)}
-        return {**first, "three": (3,)} if {"one", "two"} <= set(done) else first
-
     results = Results(tmp_path / "results.json", {})
-    results.complete(wanted, _half_of, (2,), workers)
+    results.complete(Halves({"done": results.content["runs"]}), workers)
     assert Results(tmp_path / "results.json", {}).content["runs"] == {
         "one": {"half": 0.5}, "two": {"half": 1.0}, "three": {"half": 1.5}
     }  # fmt: skip

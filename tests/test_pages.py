@@ -170,17 +170,20 @@ def made_up_quality():
         {
             "task": task, "entry": entry, "rate": 0.01, "seed": seed, "trainable": sizes[entry],
             "validation_loss": 1.0, "test_accuracy": score, "test_loss": 1.0, "seconds": 1.0,
+            "origin": "a device with torch 1.2",
         }
         for task, entries in accuracies.items() for entry, scores in entries.items()
         for seed, score in enumerate(scores)
     ]  # fmt: skip
     settings = {
-        "rows": {"train": 10, "validation": 5, "test": 7, "tokens": 8, "pixels": 9},
-        "schedule": {"steps": 11},
+        "text": {
+            "rows": {"train": 10, "validation": 5, "test": 7, "tokens": 8},
+            "schedule": {"steps": 11, "batch_size": 3},
+        },
     }
-    versions = {"torch": "1.2", "peft-subspace": "0"}
-    about = {"versions": versions, "device": "a device", "seeds": 2, "settings": settings}
-    return {**about, "runs": {str(number): run for number, run in enumerate(runs)}}
+    return {
+        "seeds": 2, "settings": settings, "runs": {str(number): run for number, run in enumerate(runs)}
+    }  # fmt: skip
 
 
 def made_up_sequences():
@@ -229,6 +232,16 @@ def test_figures_are_drawn_from_results_and_only_from_those(results, tmp_path):
     first = (folder / "spectra.png").read_bytes()
     figures.draw("spectra", folder)
     assert (folder / "spectra.png").read_bytes() == first
+
+
+def test_no_picture_outlives_its_results(results, tmp_path):
+    import figures
+
+    (results / "quality.json").write_text(json.dumps({**made_up_quality(), "runs": {}}))
+    for name in ("accuracy_text", "spectra"):
+        (tmp_path / f"{name}.png").touch()
+        assert figures.draw(name, tmp_path) is None
+        assert not (tmp_path / f"{name}.png").exists()
 
 
 def test_pareto_front_has_what_nothing_smaller_beats():
@@ -287,11 +300,26 @@ def test_table_of_claims_states_its_settings(results):
 
     (results / "quality.json").write_text(json.dumps(made_up_quality()))
     text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
-    assert "10 rows to train on, 5 to validate, 7 to test, texts of at most 8 tokens" in text
-    assert "at most 11 steps of 16 rows" in text
+    assert "Text: 10 rows to train on, 5 to validate, 7 to test, of at most 8 tokens" in text
+    assert "at most 11 steps of 3 rows" in text
     assert "Measured on a device with torch 1.2." in text
     not_run = readme.filled("<!-- table: quality_flora -->\n<!-- end -->")
     assert "Mean ±" not in not_run
+
+
+def test_table_of_claims_says_what_was_not_run(results):
+    import readme
+
+    content = made_up_quality()
+    content["runs"] = {
+        key: run
+        for key, run in content["runs"].items()
+        if (run["task"], run["entry"]) != ("agnews", "lora-16")
+    }
+    (results / "quality.json").write_text(json.dumps(content))
+    text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
+    assert "| lora-16 | 800 | not run | 0.905 ± 0.007 | -0.200 ± 0.000 |" in text
+    assert "held on 0 of 1 task." in text  # agnews cannot be judged
 
 
 def test_header_has_the_results_of_every_comparison(results):

@@ -10,7 +10,7 @@ import claims
 import timing
 from claims import spread
 from huggingface_hub import EvalResult, ModelCardData
-from quality import SMALL_TASKS, TASKS
+from quality import kind_of
 
 NAMES = {
     "flora": "FLoRA",
@@ -152,11 +152,6 @@ def _dataset(name: str) -> tuple[str, str | None]:
 
 def _base(task: str) -> str | None:
     return CLIP if "clip" in task else BASES.get(kind_of(task))
-
-
-def kind_of(task: str) -> str:
-    """Kind of a task of the comparisons."""
-    return next(k for group in (TASKS, SMALL_TASKS) for k, names in group.items() if task in names)
 
 
 def _count(number: int, what: str) -> str:

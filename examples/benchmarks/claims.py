@@ -116,7 +116,7 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def table(content: dict[str, Any], name: str) -> str:
-    """One claim's accuracies by task, with the trained parameters of the first task."""
+    """One claim's accuracies by task, with the trained parameters of the first task that has runs."""
     claim = CLAIMS[name]
     entries = (claim.subject, *claim.beside)
     tasks = [task for task in _tasks(content) if chosen(content, task, claim.subject)]
@@ -124,16 +124,17 @@ def table(content: dict[str, Any], name: str) -> str:
         return f"Claim: {claim.text}. Not measured yet."
     rows = []
     for entry in entries:
-        found = {task: chosen(content, task, entry) for task in tasks}
-        if not all(found.values()):
+        found = {task: runs for task in tasks if (runs := chosen(content, task, entry))}
+        if not found:
             continue
+        accuracies = {task: [run["test_accuracy"] for run in runs] for task, runs in found.items()}
         gaps = differences(content, claim, entry)
         rows.append(
             [
                 label(entry),
-                f"{found[tasks[0]][0]['trainable']:,}",
-                *(spread([run["test_accuracy"] for run in found[task]], 3) for task in tasks),
-                "" if entry == claim.subject else spread([gap for task in tasks for gap in gaps[task]], 3),
+                f"{next(iter(found.values()))[0]['trainable']:,}",
+                *(spread(accuracies[task], 3) if task in found else "not run" for task in tasks),
+                "" if entry == claim.subject else spread([gap for task in found for gap in gaps[task]], 3),
             ]
         )
     header = ["", "trained parameters, head included", *tasks, f"{label(claim.subject)} minus it"]

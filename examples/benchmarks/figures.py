@@ -245,13 +245,13 @@ def draw(name: str, folder: Path = FOLDER) -> str | None:
         The words that stand for it; None if there is nothing to draw.
     """
     source, function = FIGURES[name]
-    if not (timing.RESULTS / f"{source}.json").exists():
-        return None
-    drawn = function(timing.load(source))
+    measured = (timing.RESULTS / f"{source}.json").exists()
+    drawn, path = function(timing.load(source)) if measured else None, folder / f"{name}.png"
     if drawn is None:
+        path.unlink(missing_ok=True)  # or an earlier picture would outlive its results
         return None
     figure, alt = drawn
     folder.mkdir(parents=True, exist_ok=True)
-    path, versions = folder / f"{name}.png", {"Software": None}  # without them the bytes stay the same
+    versions = {"Software": None}  # without them the bytes stay the same
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata=versions)
     return alt

@@ -1,7 +1,7 @@
 """The methods' claims tested on real tasks, against PEFT's own methods, all tuned alike.
 
-    python examples/benchmarks/quality.py --small --workers 2        about 15 minutes on 2 cores
-    python examples/benchmarks/quality.py --data FOLDER --decoder DIRECTORY --workers 12     minutes on a GPU
+    python examples/benchmarks/quality.py --small
+    python examples/benchmarks/quality.py --data FOLDER --decoder DIRECTORY --workers 12
 
 Every method trains with three learning rates and seed 0, and with further ones while the best is the
 smallest or the largest; the least validation loss chooses, and the other seeds train with it. Schedules,
@@ -17,11 +17,13 @@ Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,37 +38,59 @@ TASKS = {
     "images": ("cifar10", "digits"),
     "decoder": ("gsm8k",),
 }
-PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
+PACKAGES = ("torch", "transformers", "peft")
 
-
-SETTINGS: dict[bool, dict[str, Any]] = {  # by `--small`
+# Processors without instructions for bfloat16 take ten times as long with it, so that little uses it.
+SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of task
     True: {
-        "rows": {"train": 300, "validation": 100, "test": 300, "tokens": 32, "pixels": 32},
-        "schedule": {"steps": 24, "checks": 3},
+        "text": {
+            "rows": {"train": 300, "validation": 100, "test": 300, "tokens": 32},
+            "schedule": {"steps": 24, "batch_size": 16, "checks": 3},
+        },
+        "images": {
+            "rows": {"train": 300, "validation": 100, "test": 300, "pixels": 32},
+            "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
+        },
     },
     False: {
-        "rows": {"train": 1500, "validation": 300, "test": 1000, "tokens": 64, "pixels": 64},
-        "schedule": {"steps": 240, "bf16": False},
+        "text": {
+            "rows": {"train": 1500, "validation": 200, "test": 1000, "tokens": 32},
+            "schedule": {"steps": 120, "batch_size": 16, "checks": 4},
+        },
+        "images": {
+            "rows": {"train": 1500, "validation": 300, "test": 1000, "pixels": 64},
+            "schedule": {"steps": 240, "batch_size": 16, "checks": 6},
+        },
+        "decoder": {
+            "rows": {"train": 1500, "validation": 60, "test": 150, "tokens": 192},
+            "schedule": {"steps": 60, "batch_size": 8, "checks": 3, "bf16": True},
+        },
     },
 }
+
+
+def kind_of(task: str) -> str:
+    """Kind of a task."""
+    return next(k for group in (TASKS, SMALL_TASKS) for k, names in group.items() if task in names)
 
 
 class Grid:
     """All runs, of which the results file has those that are done."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from support import device, graded, trial
+        import transformers
+
+        from support import device
         from support.results import Results
 
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.options = options
-        self.sizes = graded.Sizes(**SETTINGS[options.small]["rows"])
-        self.schedule = trial.Schedule(**SETTINGS[options.small]["schedule"])
-        self.results = Results(options.results, SETTINGS[options.small])
-        self.results.content |= {
-            "versions": {package: version(package) for package in PACKAGES},
-            "device": device.name(),
-            "seeds": options.seeds,
-        }
+        self.settings = SETTINGS[options.small]
+        self.results = Results(options.results, self.settings)
+        self.results.content["seeds"] = options.seeds
+        versions = (f"{package} {version(package)}" for package in PACKAGES)
+        self.origin = f"{device.name()} with {', '.join(versions)}"
         self.tasks: dict[str, Any] = {}
         self.sizes_found: dict[tuple[str, Entry], int] = {}
 
@@ -75,8 +99,15 @@ class Grid:
         from support import graded
 
         if name not in self.tasks:
-            self.tasks[name] = graded.load(name, self.options.data, self.options.decoder, self.sizes)
+            sizes = graded.Sizes(**self.settings[kind_of(name)]["rows"])
+            self.tasks[name] = graded.load(name, self.options.data, self.options.decoder, sizes)
         return self.tasks[name]
+
+    def schedule(self, task: str) -> Any:
+        """How long every method trains on a task."""
+        from support import trial
+
+        return trial.Schedule(**self.settings[kind_of(task)]["schedule"])
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Tasks and entries of all claims that were asked for, each once."""
@@ -121,17 +152,20 @@ class Grid:
 
         runs = self.results.content["runs"].values()
         tuning = [r for r in runs if (r["task"], r["entry"], r["seed"]) == (task, label(entry), 0)]
-        return tuned(
-            {run["rate"]: -run["validation_loss"] for run in tuning}, CONTESTANTS[entry.method].rates
-        )
+        losses = {run["rate"]: run["validation_loss"] for run in tuning}
+        first = CONTESTANTS[entry.method].rates
+        if losses.keys() >= set(first) and not math.isfinite(min(losses.values())):
+            raise SystemExit(f"{label(entry)} on {task}: no loss is finite with rates {sorted(losses)}")
+        return tuned({rate: -loss for rate, loss in losses.items()}, first)
 
     def measure(self, task: str, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
         """One training run."""
         from support import trial
 
         size = self.size(task, entry)
-        found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule)
-        return {"task": task, "entry": label(entry), "rate": rate, "seed": seed, "size": size, **found}
+        found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule(task))
+        about = {"task": task, "entry": label(entry), "rate": rate, "seed": seed, "size": size}
+        return {**about, **found, "origin": self.origin}
 
     def predicted_hours(self) -> float:
         """Hours that the runs still to come take: as long as those of the same task, or as its first."""
@@ -144,21 +178,13 @@ class Grid:
             missing -= sum(r["task"] == task and r["entry"] == label(entry) for r in done)
             if missing > 0 and not known[task]:
                 started = time.perf_counter()
-                few = trial.Schedule(**{**SETTINGS[self.options.small]["schedule"], "steps": 4, "checks": 1})
+                whole = self.schedule(task)
+                few = dataclasses.replace(whole, steps=4, checks=1)
                 trial.run(self.task(task), "probe", 0, 1e-3, 0, few)
-                share = self.schedule.steps / few.steps / 2 + self.schedule.checks / 4
+                share = whole.steps / few.steps / 2 + whole.checks / 4
                 known[task] = [(time.perf_counter() - started) * share]
             seconds += max(0, missing) * statistics.median(known[task] or [0.0])
         return seconds / 3600 / self.options.workers
-
-
-def _measure_of(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
-    """What a process makes runs with."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return Grid(options).measure
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -191,7 +217,7 @@ def main() -> None:
     grid = Grid(options)
     if not options.no_prediction:
         print(f"predicted: {grid.predicted_hours():.2f} hours", flush=True)
-    grid.results.complete(grid.wanted, _measure_of, (options,), options.workers)
+    grid.results.complete(grid, options.workers)
     for name in options.claims:
         print(f"\n{table(grid.results.content, name)}")
     print(f"\nall runs: {options.results}")

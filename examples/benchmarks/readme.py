@@ -25,9 +25,7 @@ import timing
 import verdicts
 from claims import markdown, spread
 from figures import sequences
-from quality import SMALL_TASKS
-
-from support import trial
+from quality import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -323,25 +321,34 @@ def quality(name: str, claim: str) -> str:
     table = claims.table(run, claim)
     if all(one["entry"] != subject for one in run["runs"].values()):
         return table
-    return f"{table}\n\n{verdicts.verdict(run, claim)}\n\n{_quality_settings(run)}"
+    return f"{table}\n\n{verdicts.verdict(run, claim)}\n\n{_quality_settings(run, claim)}"
 
 
-def _quality_settings(run: dict[str, Any]) -> str:
-    """What the claims were tested with."""
-    schedule, rows = trial.Schedule(**run["settings"]["schedule"]), run["settings"]["rows"]
+def _quality_settings(run: dict[str, Any], claim: str) -> str:
+    """What a claim was tested with."""
+    of_claim = [one for one in run["runs"].values() if kind_of(one["task"]) in claims.CLAIMS[claim].kinds]
     tried: dict[tuple[str, str], set[float]] = {}
-    for one in run["runs"].values():
+    for one in of_claim:
         tried.setdefault((one["task"], one["entry"]), set()).add(one["rate"])
     counts = sorted({len(rates) for rates in tried.values()})
     rates = " to ".join(f"{count}" for count in dict.fromkeys((counts[0], counts[-1])))
-    packaged = {task for tasks in SMALL_TASKS.values() for task in tasks}
-    cut = f", texts of at most {rows['tokens']} tokens, images of {rows['pixels']} pixels"
+    kinds = dict.fromkeys(kind_of(task) for task, _ in tried)
+    settings = " ".join(_kind_settings(kind, run["settings"][kind]) for kind in kinds)
+    origins = dict.fromkeys(one["origin"] for one in of_claim)
     return (
-        f"Mean ± standard deviation over {run['seeds']} seeds; {rows['train']} rows to train on, "
-        f"{rows['validation']} to validate, {rows['test']} to test"
-        f"{cut if any(task not in packaged for task, _ in tried) else ''}; at most {schedule.steps} steps of "
-        f"{schedule.batch_size} rows, stopped early. Of {rates} learning rates the one of least validation "
-        f"loss with seed 0. {measured_with(run)}"
+        f"Mean ± standard deviation over {run['seeds']} seeds. {settings} Stopped early. Of {rates} learning "
+        f"rates the one of least validation loss with seed 0. Measured on {'; '.join(origins)}."
+    )
+
+
+def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
+    """Rows and steps of one kind of tasks."""
+    rows, schedule = settings["rows"], settings["schedule"]
+    unit = "pixels" if kind == "images" else "tokens"
+    return (
+        f"{kind.capitalize()}: {rows['train']} rows to train on, {rows['validation']} to validate, "
+        f"{rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "
+        f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}."
     )
 
 

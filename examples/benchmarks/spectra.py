@@ -10,7 +10,6 @@ spectra of a few weights and tabulates the effective ranks of all.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -28,9 +27,9 @@ from peft_subspace.core.inspection import layer_updates
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support import graded, trial
+from support import device, graded, trial
 from support.contestants import CONTESTANTS, trainable
-from support.task import Rows, Task
+from support.task import Task
 
 SEED = 0
 BATCH = 16
@@ -80,7 +79,7 @@ def _batches(task: Task, where: torch.device) -> Iterator[dict[str, Tensor]]:
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(SEED)).tolist()
     for start in range(0, len(order), BATCH):
         batch = task.collate([task.train[i] for i in order[start : start + BATCH]])
-        yield {key: value.to(where) for key, value in batch.items()}
+        yield device.moved(batch, where)
 
 
 def _train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> None:
@@ -135,17 +134,6 @@ def _short(name: str) -> str:
     return name[name.index("encoder.") :]
 
 
-def _shortened(task: Task) -> Task:
-    """The task with the first tokens of each text only."""
-
-    def cut(rows: Rows) -> Rows:
-        return [
-            {key: value if key == "labels" else value[:TOKENS] for key, value in row.items()} for row in rows
-        ]
-
-    return dataclasses.replace(task, train=cut(task.train), test=cut(task.test))
-
-
 def main() -> None:
     """Train every method for a while, and keep the spectra."""
     parser = argparse.ArgumentParser(
@@ -155,8 +143,8 @@ def main() -> None:
     steps = parser.parse_args().steps
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sizes = graded.Sizes(train=steps * BATCH, validation=0, test=200)
-    task = _shortened(graded.load("bbcnews", None, None, sizes))
+    sizes = graded.Sizes(train=steps * BATCH, validation=0, test=200, tokens=TOKENS)
+    task = graded.load("bbcnews", None, None, sizes)
     found = {}
     for name in SIZES:
         found[name] = measured(task, name)

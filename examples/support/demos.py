@@ -30,12 +30,16 @@ TOKENS = 96
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def digits() -> Task:
-    """MobileNetV2 with ImageNet weights on scikit-learn's handwritten digits, all 52 convolutions adapted."""
-    images, labels = load_digits(return_X_y=True)
-    pixels = _upscale(torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16)
+def digits(pixels: int = IMAGE_SIZE) -> Task:
+    """MobileNetV2 with ImageNet weights on scikit-learn's handwritten digits, all 52 convolutions adapted.
+
+    Args:
+        pixels: Width and height that the digits are enlarged to.
+    """
+    grey, labels = load_digits(return_X_y=True)
+    images = _upscale(torch.tensor(grey, dtype=torch.float32).view(-1, 1, 8, 8) / 16, pixels)
     rows = [
-        {"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)
+        {"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)
     ]
     train, validation, test = _split(rows)
     return Task(
@@ -51,14 +55,18 @@ def digits() -> Task:
     )
 
 
-def bbcnews() -> Task:
-    """MiniLM on the topics of BBC News, all its linear layers adapted."""
+def bbcnews(tokens: int = TOKENS) -> Task:
+    """MiniLM on the topics of BBC News, all its linear layers adapted.
+
+    Args:
+        tokens: Tokens that are kept of an article.
+    """
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     articles = bbcnews_articles()
     topics = sorted(set(articles.values()))
     rows = [
-        {**tokenizer(text, truncation=True, max_length=TOKENS), "labels": topics.index(topic)}
+        {**tokenizer(text, truncation=True, max_length=tokens), "labels": topics.index(topic)}
         for text, topic in articles.items()
     ]
     train, validation, test = _split(rows)
@@ -121,10 +129,10 @@ def _packaged(distribution: str, path: str) -> Path:
     return Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
 
 
-def _upscale(images: torch.Tensor) -> torch.Tensor:
+def _upscale(images: torch.Tensor, pixels: int) -> torch.Tensor:
     """Turns grey `(N, 1, 8, 8)` images with values from 0 to 1 into what an ImageNet network expects."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    large = interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    large = interpolate(images, size=(pixels, pixels), mode="bilinear")
     return (large.expand(-1, 3, -1, -1) - mean) / std
 
 

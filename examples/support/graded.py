@@ -62,10 +62,10 @@ def load(name: str, folder: Path | None, decoder: Path | None, sizes: Sizes) -> 
         decoder: Directory of the language model.
         sizes: Rows of each split.
     """
-    if name in demos.TASKS:
-        task = demos.TASKS[name]()
-        targets = {"digits": POINTWISE, "bbcnews": ENCODER}[name]
-        return _cut(dataclasses.replace(task, target_modules=targets), sizes)
+    if name == "digits":
+        return _cut(dataclasses.replace(demos.digits(sizes.pixels), target_modules=POINTWISE), sizes)
+    if name == "bbcnews":
+        return _cut(dataclasses.replace(demos.bbcnews(sizes.tokens), target_modules=ENCODER), sizes)
     if folder is None:
         raise SystemExit(f"task {name!r} needs --data; without it there are {', '.join(demos.TASKS)}")
     if name == "gsm8k":

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -17,7 +17,20 @@ RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Learning rates that a method may be tried with."""
 
 Run = dict[str, Any]
-Measure = Callable[..., Run]
+
+
+class Comparison(Protocol):
+    """What makes runs; any process can make its twin from the same options."""
+
+    options: Any
+
+    def __init__(self, options: Any) -> None: ...
+
+    def wanted(self) -> dict[str, tuple]:
+        """Arguments of all runs of `measure` that can be named by now, by their keys."""
+
+    def measure(self, *job: Any) -> Run:
+        """One run."""
 
 
 class Results:
@@ -31,24 +44,20 @@ class Results:
             if self.content["settings"] != settings:
                 raise SystemExit(f"{path} was measured with other settings; choose another --results")
 
-    def complete(
-        self, wanted: Callable[[], dict[str, tuple]], make: Callable[..., Measure], given: tuple, workers: int
-    ) -> None:
+    def complete(self, comparison: Comparison, workers: int) -> None:
         """Makes runs until none is wanted.
 
         Args:
-            wanted: Gives the arguments of all runs that can be named by now, by key; asked after each run,
-                because what one run finds decides on others.
-            make: Makes, once in each process, the function that makes a run.
-            given: Arguments of `make`.
+            comparison: Makes the runs. It is asked what it wants after each run, because what one run finds
+                decides on others.
             workers: Processes that work at the same time; with one, all happens in this process.
         """
         runs = self.content["runs"]
         running: dict[Future[Run], str] = {}
-        with _executor(make, given, workers) as executor, tqdm(desc="runs", initial=len(runs)) as bar:
+        with _executor(comparison, workers) as executor, tqdm(desc="runs", initial=len(runs)) as bar:
             while True:
                 started = {*runs, *running.values()}
-                missing = [(key, job) for key, job in wanted().items() if key not in started]
+                missing = [(key, job) for key, job in comparison.wanted().items() if key not in started]
                 bar.total = len(started) + len(missing)
                 for key, job in itertools.islice(missing, workers - len(running)):
                     running[executor.submit(_measure, *job)] = key
@@ -94,28 +103,27 @@ class _Inline(Executor):
         return future
 
 
-_made: list[Measure] = []  # what `make` made in this process
+_here: list[Comparison] = []  # the comparison of this process
 
 
-def _executor(make: Callable[..., Measure], given: tuple, workers: int) -> Executor:
+def _executor(comparison: Comparison, workers: int) -> Executor:
     if workers == 1:
-        _begin(make, given, None)
+        _here[:] = [comparison]
         return _Inline()
     # processes that begin with what takes seconds to import
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft", "peft_subspace"])
     threads = max(1, (os.cpu_count() or 1) // workers)
-    return ProcessPoolExecutor(workers, context, _begin, (make, given, threads))
+    return ProcessPoolExecutor(workers, context, _begin, (type(comparison), comparison.options, threads))
 
 
-def _begin(make: Callable[..., Measure], given: tuple, threads: int | None) -> None:
-    if threads is not None:
-        import torch
+def _begin(kind: type[Comparison], options: Any, threads: int) -> None:
+    import torch
 
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        torch.set_num_threads(threads)
-    _made[:] = [make(*given)]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(threads)
+    _here[:] = [kind(options)]
 
 
 def _measure(*job: Any) -> Run:
-    return _made[0](*job)
+    return _here[0].measure(*job)

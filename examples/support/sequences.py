@@ -6,7 +6,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Sequences:
     """Tasks, network and results that all runs share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.options, self.device = options, device.best()
         settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
         for name in ("data", "model"):  # a name: the place does not matter
@@ -55,20 +57,19 @@ class Sequences:
             "device": device.name(),
             "classes": {name: len(task.classes) for name, task in self.tasks.items()},
         }
-        self.encoded = {
-            (name, split): self._encoded(rows)
-            for name, task in self.tasks.items()
-            for split, rows in task.rows.items()
-        }
+        for task in self.tasks.values():
+            task.rows = {split: self._encoded(rows) for split, rows in task.rows.items()}
 
     def _encoded(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        texts = [row["text"] for row in rows]
-        ids = (
-            self.tokenizer(texts, truncation=True, max_length=self.options.max_length)["input_ids"]
-            if texts
-            else []
+        if not rows:
+            return []
+        found = self.tokenizer(
+            [row["text"] for row in rows], truncation=True, max_length=self.options.max_length
         )
-        return [{"input_ids": i, "labels": row["labels"]} for i, row in zip(ids, rows, strict=True)]
+        return [
+            {"input_ids": ids, "labels": row["labels"]}
+            for ids, row in zip(found["input_ids"], rows, strict=True)
+        ]
 
     def wanted(self) -> dict[str, tuple]:
         """Arguments of all runs of `measure` that can be named by now, by their keys.
@@ -104,7 +105,7 @@ class Sequences:
     def _learn(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
         learner, preserve = LEARNERS[method], self.options.preserve
         transformers.set_seed(seed)
-        model = learner.start(self._base(), preserve).to(self.device)
+        model = learner.start(self._base(), preserve)
         found: dict[str, Any] = {
             KNOWN: [],
             SHARED: [],
@@ -155,7 +156,7 @@ class Sequences:
             return model(**batch).logits.float()
 
     def _epochs(self, task: TextTask, seed: int) -> Iterator[list[dict[str, Any]]]:
-        rows, size = self.encoded[task.name, "train"], self.options.batch_size
+        rows, size = task.rows["train"], self.options.batch_size
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.options.epochs):
             order = torch.randperm(len(rows), generator=generator).tolist()
@@ -173,7 +174,7 @@ class Sequences:
         found: dict[str, list[float]] = {KNOWN: [], SHARED: []}
         for name in order:
             task, right = self.tasks[name], {KNOWN: 0, SHARED: 0}
-            rows = sorted(self.encoded[name, split], key=lambda row: len(row["input_ids"]))  # little padding
+            rows = sorted(task.rows[split], key=lambda row: len(row["input_ids"]))  # little padding
             for start in range(0, len(rows), TEST_BATCH):
                 batch = self._collate(rows[start : start + TEST_BATCH])
                 labels = batch.pop("labels")
@@ -198,13 +199,12 @@ class Sequences:
     def _seconds(self, method: str) -> float:
         """Predicted seconds of one sequence."""
         learner = LEARNERS[method]
-        model = learner.start(self._base(), self.options.preserve).to(self.device)
+        model = learner.start(self._base(), self.options.preserve)
         task, rows = next(iter(self.tasks.values())), 4 * self.options.batch_size
-        few = TextTask("few", task.first, task.classes)
-        self.encoded["few", "train"] = self.encoded[task.name, "train"][:rows]
+        few = TextTask(task.name, task.first, task.classes, {"train": task.rows["train"][:rows]})
         started = time.perf_counter()
         self._train(learner, model, [few], 0.0, 0)
-        per_row = (time.perf_counter() - started) / (len(self.encoded["few", "train"]) * self.options.epochs)
+        per_row = (time.perf_counter() - started) / (len(few.rows["train"]) * self.options.epochs)
         counts = [
             (len(t.rows["train"]) * self.options.epochs, len(t.rows["test"])) for t in self.tasks.values()
         ]
@@ -214,13 +214,11 @@ class Sequences:
 
 def run(options: argparse.Namespace) -> None:
     """Everything: tasks, sequences, results, plots, table."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     sequences = Sequences(options)
     content = sequences.results.content
     if not options.no_prediction:
         print(f"predicted: {sequences.predicted_hours():.2f} hours", flush=True)
-    sequences.results.complete(sequences.wanted, _measure_of, (options,), options.workers)
+    sequences.results.complete(sequences, options.workers)
     content["summary"] = summary(content)
     sequences.results.save()
     for method in options.methods:
@@ -229,11 +227,6 @@ def run(options: argparse.Namespace) -> None:
         save_heatmap(matrix, sequences.orders[0], options.output / f"{method}.png", title)
     print(table(content["summary"], options.methods))
     print(f"all runs: {options.results}; accuracy matrices: {options.output}")
-
-
-def _measure_of(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
-    """What a process makes runs with."""
-    return Sequences(options).measure
 
 
 def tested(content: dict[str, Any], method: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Schedule:
     checks: int = 6
     patience: int = 2
     start_batches: int = 4
-    bf16: bool = True
+    bf16: bool = False
 
 
 def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
@@ -63,21 +63,19 @@ def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Sche
         model = contestant.adapt(task, size, few).to(where)
     contestant.after(model, few, rate)
     keep_batch_norm_frozen(model)
-    best = _train(model, task, rate, seed, schedule, where)
+    best = _train(model, task, rate, seed, schedule)
     found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
     return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
 
 
-def _train(
-    model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule, where: torch.device
-) -> dict[str, Any]:
+def _train(model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
     """Leaves the model with the weights of the least validation loss, and says what that was."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warmup = max(1, int(WARMUP * schedule.steps))
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, schedule.steps)
     look, best, kept = math.ceil(schedule.steps / schedule.checks), {"validation_loss": math.inf}, []
-    waited = 0
+    waited, where = 0, device.best()
     batches = itertools.islice(_batches(task, schedule.batch_size, seed), schedule.steps)
     for step, batch in enumerate(batches, start=1):
         model.train()
