@@ -32,6 +32,7 @@ import timing
 from claims import CLAIMS, Entry, label, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 SMALL_TASKS = {"text": ("bbcnews",), "images": ("digits",), "decoder": ()}
 TASKS = {
     "text": ("agnews", "trec6", "dbpedia", "clinc150", "imdb"),
@@ -44,12 +45,12 @@ PACKAGES = ("torch", "transformers", "peft")
 SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of task
     True: {
         "text": {
-            "rows": {"train": 300, "validation": 100, "test": 300, "tokens": 32},
-            "schedule": {"steps": 24, "batch_size": 16, "checks": 3},
+            "rows": {"train": 300, "validation": 100, "test": 200, "tokens": 32},
+            "schedule": {"steps": 20, "batch_size": 16, "checks": 3},
         },
         "images": {
-            "rows": {"train": 300, "validation": 100, "test": 300, "pixels": 32},
-            "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
+            "rows": {"train": 300, "validation": 100, "test": 200, "pixels": 32},
+            "schedule": {"steps": 120, "batch_size": 16, "checks": 4},
         },
     },
     False: {
