@@ -210,6 +210,23 @@ def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     assert "Not measured yet" in claims.table(content, "flora")
 
 
+def test_language_models_are_measured_by_fewer_methods_and_show_their_losses():
+    import claims
+
+    claim = claims.CLAIMS["mos"]
+    assert {claims.label(entry) for entry in claim.entries("decoder")} == {
+        "mos-2", "lora-16", "vb-lora as mos-2"
+    }  # fmt: skip
+    assert {claims.label(entry) for entry in claim.entries("text")} > {"mos-2", "lora-2"}
+    run = {"task": "gsm8k-svamp", "rate": 0.1, "seed": 0, "trainable": 7, "validation_loss": 1.0}
+    runs = {
+        name: {**run, "entry": name, "test_accuracy": 0.5, "test_loss": 2.0} for name in ("mos-2", "lora-16")
+    }
+    text = claims.table({"runs": runs}, "mos")
+    assert "| gsm8k-svamp | gsm8k-svamp, loss | mos-2 minus it |" in text
+    assert "| lora-16 | 7 | 0.500 | 2.000 | 0.000 |" in text
+
+
 @pytest.mark.slow
 def test_speed_measures_every_method(tmp_path, monkeypatch):
     import speed

@@ -274,16 +274,6 @@ def test_verdict_counts_tasks():
     assert "Too few runs" in verdicts.verdict(made_up_quality(), "flora")
 
 
-def test_verdicts_are_on_entries_that_are_measured():
-    import claims
-    import verdicts
-
-    for name, claim in claims.CLAIMS.items():
-        judged = {*verdicts.REACHES.get(name, ()), *verdicts.BEATS.get(name, ())}
-        assert judged
-        assert judged <= {*claim.beside}
-
-
 def test_table_of_sequences_pairs_orders_and_seeds_and_states_its_settings(results):
     import readme
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import claims
 import timing
-from claims import spread
+from claims import kind_of, spread
 from huggingface_hub import EvalResult, ModelCardData
-from quality import kind_of
 
 NAMES = {
     "flora": "FLoRA",
@@ -24,25 +23,33 @@ NAMES = {
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CLIP = "openai/clip-vit-base-patch16"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BASES = {"text": MINILM, "decoder": SMOLLM2}
+BASES = {"text": MINILM, "clip": CLIP, "decoder": SMOLLM2}
 """Base models on the Hub, by kind of task; MobileNetV2's weights are torchvision's."""
 
 DATASETS = {  # name and, where the Hub has it, id
     "agnews": ("AG News", "fancyzhx/ag_news"),
+    "agnews-generation": ("AG News", "fancyzhx/ag_news"),
     "amazon": ("Amazon reviews (five classes)", None),
     "bbcnews": ("BBC News", None),
     "cifar10": ("CIFAR-10", "uoft-cs/cifar10"),
+    "clip-cifar10": ("CIFAR-10", "uoft-cs/cifar10"),
+    "clip-fewshot": ("CIFAR-10, 16 images a class", "uoft-cs/cifar10"),
     "clinc150": ("CLINC150", "clinc/clinc_oos"),
     "dbpedia": ("DBpedia (14 classes)", "fancyzhx/dbpedia_14"),
     "digits": ("handwritten digits of scikit-learn", None),
-    "gsm8k": ("GSM8K", "openai/gsm8k"),
+    "gsm8k-svamp": ("SVAMP after training on GSM8K", "openai/gsm8k"),
     "imdb": ("IMDb", "stanfordnlp/imdb"),
     "sst2": ("SST-2", "stanfordnlp/sst2"),
     "subj": ("SUBJ", "SetFit/subj"),
     "trec6": ("TREC (6 classes)", "CogComp/trec"),
     "yelp": ("Yelp reviews (five classes)", "Yelp/yelp_review_full"),
 }
-KINDS = {"text": "text-classification", "images": "image-classification", "decoder": "text-generation"}
+KINDS = {
+    "text": "text-classification",
+    "images": "image-classification",
+    "clip": "image-classification",
+    "decoder": "text-generation",
+}
 
 Found = tuple[str | None, list[str], EvalResult]
 """Base model, names of the data sets, and what was measured."""
@@ -85,7 +92,7 @@ def _claims(method: str) -> Iterator[Found]:
         if runs:
             kind = kind_of(task)
             value = spread([run["test_accuracy"] for run in runs], 3)
-            measure = "accuracy of tokens" if kind == "decoder" else "accuracy"
+            measure = "accuracy of the likeliest answer" if kind == "decoder" else "accuracy"
             about = f"{measure}, {claims.label(subject)}, {_count(len(runs), 'seed')}"
             yield _base(task), [task], _result(KINDS[kind], [task], "accuracy", value, about)
 
@@ -151,7 +158,7 @@ def _dataset(name: str) -> tuple[str, str | None]:
 
 
 def _base(task: str) -> str | None:
-    return CLIP if "clip" in task else BASES.get(kind_of(task))
+    return BASES.get(kind_of(task))
 
 
 def _count(number: int, what: str) -> str:

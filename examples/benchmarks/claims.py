@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SMALL_TASKS = {"text": ("bbcnews",), "images": ("digits",)}
+TASKS = {
+    "text": ("agnews", "trec6", "dbpedia", "clinc150", "imdb"),
+    "images": ("cifar10", "digits"),
+    "clip": ("clip-cifar10", "clip-fewshot"),
+    "decoder": ("gsm8k-svamp", "agnews-generation"),
+}
+"""Tasks by kind, of the small comparison and of the large one."""
+
+LONG = ("clip", "decoder")
+"""Kinds of tasks whose runs take long, so that only those are made on which a claim depends."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -24,22 +36,32 @@ class Claim:
     Attributes:
         text: The claim.
         kinds: Kinds of tasks.
-        subject: What it is about; compared with each of `beside`.
+        subject: What it is about.
+        reaches: What it is said to be as good as.
+        beats: What it is said to be better than.
+        beside: What else it is compared with, but where runs take long.
     """
 
     text: str
     kinds: tuple[str, ...]
     subject: Entry
-    beside: tuple[Entry, ...]
+    reaches: tuple[Entry, ...] = ()
+    beats: tuple[Entry, ...] = ()
+    beside: tuple[Entry, ...] = ()
+
+    def entries(self, kind: str | None = None) -> tuple[Entry, ...]:
+        """What is measured, on all kinds of tasks or on one."""
+        judged = (self.subject, *self.reaches, *self.beats)
+        return judged if kind in LONG else (*judged, *self.beside)
 
 
 CLAIMS = {
     "lora-sb": Claim(
         "LoRA-SB reaches LoRA of the same rank with 27 to 90 times fewer parameters",
-        ("text", "decoder"),
+        ("text", "clip", "decoder"),
         Entry("lora-sb", 16),
-        (
-            Entry("lora", 16),
+        reaches=(Entry("lora", 16),),
+        beside=(
             Entry("lora", 1),
             Entry("rslora", 16),
             Entry("pissa", 16),
@@ -51,28 +73,25 @@ CLAIMS = {
     ),
     "mos": Claim(
         "MoS reaches LoRA with 8 times fewer parameters, and beats VB-LoRA with as many",
-        ("text", "decoder"),
+        ("text", "clip", "decoder"),
         Entry("mos", 2),
-        (
-            Entry("lora", 16),
-            Entry("lora", 2),
-            Entry("vb-lora", like=("mos", 2)),
-            Entry("randlora", like=("mos", 2)),
-        ),
+        reaches=(Entry("lora", 16),),
+        beats=(Entry("vb-lora", like=("mos", 2)),),
+        beside=(Entry("lora", 2), Entry("randlora", like=("mos", 2))),
     ),
     "flora": Claim(
         "FLoRA beats LoRA, LoHa and LoKr on convolutional networks with as many parameters",
         ("images",),
         Entry("flora", 8),
-        (
-            Entry("lora", like=("flora", 8)),
-            Entry("loha", like=("flora", 8)),
-            Entry("lokr", like=("flora", 8)),
-            Entry("full"),
-            Entry("probe"),
-        ),
+        beats=tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
+        beside=(Entry("full"), Entry("probe")),
     ),
 }
+
+
+def kind_of(task: str) -> str:
+    """Kind of a task."""
+    return next(k for group in (TASKS, SMALL_TASKS) for k, names in group.items() if task in names)
 
 
 def label(entry: Entry) -> str:
@@ -116,28 +135,35 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def table(content: dict[str, Any], name: str) -> str:
-    """One claim's accuracies by task, with the trained parameters of the first task that has runs."""
+    """One claim's accuracies by task, and losses of language models.
+
+    Trained parameters are those on the first task that has runs.
+    """
     claim = CLAIMS[name]
-    entries = (claim.subject, *claim.beside)
     tasks = [task for task in _tasks(content) if chosen(content, task, claim.subject)]
     if not tasks:
         return f"Claim: {claim.text}. Not measured yet."
+    columns = [(task, "test_accuracy", task) for task in tasks]
+    columns += [(task, "test_loss", f"{task}, loss") for task in tasks if kind_of(task) == "decoder"]
     rows = []
-    for entry in entries:
+    for entry in claim.entries():
         found = {task: runs for task in tasks if (runs := chosen(content, task, entry))}
         if not found:
             continue
-        accuracies = {task: [run["test_accuracy"] for run in runs] for task, runs in found.items()}
         gaps = differences(content, claim, entry)
         rows.append(
             [
                 label(entry),
                 f"{next(iter(found.values()))[0]['trainable']:,}",
-                *(spread(accuracies[task], 3) if task in found else "not run" for task in tasks),
+                *(
+                    spread([run[measure] for run in found[task]], 3) if task in found else "not run"
+                    for task, measure, _ in columns
+                ),
                 "" if entry == claim.subject else spread([gap for task in found for gap in gaps[task]], 3),
             ]
         )
-    header = ["", "trained parameters, head included", *tasks, f"{label(claim.subject)} minus it"]
+    titles = [title for _, _, title in columns]
+    header = ["", "trained parameters, head included", *titles, f"{label(claim.subject)} minus it"]
     return f"Claim: {claim.text}. Test accuracy:\n\n{markdown(header, rows)}"
 
 

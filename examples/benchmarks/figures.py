@@ -16,10 +16,9 @@ from typing import Any
 
 import claims
 import timing
-from claims import Entry
+from claims import SMALL_TASKS, TASKS, Entry
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
-from quality import SMALL_TASKS, TASKS
 
 from peft_subspace.continual_svd.metrics import draw_heatmap
 
@@ -73,14 +72,14 @@ def accuracy(content: dict[str, Any], kind: str) -> Drawn | None:
         chart.margins(x=0.12)
         chart.grid(alpha=0.25)
     figure.supxlabel("trained parameters, head included", fontsize="medium")
-    figure.supylabel("test accuracy" + ", tokens of answers" * (kind == "decoder"), fontsize="medium")
+    figure.supylabel("test accuracy", fontsize="medium")
     _legend(figure, charts)
     return figure, f"Test accuracy against trained parameters on {', '.join(points)}, with Pareto fronts"
 
 
 def _points(content: dict[str, Any], task: str) -> dict[Entry, tuple[int, list[float]]]:
     """Trained parameters and accuracy of the runs of every entry on a task."""
-    entries = [entry for claim in claims.CLAIMS.values() for entry in (claim.subject, *claim.beside)]
+    entries = [entry for claim in claims.CLAIMS.values() for entry in claim.entries()]
     runs = {entry: claims.chosen(content, task, entry) for entry in entries}
     return {
         entry: (found[0]["trainable"], [run["test_accuracy"] for run in found])
@@ -224,11 +223,7 @@ def _legend(figure: Figure, charts: Sequence[Any]) -> None:
 
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # results file, and what draws
     **{f"accuracy_{kind}": ("quality", partial(accuracy, kind=kind)) for kind in TASKS},
-    **{
-        f"accuracy_{kind}_small": ("quality-small", partial(accuracy, kind=kind))
-        for kind, tasks in SMALL_TASKS.items()
-        if tasks
-    },
+    **{f"accuracy_{kind}_small": ("quality-small", partial(accuracy, kind=kind)) for kind in SMALL_TASKS},
     **{
         f"{name}_{draw.__name__}": (name, draw)
         for name in ("continual_tasks", "continual_published", "continual_decoder")

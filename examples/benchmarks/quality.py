@@ -29,16 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import timing
-from claims import CLAIMS, Entry, label, table
+from claims import CLAIMS, SMALL_TASKS, TASKS, Entry, kind_of, label, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SMALL_TASKS = {"text": ("bbcnews",), "images": ("digits",), "decoder": ()}
-TASKS = {
-    "text": ("agnews", "trec6", "dbpedia", "clinc150", "imdb"),
-    "images": ("cifar10", "digits"),
-    "decoder": ("gsm8k",),
-}
 PACKAGES = ("torch", "transformers", "peft")
 
 # Processors without instructions for bfloat16 take ten times as long with it, so that little uses it.
@@ -62,17 +56,16 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "rows": {"train": 1500, "validation": 300, "test": 1000, "pixels": 64},
             "schedule": {"steps": 240, "batch_size": 16, "checks": 6},
         },
+        "clip": {
+            "rows": {"train": 1500, "validation": 100, "test": 400, "pixels": 64},
+            "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
+        },
         "decoder": {
-            "rows": {"train": 1500, "validation": 60, "test": 150, "tokens": 192},
-            "schedule": {"steps": 60, "batch_size": 8, "checks": 3, "bf16": True},
+            "rows": {"train": 500, "validation": 40, "test": 100, "tokens": 96},
+            "schedule": {"steps": 30, "batch_size": 8, "checks": 2, "bf16": True},
         },
     },
 }
-
-
-def kind_of(task: str) -> str:
-    """Kind of a task."""
-    return next(k for group in (TASKS, SMALL_TASKS) for k, names in group.items() if task in names)
 
 
 class Grid:
@@ -98,9 +91,10 @@ class Grid:
     def task(self, name: str) -> Any:
         """A task, loaded once."""
         from support import graded
+        from support.task import Sizes
 
         if name not in self.tasks:
-            sizes = graded.Sizes(**self.settings[kind_of(name)]["rows"])
+            sizes = Sizes(**self.settings[kind_of(name)]["rows"])
             self.tasks[name] = graded.load(name, self.options.data, self.options.decoder, sizes)
         return self.tasks[name]
 
@@ -116,9 +110,9 @@ class Grid:
         pairs: dict[tuple[str, Entry], None] = {}
         for claim in (CLAIMS[name] for name in self.options.claims):
             for kind in claim.kinds:
-                for task in tasks[kind]:
+                for task in tasks.get(kind, ()):
                     if self.options.tasks is None or task in self.options.tasks:
-                        pairs |= {(task, entry): None for entry in (claim.subject, *claim.beside)}
+                        pairs |= {(task, entry): None for entry in claim.entries(kind)}
         yield from pairs
 
     def size(self, task: str, entry: Entry) -> int:
@@ -195,7 +189,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="packaged tasks, few rows and steps")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder with more data")
-    parser.add_argument("--decoder", type=Path, metavar="DIRECTORY", help="language model for gsm8k")
+    parser.add_argument("--decoder", type=Path, metavar="DIRECTORY", help="language model")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="claims to test")
     parser.add_argument("--tasks", nargs="+", help="tasks to run; without it, all")
     parser.add_argument("--seeds", type=int, default=3, help="runs with the chosen rate")

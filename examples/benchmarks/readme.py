@@ -23,9 +23,8 @@ import features
 import figures
 import timing
 import verdicts
-from claims import markdown, spread
+from claims import kind_of, markdown, spread
 from figures import sequences
-from quality import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -344,7 +343,7 @@ def _quality_settings(run: dict[str, Any], claim: str) -> str:
 def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
     """Rows and steps of one kind of tasks."""
     rows, schedule = settings["rows"], settings["schedule"]
-    unit = "pixels" if kind == "images" else "tokens"
+    unit = "pixels" if "pixels" in rows else "tokens"
     return (
         f"{kind.capitalize()}: {rows['train']} rows to train on, {rows['validation']} to validate, "
         f"{rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "

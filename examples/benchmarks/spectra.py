@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import device, graded, trial
 from support.contestants import CONTESTANTS, trainable
-from support.task import Task
+from support.task import Sizes, Task
 
 SEED = 0
 BATCH = 16
@@ -143,7 +143,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sizes = graded.Sizes(train=steps * BATCH, validation=0, test=200, tokens=TOKENS)
+    sizes = Sizes(train=steps * BATCH, validation=0, test=200, tokens=TOKENS)
     task = graded.load("bbcnews", None, None, sizes)
     found = {}
     for name in SIZES:

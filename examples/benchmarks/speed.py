@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.contestants import CONTESTANTS
-from support.graded import DECODER
+from support.language import DECODER
 
 SHAPES = {"20M": (6, 512), "300M": (24, 1024), "1B": (20, 2048)}  # layers, width
 SIZES = {  # rank, or what stands for it

@@ -10,15 +10,6 @@ from typing import Any
 import claims
 from claims import Claim, Entry
 
-REACHES = {"lora-sb": (Entry("lora", 16),), "mos": (Entry("lora", 16),)}
-"""What the subject of a claim is said to be as good as."""
-
-BEATS = {
-    "mos": (Entry("vb-lora", like=("mos", 2)),),
-    "flora": tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
-}
-"""What it is said to be better than."""
-
 WORDS = {1: "above", 0: "level", -1: "below"}
 BESIDE = {1: "above", 0: "level with", -1: "below"}
 RULE = "Above and below: by more than one standard deviation of the paired differences."
@@ -43,7 +34,7 @@ def verdict(content: dict[str, Any], name: str) -> str:
     claim = claims.CLAIMS[name]
     tasks: dict[str, None] = {}
     sides: dict[Entry, dict[str, int]] = {}
-    for entry in (*REACHES.get(name, ()), *BEATS.get(name, ())):
+    for entry in (*claim.reaches, *claim.beats):
         found = {task: side(values) for task, values in claims.differences(content, claim, entry).items()}
         sides[entry] = {task: value for task, value in found.items() if value is not None}
         tasks |= dict.fromkeys(sides[entry])
@@ -53,14 +44,14 @@ def verdict(content: dict[str, Any], name: str) -> str:
     held = [
         task
         for task in judged
-        if all(sides[entry][task] >= 0 for entry in REACHES.get(name, ()))
-        and all(sides[entry][task] > 0 for entry in BEATS.get(name, ()))
+        if all(sides[entry][task] >= 0 for entry in claim.reaches)
+        and all(sides[entry][task] > 0 for entry in claim.beats)
     ]
     parts = [
         f"It has to {purpose} {claims.label(entry)}{_ratio(content, judged[0], claim, entry)}: "
         f"{_tally(sides[entry][task] for task in judged)}."
-        for purpose, entries in (("reach", REACHES), ("beat", BEATS))
-        for entry in entries.get(name, ())
+        for purpose, entries in (("reach", claim.reaches), ("beat", claim.beats))
+        for entry in entries
     ]
     names = f" ({', '.join(held)})" if held and len(judged) > 1 else ""
     count = f"{len(held)} of {len(judged)} task{'s' * (len(judged) > 1)}{names}"

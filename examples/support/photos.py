@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -83,8 +84,8 @@ def stacked(images: Iterable[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def opened(source: Path | Image.Image) -> Image.Image:
-    """An RGB image, from its file if need be."""
+def opened(source: Any) -> Image.Image:
+    """An RGB image, given as an image, as a path or as an open file."""
     image = source if isinstance(source, Image.Image) else Image.open(source)
     return image.convert("RGB")
 

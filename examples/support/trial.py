@@ -65,6 +65,8 @@ def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Sche
     keep_batch_norm_frozen(model)
     best = _train(model, task, rate, seed, schedule)
     found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
+    if task.choices:
+        found["test_accuracy"] = choice_accuracy(model, task, schedule.bf16)
     return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
 
 
@@ -109,12 +111,36 @@ def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:
             yield dict(task.collate([task.train[i] for i in order[start : start + size]]))
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
     """Mean loss and accuracy over rows, or over the labelled tokens of a language model."""
+    loss = right = count = 0.0
+    for logits, labels in _predictions(model, task, rows, bf16):
+        loss += nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum").item()
+        right += (logits.argmax(-1) == labels).sum().item()
+        count += (labels >= 0).sum().item()
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def choice_accuracy(model: nn.Module, task: Task, bf16: bool) -> float:
+    """Share of the task's choices whose right answer is the likeliest."""
+    rows = [row for choice in task.choices for row in choice.candidates]
+    likelihoods: list[float] = []
+    for logits, labels in _predictions(model, task, rows, bf16):
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        likelihoods += (-losses.sum(1)).tolist()
+    remaining = iter(likelihoods)
+    right = 0
+    for choice in task.choices:
+        found = list(itertools.islice(remaining, len(choice.candidates)))
+        right += max(range(len(found)), key=found.__getitem__) == choice.right
+    return right / len(task.choices)
+
+
+@torch.inference_mode()
+def _predictions(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits `(N, classes)` and labels `(N,)` of each batch; `(N, tokens, …)` of a language model."""
     model.eval()
     where = device.best()
-    loss = right = count = 0.0
     for start in range(0, len(rows), TEST_BATCH):
         batch = task.collate([rows[i] for i in range(start, min(start + TEST_BATCH, len(rows)))])
         batch = device.moved(batch, where)
@@ -122,8 +148,5 @@ def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, 
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             logits = model(**batch).logits.float()
         if labels.dim() == 2:  # what comes next is what a language model predicts
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(-1) == labels).sum().item()
-        count += (labels >= 0).sum().item()
-    return {"loss": loss / count, "accuracy": right / count}
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        yield logits, labels

