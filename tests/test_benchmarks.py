@@ -111,6 +111,27 @@ def test_training_stops_early_and_goes_back_to_the_best_weights(task, monkeypatc
     assert not all(torch.equal(now, last) for now, last in zip(seen[-1], seen[3], strict=True))
 
 
+def test_the_head_has_its_own_rate(task):
+    from support import trial
+
+    first = network().get_parameter("classifier.weight")
+    moved = {}
+    for head_rate in (None, 0.0, 0.5):
+        found = {}
+
+        def evaluate(model, task, rows, bf16, found=found):
+            found |= {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            return {"loss": 1.0, "accuracy": 0.0}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial, "evaluate", evaluate)
+            trial.run(task, "full", 0, 1e-3, 0, schedule(), head_rate)
+        moved[head_rate] = (found["classifier.weight"] - first).abs().max().item()
+        assert not torch.equal(found["bert.pooler.dense.weight"], network().bert.pooler.dense.weight)
+    assert moved[0.0] == 0
+    assert 0 < moved[None] < 1e-2 < moved[0.5]
+
+
 def test_evaluation_counts_rows_and_labelled_tokens(task):
     from support import trial
 
@@ -131,10 +152,11 @@ class Runs:
     """Stands for `trial.run`: the loss depends on the rate, the accuracy on method and seed."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.head_rates = [], set()
 
-    def __call__(self, task, name, size, rate, seed, schedule):
+    def __call__(self, task, name, size, rate, seed, schedule, head_rate=None):
         self.calls.append((name, size, rate, seed))
+        self.head_rates.add((name, head_rate))
         loss = abs(math.log10(rate) + 2)
         score = {"mos": 0.8, "lora": 0.7}.get(name, 0.5) + seed / 100
         return {
@@ -167,6 +189,8 @@ def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, m
     assert set(CONTESTANTS["lora"].rates) < set(tried)  # the least loss, of 1e-2, lies beyond them
     assert 1e-2 < max(tried) < 1e-1
     assert calls == [*((rate, 0) for rate in tried), (1e-2, 1)]
+    assert runs.head_rates >= {("probe", None), ("lora", 1e-2), ("mos", 1e-2)}  # the best for the probe
+    assert ("lora", None) not in runs.head_rates
     first, shown = len(runs.calls), capsys.readouterr().out
     assert "predicted: 0.0" in shown
     quality.main()
@@ -185,7 +209,7 @@ def test_grid_stops_where_no_rate_trains(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "run", diverged)
     command = ["quality.py", "--small", "--claims", "mos", "--results", str(tmp_path / "results.json")]
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit, match=r"mos-2 on bbcnews: no loss is finite with rates \[0.001"):
+    with pytest.raises(SystemExit, match=r"probe on bbcnews: no loss is finite with rates \[0.003"):
         quality.main()
 
 

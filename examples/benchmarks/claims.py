@@ -29,6 +29,11 @@ class Entry:
     like: tuple[str, int] | None = None
 
 
+PROBE = Entry("probe")
+WITH_HEAD = ("text", "images", "clip")
+"""Kinds of tasks for which a network gets a new head."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a method is said to do, and beside what it is measured.
@@ -68,7 +73,7 @@ CLAIMS = {
             Entry("lora-ga", 16),
             Entry("tinylora", like=("lora-sb", 16)),
             Entry("full"),
-            Entry("probe"),
+            PROBE,
         ),
     ),
     "mos": Claim(
@@ -77,14 +82,14 @@ CLAIMS = {
         Entry("mos", 2),
         reaches=(Entry("lora", 16),),
         beats=(Entry("vb-lora", like=("mos", 2)),),
-        beside=(Entry("lora", 2), Entry("randlora", like=("mos", 2))),
+        beside=(Entry("lora", 2), Entry("randlora", like=("mos", 2)), PROBE),
     ),
     "flora": Claim(
         "FLoRA beats LoRA, LoHa and LoKr on convolutional networks with as many parameters",
         ("images",),
         Entry("flora", 8),
         beats=tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
-        beside=(Entry("full"), Entry("probe")),
+        beside=(Entry("full"), PROBE),
     ),
 }
 

@@ -4,8 +4,9 @@
     python examples/benchmarks/quality.py --data FOLDER --decoder DIRECTORY --workers 12
 
 Every method trains with three learning rates and seed 0, and with further ones while the best is the
-smallest or the largest; the least validation loss chooses, and the other seeds train with it. Schedules,
-early stopping and rows are the same for all. Sizes are ranks, or chosen to train as many parameters as
+smallest or the largest; the least validation loss chooses, and the other seeds train with it. A new head
+trains with the rate that is best for the head alone, beside every method. Schedules, early stopping and rows
+are the same for all. Sizes are ranks, or chosen to train as many parameters as
 another method. `--small` uses what installed packages carry; `FOLDER` is described in
 examples/support/graded.py. The predicted hours are printed first, and an interrupted run goes on where it
 stopped. `examples/benchmarks/readme.py` writes the tables.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import timing
-from claims import CLAIMS, SMALL_TASKS, TASKS, Entry, kind_of, label, table
+from claims import CLAIMS, PROBE, SMALL_TASKS, TASKS, WITH_HEAD, Entry, kind_of, label, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,7 +40,7 @@ PACKAGES = ("torch", "transformers", "peft")
 SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of task
     True: {
         "text": {
-            "rows": {"train": 300, "validation": 100, "test": 200, "tokens": 32},
+            "rows": {"train": 300, "validation": 100, "test": 200, "tokens": 24},
             "schedule": {"steps": 20, "batch_size": 16, "checks": 3},
         },
         "images": {
@@ -53,8 +54,8 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "schedule": {"steps": 120, "batch_size": 16, "checks": 4},
         },
         "images": {
-            "rows": {"train": 1500, "validation": 300, "test": 1000, "pixels": 64},
-            "schedule": {"steps": 240, "batch_size": 16, "checks": 6},
+            "rows": {"train": 1500, "validation": 200, "test": 1000, "pixels": 64},
+            "schedule": {"steps": 160, "batch_size": 16, "checks": 4},
         },
         "clip": {
             "rows": {"train": 1500, "validation": 100, "test": 400, "pixels": 64},
@@ -110,9 +111,10 @@ class Grid:
         pairs: dict[tuple[str, Entry], None] = {}
         for claim in (CLAIMS[name] for name in self.options.claims):
             for kind in claim.kinds:
+                entries = (*((PROBE,) if kind in WITH_HEAD else ()), *claim.entries(kind))
                 for task in tasks.get(kind, ()):
                     if self.options.tasks is None or task in self.options.tasks:
-                        pairs |= {(task, entry): None for entry in claim.entries(kind)}
+                        pairs |= {(task, entry): None for entry in entries}
         yield from pairs
 
     def size(self, task: str, entry: Entry) -> int:
@@ -128,16 +130,24 @@ class Grid:
         return self.sizes_found[task, entry]
 
     def wanted(self) -> dict[str, tuple]:
-        """Arguments of all runs of `measure` that can be named by now, by their keys."""
-        jobs = []
+        """Arguments of all runs of `measure` that can be named by now, by their keys.
+
+        A new head trains with the rate that is best for it alone, whatever else trains beside it.
+        """
+        jobs: list[tuple[str, Entry, float, int, float | None]] = []
         for task, entry in self.entries():
+            head = None
+            if kind_of(task) in WITH_HEAD and entry != PROBE:
+                _, head = self.rates(task, PROBE)
+                if head is None:
+                    continue
             trying, best = self.rates(task, entry)
-            jobs += [(task, entry, rate, 0) for rate in trying]
+            jobs += [(task, entry, rate, 0, head) for rate in trying]
             if best is not None:
-                jobs += [(task, entry, best, seed) for seed in range(1, self.options.seeds)]
+                jobs += [(task, entry, best, seed, head) for seed in range(1, self.options.seeds)]
         return {
-            f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed)
-            for task, entry, rate, seed in jobs
+            f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed, head)
+            for task, entry, rate, seed, head in jobs
         }
 
     def rates(self, task: str, entry: Entry) -> tuple[list[float], float | None]:
@@ -153,12 +163,12 @@ class Grid:
             raise SystemExit(f"{label(entry)} on {task}: no loss is finite with rates {sorted(losses)}")
         return tuned({rate: -loss for rate, loss in losses.items()}, first)
 
-    def measure(self, task: str, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
+    def measure(self, task: str, entry: Entry, rate: float, seed: int, head: float | None) -> dict[str, Any]:
         """One training run."""
         from support import trial
 
         size = self.size(task, entry)
-        found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule(task))
+        found = trial.run(self.task(task), entry.method, size, rate, seed, self.schedule(task), head)
         about = {"task": task, "entry": label(entry), "rate": rate, "seed": seed, "size": size}
         return {**about, **found, "origin": self.origin}
 

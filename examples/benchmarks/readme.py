@@ -175,9 +175,14 @@ def continual_tasks(name: str) -> str:
         "Continual SVD minus it, at the end",
     ]
     header = ["", "trained parameters", *titles, "learning rate", "runs"]
-    titled = {run["summary"][key]["title"]: values for key, values in gaps.items()}
-    verdict = verdicts.standing("At the end Continual SVD", titled)
-    return f"{markdown(header, rows)}\n\n{verdict}\n\n{_sequence_settings(run)}"
+    return f"{markdown(header, rows)}\n\n{continual_verdict(name)}\n\n{_sequence_settings(run)}"
+
+
+def continual_verdict(name: str) -> str:
+    """Which methods Continual SVD lies above and below at the end of sequences."""
+    run = timing.load(name)
+    gaps = {method["title"]: verdicts.paired(run, key) for key, method in run["summary"].items()}
+    return verdicts.standing(f"At the end of {', '.join(run['classes'])} Continual SVD", gaps)
 
 
 def _sequence_settings(run: dict[str, Any]) -> str:
@@ -336,7 +341,8 @@ def _quality_settings(run: dict[str, Any], claim: str) -> str:
     origins = dict.fromkeys(one["origin"] for one in of_claim)
     return (
         f"Mean ± standard deviation over {run['seeds']} seeds. {settings} Stopped early. Of {rates} learning "
-        f"rates the one of least validation loss with seed 0. Measured on {'; '.join(origins)}."
+        f"rates the one of least validation loss with seed 0; new heads have the one that is best for them "
+        f"alone. Measured on {'; '.join(origins)}."
     )
 
 
@@ -375,6 +381,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
         name: (f"{name}.json", partial(continual_tasks, name))
         for name in ("continual_tasks", "continual_published", "continual_decoder")
     },
+    "continual_published_verdict": (
+        "continual_published.json",
+        partial(continual_verdict, "continual_published"),
+    ),
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),

@@ -30,7 +30,7 @@ class Schedule:
     """How long every method trains, alike.
 
     Attributes:
-        steps: Most steps of AdamW; the rate rises over their first tenth and falls to zero as a cosine.
+        steps: Most steps of AdamW; rates rise over their first tenth and fall to zero as a cosine.
         batch_size: Rows of a step.
         checks: How often validation rows are looked at.
         patience: Looks without improvement after which training stops.
@@ -46,8 +46,16 @@ class Schedule:
     bf16: bool = False
 
 
-def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
-    """Trains one method once.
+def run(
+    task: Task,
+    name: str,
+    size: int,
+    rate: float,
+    seed: int,
+    schedule: Schedule,
+    head_rate: float | None = None,
+) -> dict[str, Any]:
+    """Trains one method once, the task's new modules with `head_rate` if it is given.
 
     Returns:
         `trainable` (head included), `validation_loss`, `validation_accuracy`, `test_loss`, `test_accuracy`,
@@ -63,17 +71,32 @@ def run(task: Task, name: str, size: int, rate: float, seed: int, schedule: Sche
         model = contestant.adapt(task, size, few).to(where)
     contestant.after(model, few, rate)
     keep_batch_norm_frozen(model)
-    best = _train(model, task, rate, seed, schedule)
+    groups = _groups(model, task, rate, rate if head_rate is None else head_rate)
+    best = _train(model, task, groups, seed, schedule)
     found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
     if task.choices:
         found["test_accuracy"] = choice_accuracy(model, task, schedule.bf16)
     return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
 
 
-def _train(model: nn.Module, task: Task, rate: float, seed: int, schedule: Schedule) -> dict[str, Any]:
+def _groups(model: nn.Module, task: Task, rate: float, head_rate: float) -> list[dict[str, Any]]:
+    """What trains, for the optimiser: the update, and the head with its own rate."""
+    update: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            new = any(f"{module}." in name for module in task.new_modules)
+            (head if new else update).append(parameter)
+    groups = [{"params": update, "lr": rate}, {"params": head, "lr": head_rate}]
+    return [group for group in groups if group["params"]]
+
+
+def _train(
+    model: nn.Module, task: Task, groups: list[dict[str, Any]], seed: int, schedule: Schedule
+) -> dict[str, Any]:
     """Leaves the model with the weights of the least validation loss, and says what that was."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup = max(1, int(WARMUP * schedule.steps))
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, schedule.steps)
     look, best, kept = math.ceil(schedule.steps / schedule.checks), {"validation_loss": math.inf}, []
