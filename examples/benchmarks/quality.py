@@ -6,10 +6,10 @@
 Every method trains with three learning rates and seed 0, and with further ones while the best is the
 smallest or the largest; the least validation loss chooses, and the other seeds train with it. A new head
 trains with the rate that is best for the head alone, beside every method. Schedules, early stopping and rows
-are the same for all. Sizes are ranks, or chosen to train as many parameters as
-another method. `--small` uses what installed packages carry; `FOLDER` is described in
-examples/support/graded.py. The predicted hours are printed first, and an interrupted run goes on where it
-stopped. `examples/benchmarks/readme.py` writes the tables.
+are the same for all. Sizes are ranks, or chosen to train as many parameters as another method. `--small` uses
+what installed packages carry; `FOLDER` is described in examples/support/graded.py. The predicted hours are
+printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the
+tables.
 
 Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples of their own:
 `effort_detector.py` and `continual_learning.py`.
@@ -62,7 +62,7 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
         },
         "decoder": {
-            "rows": {"train": 500, "validation": 40, "test": 100, "tokens": 96},
+            "rows": {"train": 500, "validation": 40, "test": 100, "tokens": 128},
             "schedule": {"steps": 30, "batch_size": 8, "checks": 2, "bf16": True},
         },
     },
