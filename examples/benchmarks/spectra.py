@@ -60,7 +60,7 @@ def measured(task: Task, name: str) -> dict[str, Any]:
     rate = CONTESTANTS[name].rates[1]
     model = CONTESTANTS[name].adapt(task, SIZES[name], ())
     batches = list(_batches(task, next(model.parameters()).device))
-    CONTESTANTS[name].after(model, batches[:START_BATCHES], rate)
+    CONTESTANTS[name].after(model, batches[:START_BATCHES])
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
     _train(model, batches, rate)
     spectra = {_short(key): values for key, values in _spectra(model, before)}

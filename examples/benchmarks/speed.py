@@ -70,7 +70,7 @@ def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
     config = contestant.config(DECODER, size)
     contestant.before(base, config, batches())
     model = get_peft_model(base, config)
-    contestant.after(model, batches(), 1e-3)
+    contestant.after(model, batches())
     return model
 
 

@@ -29,14 +29,14 @@ class Contestant:
         rates: Three neighbouring learning rates that are tried in any case.
         config: Makes its config from target modules and size, a rank in most cases; None trains without PEFT.
         before: Prepares a base model for its config, given training batches.
-        after: Starts the adapter from training batches and the learning rate.
+        after: Starts the adapter from training batches.
     """
 
     title: str
     rates: tuple[float, float, float]
     config: Callable[[Any, int], Any] | None = None
     before: Callable[[nn.Module, Any, Batches], None] = lambda model, config, batches: None
-    after: Callable[[nn.Module, Batches, float], None] = lambda model, batches, rate: None
+    after: Callable[[nn.Module, Batches], None] = lambda model, batches: None
 
     def adapt(self, task: Task, size: int, batches: Batches) -> nn.Module:
         """A model whose update and whose new head train."""
@@ -101,7 +101,9 @@ def _gradients_for_lora_ga(model: nn.Module, config: peft.LoraConfig, batches: B
     preprocess_loraga(model, config, pass_over)
 
 
-def _start_lora_sb(model: nn.Module, batches: Batches, rate: float) -> None:
+def _start_lora_sb(model: nn.Module, batches: Batches) -> None:
+    # the step that full fine-tuning would take, whose rates are far below those of so few numbers
+    rate = CONTESTANTS["full"].rates[1]
     peft_subspace.initialize_from_gradient(
         model, batches, learning_rate=rate, num_batches=None, progress=False
     )
@@ -159,7 +161,7 @@ CONTESTANTS = {
     ),
     "lora-sb": Contestant(
         "LoRA-SB",
-        (3e-4, 1e-3, 3e-3),
+        (3e-3, 1e-2, 3e-2),
         lambda targets, r: peft_subspace.LoRASBConfig(r=r, target_modules=targets),
         after=_start_lora_sb,
     ),

@@ -69,7 +69,7 @@ def run(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's own methods
         model = contestant.adapt(task, size, few).to(where)
-    contestant.after(model, few, rate)
+    contestant.after(model, few)
     keep_batch_norm_frozen(model)
     groups = _groups(model, task, rate, rate if head_rate is None else head_rate)
     best = _train(model, task, groups, seed, schedule)

@@ -24,7 +24,8 @@ class GradientInitCallback(TrainerCallback):
         num_batches: Batches to read; by default those of one optimiser step, and at least 8.
         loss_fn: Function of model and batch that returns the loss, such as `trainer.compute_loss`; by default
             the loss that the model returns.
-        learning_rate: `η`; by default the first learning rate of the schedule that is not zero.
+        learning_rate: `η`; by default the first learning rate of the schedule that is not zero, which suits
+            a schedule with warm-up. Without one give it the rate of full fine-tuning, about 1e-4 or less.
         max_memory: As for `initialize_from_gradient`.
         offload: As for `initialize_from_gradient`.
         cache: As for `initialize_from_gradient`.

@@ -45,7 +45,9 @@ def initialize_from_gradient(
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
         dataloader: Batches to take gradients from; they are kept in memory.
-        learning_rate: `η`, the first learning rate above zero of the training to come.
+        learning_rate: `η`, the first learning rate above zero of full fine-tuning. Where the adapter trains
+            with a far larger one from its first step on, `η` has to stay at the former (about 1e-4 or less),
+            or the start changes the model more than a step of fine-tuning would.
         adapter_name: Adapter to start.
         num_batches: Batches to read; `None` for all.
         loss_fn: Function of model and batch that returns the mean loss of the batch's samples; by default
