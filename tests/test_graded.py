@@ -150,6 +150,16 @@ def test_images_come_from_the_archive(archive):
     assert task.make_base().config.num_labels == 2
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_little_is_dropped_before_the_head(archive, name):
+    from support import graded
+    from support.task import Sizes
+
+    task = graded.load(name, archive, None, Sizes(train=9, validation=3, test=9, pixels=32))
+    assert task.make_base().dropout.p == 0.2
+    assert task.train[0]["pixel_values"].shape == (3, 32, 32)
+
+
 def test_few_images_of_each_class(archive, monkeypatch):
     from support import graded, pictures
     from support.task import Sizes

@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from support import demos, language, pictures, texts
-from support.pictures import POINTWISE
 from support.task import DATA_SEED, Sizes, Task, cut
 
 ENCODER = r".*\.encoder\..*\.(query|key|value|dense)"
@@ -36,7 +35,13 @@ def load(name: str, folder: Path | None, decoder: Path | None, sizes: Sizes) -> 
         sizes: Rows of each split.
     """
     if name == "digits":
-        return cut(dataclasses.replace(demos.digits(sizes.pixels), target_modules=POINTWISE), sizes)
+        network = pictures.MOBILENET
+        digits = dataclasses.replace(
+            demos.digits(sizes.pixels),
+            make_base=lambda: network.make(sizes.pixels, 10),
+            target_modules=network.target_modules,
+        )
+        return cut(digits, sizes)
     if name == "bbcnews":
         return cut(dataclasses.replace(demos.bbcnews(sizes.tokens), target_modules=ENCODER), sizes)
     if folder is None:

@@ -21,9 +21,6 @@ ARCHIVE = "images/cifar10_25k.tar"
 SHOTS = 16
 """Images of each class to train on where they are few."""
 
-POINTWISE = r".*\.(conv_1x1|expand_1x1|reduce_1x1)\.convolution"
-"""MobileNetV2's dense convolutions: those in groups are beyond most of the methods."""
-
 Pictures = list[tuple[str, int]]
 """Names in the archive, and classes."""
 
@@ -39,7 +36,10 @@ class Network:
 
 
 MOBILENET = Network(
-    lambda pixels, classes: demos.mobilenet_v2(classes), demos.IMAGENET_MEAN, demos.IMAGENET_STD, POINTWISE
+    lambda pixels, classes: demos.mobilenet_v2(classes, dropout=0.2),
+    demos.IMAGENET_MEAN,
+    demos.IMAGENET_STD,
+    r".*\.(conv_1x1|expand_1x1|reduce_1x1)\.convolution",  # those in groups are beyond most methods
 )
 CLIP = Network(
     vision.clip_classifier, vision.CLIP_MEAN, vision.CLIP_STD, r".*encoder\..*\.([qkv]_proj|out_proj|fc[12])"
