@@ -175,7 +175,8 @@ def continual_tasks(name: str) -> str:
         "Continual SVD minus it, at the end",
     ]
     header = ["", "trained parameters", *titles, "learning rate", "runs"]
-    return f"{markdown(header, rows)}\n\n{continual_verdict(name)}\n\n{_sequence_settings(run)}"
+    parts = (markdown(header, rows), continual_verdict(name), _sequence_settings(run))
+    return "\n\n".join(part for part in parts if part)
 
 
 def continual_verdict(name: str) -> str:
@@ -195,7 +196,7 @@ def _sequence_settings(run: dict[str, Any]) -> str:
     classes = ", ".join(f"{task} ({number} classes)" for task, number in run["classes"].items())
     return (
         f"{settings['model'] or 'MiniLM'} on {classes}. Mean ± standard deviation over the runs: {count} "
-        f"({'; '.join(orders)}), each with up to {seeds} seeds. {settings['train_rows']} rows of each task, "
+        f"({'; '.join(orders)}), each with up to {seeds} seed{'s' * (seeds > 1)}. {settings['train_rows']} rows of each task, "
         f"of at most {settings['max_length']} tokens, {settings['epochs']} passes in batches of "
         f"{settings['batch_size']}, {100 * settings['preserve']:g} % of the directions protected; tested on "
         f"{settings['test_rows']} rows. Learning rates have the best average on "
