@@ -197,8 +197,9 @@ def _sequence_settings(run: dict[str, Any]) -> str:
     return (
         f"{settings['model'] or 'MiniLM'} on {classes}. Mean ± standard deviation over the runs: {count} "
         f"({'; '.join(orders)}), each with up to {seeds} seed{'s' * (seeds > 1)}. "
-        f"{settings['train_rows']} rows of each task, of at most {settings['max_length']} tokens, {settings['epochs']} passes in batches of "
-        f"{settings['batch_size']}, {100 * settings['preserve']:g} % of the directions protected; tested on "
+        f"{settings['train_rows']} rows of each task, of at most {settings['max_length']} tokens, "
+        f"{settings['epochs']} passes in batches of {settings['batch_size']}, "
+        f"{100 * settings['preserve']:g} % of the directions protected; tested on "
         f"{settings['test_rows']} rows. Learning rates have the best average on "
         f"{settings['validation_rows']} validation rows, in the first order with seed 0. The task is known "
         f"when tested, but for the shared head. {measured_with(run)}"
