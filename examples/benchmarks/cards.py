@@ -94,7 +94,7 @@ def _claims(method: str) -> Iterator[Found]:
             value = spread([run["test_accuracy"] for run in runs], 3)
             measure = "accuracy of the likeliest answer" if kind == "decoder" else "accuracy"
             about = f"{measure}, {claims.label(subject)}, {_count(len(runs), 'seed')}"
-            yield _base(task), [task], _result(KINDS[kind], [task], "accuracy", value, about)
+            yield BASES.get(kind), [task], _result(KINDS[kind], [task], "accuracy", value, about)
 
 
 def _sequences(method: str) -> Iterator[Found]:
@@ -137,7 +137,7 @@ def _demos(method: str) -> Iterator[Found]:
         scores = [run["results"][-1]["score"] for run in timing.load(file.stem)["runs"]]
         about = f"accuracy of the demo, {_count(len(scores), 'seed')}"
         kind = kind_of(task)
-        yield _base(task), [task], _result(KINDS[kind], [task], "accuracy", spread(scores, 3), about)
+        yield BASES.get(kind), [task], _result(KINDS[kind], [task], "accuracy", spread(scores, 3), about)
 
 
 def _result(task: str, names: list[str], metric: str, value: str, about: str, beside: str = "") -> EvalResult:
@@ -155,10 +155,6 @@ def _result(task: str, names: list[str], metric: str, value: str, about: str, be
 
 def _dataset(name: str) -> tuple[str, str | None]:
     return DATASETS.get(name, (name, None))
-
-
-def _base(task: str) -> str | None:
-    return BASES.get(kind_of(task))
 
 
 def _count(number: int, what: str) -> str:

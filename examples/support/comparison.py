@@ -19,8 +19,8 @@ from support import detector, generators, photos, vision
 from support.detector import METHODS, Examples, Training
 from support.generators import SPLITS
 from support.results import Results
+from support.task import DATA_SEED
 
-DATA_SEED = 0
 PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
 NOT_SETTINGS = ("output", "results", "train_on", "methods", "seeds")
 """Options that may change between two calls that share one results file."""

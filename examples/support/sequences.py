@@ -20,9 +20,9 @@ from peft_subspace.continual_svd import continual_metrics, save_heatmap
 from support import demos, device, texts
 from support.learners import LEARNERS, Learner, trainable
 from support.results import Results, tuned
+from support.task import DATA_SEED
 from support.texts import SPLITS, TextTask
 
-DATA_SEED = 0
 PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
 NOT_SETTINGS = ("output", "results", "orders", "methods", "seeds", "workers", "no_prediction")
 """Options that may change between two calls that share one results file."""
