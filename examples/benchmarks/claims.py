@@ -16,8 +16,8 @@ TASKS = {
 }
 """Tasks by kind, of the small comparison and of the large one."""
 
-LONG = ("clip", "decoder")
-"""Kinds of tasks whose runs take long, so that only those are made on which a claim depends."""
+WITH_PEERS = ("bbcnews", "agnews", "trec6", "cifar10", "digits")
+"""Tasks on which all is measured; on the others only that on which a claim depends."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Claim:
         subject: What it is about.
         reaches: What it is said to be as good as.
         beats: What it is said to be better than.
-        beside: What else it is compared with, but where runs take long.
+        beside: What else it is compared with, on some tasks.
     """
 
     text: str
@@ -54,10 +54,10 @@ class Claim:
     beats: tuple[Entry, ...] = ()
     beside: tuple[Entry, ...] = ()
 
-    def entries(self, kind: str | None = None) -> tuple[Entry, ...]:
-        """What is measured, on all kinds of tasks or on one."""
+    def entries(self, task: str | None = None) -> tuple[Entry, ...]:
+        """What is measured, on any task or on one."""
         judged = (self.subject, *self.reaches, *self.beats)
-        return judged if kind in LONG else (*judged, *self.beside)
+        return (*judged, *self.beside) if task is None or task in WITH_PEERS else judged
 
 
 CLAIMS = {

@@ -111,10 +111,10 @@ class Grid:
         pairs: dict[tuple[str, Entry], None] = {}
         for claim in (CLAIMS[name] for name in self.options.claims):
             for kind in claim.kinds:
-                entries = (*((PROBE,) if kind in WITH_HEAD else ()), *claim.entries(kind))
+                first = (PROBE,) if kind in WITH_HEAD else ()
                 for task in tasks.get(kind, ()):
                     if self.options.tasks is None or task in self.options.tasks:
-                        pairs |= {(task, entry): None for entry in entries}
+                        pairs |= {(task, entry): None for entry in (*first, *claim.entries(task))}
         yield from pairs
 
     def size(self, task: str, entry: Entry) -> int:

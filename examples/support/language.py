@@ -21,12 +21,12 @@ from support.task import DATA_SEED, Choice, Sizes, Task, cut
 
 DECODER = r".*\.([qkvo]_proj|(gate|up|down)_proj)"
 
-WRONG = 3
+WRONG = 2
 """Wrong answers beside the right one."""
 
 
 def mathematics(folder: Path, decoder: Path, sizes: Sizes) -> Task:
-    """A decoder trained on worked answers of GSM8K, which then chooses among four answers in SVAMP."""
+    """A decoder trained on worked answers of GSM8K, which then chooses among three answers in SVAMP."""
     tokenizer = _tokenizer(decoder)
 
     def encoded(row: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -51,14 +51,17 @@ def mathematics(folder: Path, decoder: Path, sizes: Sizes) -> Task:
 
 
 def _wrong_answers(equation: str, answer: float) -> list[float]:
-    """What other operations than an equation's make of its numbers, and these themselves."""
+    """What other operations than an equation's make of its numbers.
+
+    These numbers themselves would say more of how a model copies from the question than of how it counts.
+    """
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", equation)]
-    found = set(numbers)
+    found: set[float] = set()
     for one, other in itertools.permutations(numbers, 2):
         found |= {one + other, one - other, one * other}
         if other:
             found.add(one / other)
-    return sorted(number for number in found - {answer} if number >= 0 and number.is_integer())
+    return sorted(number for number in found - {answer, *numbers} if number >= 0 and number.is_integer())
 
 
 def topics(folder: Path, decoder: Path, sizes: Sizes) -> Task:
