@@ -77,17 +77,19 @@ def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
 def measured(shape: str, repeats: int) -> dict[str, dict[str, Any]]:
     """All figures of all methods on one model."""
     layers, width = SHAPES[shape]
+    # first, while this process is small
+    peaks = {method: timing.peak_mib(__file__, method, str(layers), str(width)) for method in SIZES}
     found: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(frozen(layers, width))}
+    base = frozen(layers, width)
+    steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(twin(base))}
     for method, size in SIZES.items():
-        base = frozen(layers, width)
         started = time.perf_counter()
-        model = wrapped(method, size, base)
+        model = wrapped(method, size, twin(base))
         found[method] = {
             "wrap_s": time.perf_counter() - started,
             "trainable": model.get_nb_trainable_parameters()[0],
-            "peak_mib": timing.peak_mib(__file__, method, str(layers), str(width)),
-            **reloaded(model, layers, width),
+            "peak_mib": peaks[method],
+            **reloaded(model, copy.deepcopy(base)),
         }
         steps[method] = timing.train_step(model)
     seconds = timing.interleaved(steps, repeats)
@@ -104,11 +106,16 @@ def frozen(layers: int, width: int) -> nn.Module:
     return timing.transformer(layers, width).requires_grad_(False)
 
 
-def reloaded(model: PeftModel, layers: int, width: int) -> dict[str, float]:
-    """Seconds to load the adapter onto a base model, and to merge it."""
+def twin(base: nn.Module) -> nn.Module:
+    """The model anew, over the same memory: one for each method would not fit otherwise."""
+    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.parameters()}
+    return copy.deepcopy(base, shared)
+
+
+def reloaded(model: PeftModel, base: nn.Module) -> dict[str, float]:
+    """Seconds to load the adapter onto a base model, whose weights change, and to merge it."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        base = frozen(layers, width)
         started = time.perf_counter()
         loaded = PeftModel.from_pretrained(base, folder)
         seconds = {"load_s": time.perf_counter() - started}
@@ -126,7 +133,7 @@ def growth(repeats: int, methods: tuple[str, ...]) -> dict[str, list[dict[str, A
             base, steps = frozen(layers, width), {}
             for method in ("lora", *methods):
                 size = max(1, rank // 8) if method == "mos" else rank
-                model = wrapped(method, size, copy.deepcopy(base))
+                model = wrapped(method, size, twin(base))
                 steps[method] = timing.train_step(model, batch=batch)
             seconds = timing.interleaved(steps, repeats)
             ratios = {method: timing.ratio(seconds, method, "lora") for method in methods}
