@@ -51,7 +51,7 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
     False: {
         "text": {
             "rows": {"train": 1500, "validation": 200, "test": 1000, "tokens": 32},
-            "schedule": {"steps": 120, "batch_size": 16, "checks": 4},
+            "schedule": {"steps": 80, "batch_size": 16, "checks": 4},
         },
         "images": {
             "rows": {"train": 1500, "validation": 200, "test": 1000, "pixels": 64},
