@@ -162,6 +162,18 @@ def test_little_is_dropped_before_the_head(archive, name):
     assert task.train[0]["pixel_values"].shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize(("name", "widest"), [("flora", 1), ("flora-all", 960)])
+def test_convolutions_in_groups_are_adapted_where_all_are(archive, name, widest):
+    from support import graded
+    from support.contestants import CONTESTANTS
+    from support.task import Sizes
+
+    task = graded.load("cifar10", archive, None, Sizes(train=9, validation=3, test=9, pixels=32))
+    model = CONTESTANTS[name].adapt(task, 2, ())
+    groups = {m.get_base_layer().groups for m in model.modules() if hasattr(m, "get_delta_weight")}
+    assert max(groups) == widest
+
+
 def test_few_images_of_each_class(archive, monkeypatch):
     from support import graded, pictures
     from support.task import Sizes

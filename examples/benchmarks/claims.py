@@ -89,7 +89,7 @@ CLAIMS = {
         ("images",),
         Entry("flora", 8),
         beats=tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
-        beside=(Entry("full"), PROBE),
+        beside=(Entry("flora-all", like=("flora", 8)), Entry("full"), PROBE),
     ),
 }
 

@@ -30,6 +30,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "figures"
 
 OURS = {  # colours that most colour-blind readers tell apart
     "flora": "#d55e00",
+    "flora-all": "#8c3d00",
     "mos": "#0072b2",
     "lora-sb": "#009e73",
     "effort": "#cc79a7",

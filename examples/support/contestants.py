@@ -154,6 +154,12 @@ CONTESTANTS = {
         (1e-3, 3e-3, 1e-2),
         lambda targets, r: peft_subspace.FLoRAConfig(r=r, target_modules=targets),
     ),
+    "flora-all": Contestant(
+        "FLoRA on all convolutions",
+        (1e-3, 3e-3, 1e-2),
+        # grouped ones too, which the others cannot adapt
+        lambda targets, r: peft_subspace.FLoRAConfig(r=r, target_modules=rf"{targets}|.*\.convolution"),
+    ),
     "mos": Contestant(
         "MoS",
         (1e-3, 3e-3, 1e-2),
