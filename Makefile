@@ -44,7 +44,7 @@ features: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/speed.py --quick
-	$(BIN)/python examples/benchmarks/quality.py --small --workers 2
+	$(BIN)/python examples/benchmarks/quality.py --small --workers 2 --results outputs/quality-small.json
 	$(BIN)/python examples/benchmarks/readme.py
 
 lint: $(INSTALLED)

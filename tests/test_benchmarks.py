@@ -234,6 +234,28 @@ def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     assert "Not measured yet" in claims.table(content, "flora")
 
 
+def test_what_is_measured_anew_is_compared_with_what_was_published(runs, tmp_path, monkeypatch, capsys):
+    import quality
+    import timing
+
+    published, anew = tmp_path / "quality-small.json", tmp_path / "anew.json"
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    command = ["quality.py", "--small", "--claims", "mos", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    quality.main()
+    assert "of before" not in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--results", str(anew)])
+    quality.main()
+    assert "6 of 6 accuracies are those of before" in capsys.readouterr().out
+    content = json.loads(published.read_text())
+    for run in content["runs"].values():
+        run["test_accuracy"] += 0.02 if run["entry"] == "lora-16" else 0.01  # spreads are 0.007 each
+    published.write_text(json.dumps(content))
+    quality.main()
+    shown = capsys.readouterr().out
+    assert "5 of 6 accuracies are those of before, within their spreads; not lora-16 on bbcnews" in shown
+
+
 def test_language_models_are_measured_by_fewer_methods_and_show_their_losses():
     import claims
 
@@ -253,6 +275,7 @@ def test_language_models_are_measured_by_fewer_methods_and_show_their_losses():
 
 @pytest.mark.slow
 def test_speed_measures_every_method(tmp_path, monkeypatch):
+    import readme
     import speed
     import timing
 
@@ -260,15 +283,19 @@ def test_speed_measures_every_method(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "GROWTH", {"batch": [(8, 4, 128, 1)]})
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     monkeypatch.setattr(timing, "peak_mib", lambda script, method, *sizes: float(len(method)))
-    monkeypatch.setattr("sys.argv", ["speed.py", "--quick"])
     with torch.random.fork_rng():
-        speed.main()
-    found = json.loads((tmp_path / "speed-quick.json").read_text())
-    rows = found["shapes"]["20M"]
+        for arguments in (["--quick"], ["--parts", "growth", "--repeats", "1"]):
+            monkeypatch.setattr("sys.argv", ["speed.py", *arguments])
+            speed.main()
+    rows = timing.load("speed-quick")["methods"]
     assert list(rows) == list(speed.SIZES)
     assert rows["lora"]["to_lora"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert rows["lora-sb"]["trainable"] * 27 < rows["lora"]["trainable"]
-    assert set(found["growth"]["batch"][0]["to_lora"]) == {"flora", "lora-sb"}
+    (point,) = timing.load("speed-growth")["growth"]["batch"]
+    assert set(point["to_lora"]) == set(speed.OURS)
+    text = readme.filled("<!-- table: growth -->\n<!-- end -->\n<!-- table: speed_quick -->\n<!-- end -->")
+    assert "| batch | 8 | 4 | 128 | 1 |" in text
+    assert "| lora, 20M |" in text
 
 
 @pytest.mark.parametrize("name", ["flora", "lora", "full"])

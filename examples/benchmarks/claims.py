@@ -127,6 +127,26 @@ def differences(content: dict[str, Any], claim: Claim, other: Entry) -> dict[str
     return found
 
 
+def reproduced(content: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """Which test accuracies are those of earlier runs: their means no further apart than both spreads."""
+    entries = dict.fromkeys(entry for claim in CLAIMS.values() for entry in claim.entries())
+    count, apart = 0, []
+    for task in _tasks(content):
+        for entry in entries:
+            found = [
+                [run["test_accuracy"] for run in chosen(runs, task, entry)] for runs in (content, earlier)
+            ]
+            if any(len(values) < 2 for values in found):
+                continue
+            count += 1
+            one, other = map(statistics.fmean, found)
+            if abs(one - other) > sum(map(statistics.stdev, found)):
+                apart.append(f"{label(entry)} on {task} ({one:.3f}, before {other:.3f})")
+    return f"{count - len(apart)} of {count} accuracies are those of before, within their spreads" + (
+        f"; not {', '.join(apart)}" if apart else ""
+    )
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Markdown table."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]

@@ -1,6 +1,6 @@
 """Continual SVD against PEFT's OSF and LoRA: what leaks into protected directions, and a train step.
 
-    python examples/benchmarks/continual_svd.py            about 40 minutes on 2 cores
+    python examples/benchmarks/continual_svd.py            about 25 minutes on 2 cores
     python examples/benchmarks/continual_svd.py --quick    about 2 minutes, smaller models
 
 Leak: 200 steps of AdamW with weight decay 0.1 on a decoder of 2 layers and width 128, then the parts of `ΔW`

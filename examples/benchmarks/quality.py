@@ -9,7 +9,7 @@ trains with the rate that is best for the head alone, beside every method. Sched
 are the same for all. Sizes are ranks, or chosen to train as many parameters as another method. `--small` uses
 what installed packages carry; `FOLDER` is described in examples/support/graded.py. The predicted hours are
 printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the
-tables.
+tables. With `--results FILE` all is measured anew, and compared with the published results.
 
 Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples of their own:
 `effort_detector.py` and `continual_learning.py`.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import statistics
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import timing
-from claims import CLAIMS, PROBE, SMALL_TASKS, TASKS, WITH_HEAD, Entry, kind_of, label, table
+from claims import CLAIMS, PROBE, SMALL_TASKS, TASKS, WITH_HEAD, Entry, kind_of, label, reproduced, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -211,8 +212,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.small or options.data):
         parser.error("give --small, or --data FOLDER")
-    options.results = options.results or timing.RESULTS / f"quality{'-small' * options.small}.json"
+    options.results = options.results or committed(options.small)
     return options
+
+
+def committed(small: bool) -> Path:
+    """Where the published results are."""
+    return timing.RESULTS / f"quality{'-small' * small}.json"
 
 
 def main() -> None:
@@ -226,6 +232,10 @@ def main() -> None:
     for name in options.claims:
         print(f"\n{table(grid.results.content, name)}")
     print(f"\nall runs: {options.results}")
+    published = committed(options.small)
+    if published.exists() and published.resolve() != options.results.resolve():
+        earlier = json.loads(published.read_text(encoding="utf-8"))
+        print(f"{published}: {reproduced(grid.results.content, earlier)}")
 
 
 if __name__ == "__main__":

@@ -360,21 +360,34 @@ def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
 
 
 def speed(name: str) -> str:
-    """Time and memory of all methods by model."""
+    """Time and memory of all methods on one model."""
+    run = timing.load(name)
     rows = [
         [
-            f"{method}, {shape}",
+            f"{method}, {run['model']}",
             f"{row['trainable']:,}",
             *(between(row[ratio]) for ratio in ("to_lora", "to_frozen")),
             *(f"{row[key]:.2f}" for key in ("wrap_s", "load_s", "merge_s")),
             f"{row['peak_mib']:.0f}",
         ]
-        for shape, methods in timing.load(name)["shapes"].items()
-        for method, row in methods.items()
+        for method, row in run["methods"].items()
     ]
     seconds = ["wrap and start, s", "load, s", "merge, s", "peak, MiB"]
     table = markdown(["", "trained parameters", "step / LoRA's", "step / frozen model's", *seconds], rows)
-    return f"{table}\n\nMedians, with the range of the ratios. {measured_with(timing.load(name))}"
+    return f"{table}\n\nMedians, with the range of the ratios. {measured_with(run)}"
+
+
+def growth() -> str:
+    """Steps of our methods beside LoRA's as a model, its rank and its batch grow."""
+    run = timing.load("speed-growth")
+    sizes = ["rank", "layers", "width", "batch"]
+    points = [(what, point) for what, points in run["growth"].items() for point in points]
+    rows = [
+        [what, *(point[size] for size in sizes), *(between(ratio) for ratio in point["to_lora"].values())]
+        for what, point in points
+    ]
+    header = ["what grows", *sizes, *(f"{method} / LoRA's" for method in points[0][1]["to_lora"])]
+    return f"{markdown(header, rows)}\n\nMedians, with their range. {measured_with(run)}"
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
@@ -399,8 +412,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "lora_sb": ("lora_sb.json", lora_sb),
     "mos": ("mos.json", mos),
     "spectra": ("spectra.json", spectra),
-    "speed": ("speed.json", lambda: speed("speed")),
-    "speed_quick": ("speed-quick.json", lambda: speed("speed-quick")),
+    "growth": ("speed-growth.json", growth),
+    **{f"speed_{of}": (f"speed-{of}.json", partial(speed, f"speed-{of}")) for of in ("quick", "300M")},
     **{
         f"quality_{name}{suffix}": (f"quality{size}.json", partial(quality, f"quality{size}", name))
         for name in claims.CLAIMS

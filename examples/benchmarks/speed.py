@@ -1,13 +1,14 @@
 """Time and memory of all methods beside PEFT's own, on decoders from 20 million to a billion weights.
 
-    python examples/benchmarks/speed.py            hours on 2 cores, by model; `--shapes 20M` for one
+    python examples/benchmarks/speed.py            hours on 2 cores; `--parts 20M` for one model
     python examples/benchmarks/speed.py --quick    about 5 minutes
 
 For each method, at rank 16 or with as many trained parameters as MoS at an eighth of LoRA's: trained numbers,
 seconds to wrap (with the start that the method takes from weights or gradients), to load a saved adapter and
 to merge it, the train step (4×256 tokens, forward and backward), and the peak of a process that takes two
 steps of AdamW. Steps are interleaved; ratios to LoRA's and to the frozen model's are medians with their
-range. `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow.
+range. The part `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow. Each part has a
+file of its own.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ SIZES = {  # rank, or what stands for it
     "vb-lora": 64,
 }
 OURS = ("flora", "lora-sb", "mos", "effort", "continual-svd")
-GROWTH = {  # what grows: (rank, layers, width, batch)
-    "rank": [(rank, 2, 512, 4) for rank in (4, 16, 64)],
-    "width": [(16, 2, width, 4) for width in (256, 512, 1024)],
-    "depth": [(16, layers, 512, 4) for layers in (1, 2, 4)],
-    "batch": [(16, 2, 512, batch) for batch in (1, 4, 16)],
+GROWTH = {  # what grows: (rank, layers, width, batch); MoS assembles its rank from four layers or more
+    "rank": [(rank, 4, 512, 4) for rank in (8, 16, 64)],
+    "width": [(16, 4, width, 4) for width in (256, 512, 1024)],
+    "depth": [(16, layers, 512, 4) for layers in (4, 8, 16)],
+    "batch": [(16, 4, 512, batch) for batch in (1, 4, 16)],
 }
 
 
@@ -124,19 +125,19 @@ def reloaded(model: PeftModel, base: nn.Module) -> dict[str, float]:
     return {**seconds, "merge_s": time.perf_counter() - started}
 
 
-def growth(repeats: int, methods: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+def growth(repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Ratio of train steps to LoRA's as one of four sizes grows."""
     found: dict[str, list[dict[str, Any]]] = {}
     for what, points in GROWTH.items():
         found[what] = []
         for rank, layers, width, batch in points:
             base, steps = frozen(layers, width), {}
-            for method in ("lora", *methods):
+            for method in ("lora", *OURS):
                 size = max(1, rank // 8) if method == "mos" else rank
                 model = wrapped(method, size, twin(base))
                 steps[method] = timing.train_step(model, batch=batch)
             seconds = timing.interleaved(steps, repeats)
-            ratios = {method: timing.ratio(seconds, method, "lora") for method in methods}
+            ratios = {method: timing.ratio(seconds, method, "lora") for method in OURS}
             point = {"rank": rank, "layers": layers, "width": width, "batch": batch}
             found[what].append({**point, "to_lora": ratios})
     return found
@@ -147,13 +148,26 @@ def peak(method: str, layers: int, width: int) -> None:
     timing.take_two_adamw_steps(wrapped(method, SIZES[method], frozen(layers, width)))
 
 
+def of_model(shape: str, repeats: int) -> dict[str, Any]:
+    """What the file of one model has, printed as well."""
+    rows = measured(shape, repeats)
+    columns = ["trainable", "wrap_s", "load_s", "merge_s", "step_s", "peak_mib"]
+    table = [
+        [name, *(row[c] for c in columns), row["to_lora"]["median"], row["to_frozen"]["median"]]
+        for name, row in rows.items()
+    ]
+    timing.table(shape, ["", *columns, "step/LoRA's", "step/frozen"], table)
+    return {"model": shape, "methods": rows}
+
+
 def main() -> None:
     """Measure, print a table for each model and write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the smallest model and fewer repeats")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models to measure")
+    parser.add_argument("--quick", action="store_true", help="only the smallest model, and fewer repeats")
+    parts = (*SHAPES, "growth")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peak", nargs=3, metavar=("METHOD", "LAYERS", "WIDTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -162,17 +176,12 @@ def main() -> None:
         method, layers, width = options.peak
         timing.print_peak(lambda: peak(method, int(layers), int(width)))
         return
-    repeats = 3 if options.quick else options.repeats
-    shapes = {shape: measured(shape, repeats) for shape in (["20M"] if options.quick else options.shapes)}
-    columns = ["trainable", "wrap_s", "load_s", "merge_s", "step_s", "peak_mib"]
-    for shape, rows in shapes.items():
-        table = [
-            [name, *(row[c] for c in columns), row["to_lora"]["median"], row["to_frozen"]["median"]]
-            for name, row in rows.items()
-        ]
-        timing.table(shape, ["", *columns, "step/LoRA's", "step/frozen"], table)
-    grown = growth(repeats, ("flora", "lora-sb") if options.quick else OURS)
-    timing.save(f"speed{'-quick' * options.quick}", {"shapes": shapes, "growth": grown})
+    if options.quick:
+        timing.save("speed-quick", of_model("20M", repeats=3))
+        return
+    for part in options.parts:
+        found = {"growth": growth(options.repeats)} if part == "growth" else of_model(part, options.repeats)
+        timing.save(f"speed-{part}", found)
 
 
 if __name__ == "__main__":
