@@ -354,7 +354,7 @@ def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
     unit = "pixels" if "pixels" in rows else "tokens"
     return (
         f"{kind.capitalize()}: {rows['train']} rows to train on, {rows['validation']} to validate, "
-        f"{rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "
+        f"up to {rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "
         f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}."
     )
 
