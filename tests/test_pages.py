@@ -290,7 +290,7 @@ def test_table_of_claims_states_its_settings(results):
 
     (results / "quality.json").write_text(json.dumps(made_up_quality()))
     text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
-    assert "Text: 10 rows to train on, 5 to validate, 7 to test, of at most 8 tokens" in text
+    assert "Text: 10 rows to train on, 5 to validate, up to 7 to test, of at most 8 tokens" in text
     assert "at most 11 steps of 3 rows" in text
     assert "Measured on a device with torch 1.2." in text
     not_run = readme.filled("<!-- table: quality_flora -->\n<!-- end -->")
