@@ -94,6 +94,10 @@ CLAIMS = {
 }
 
 
+ENTRIES = tuple(dict.fromkeys(entry for claim in CLAIMS.values() for entry in claim.entries()))
+"""What the claims are measured with, each once."""
+
+
 def kind_of(task: str) -> str:
     """Kind of a task."""
     return next(k for group in (TASKS, SMALL_TASKS) for k, names in group.items() if task in names)
@@ -129,10 +133,9 @@ def differences(content: dict[str, Any], claim: Claim, other: Entry) -> dict[str
 
 def reproduced(content: dict[str, Any], earlier: dict[str, Any]) -> str:
     """Which test accuracies are those of earlier runs: their means no further apart than both spreads."""
-    entries = dict.fromkeys(entry for claim in CLAIMS.values() for entry in claim.entries())
     count, apart = 0, []
     for task in _tasks(content):
-        for entry in entries:
+        for entry in ENTRIES:
             found = [
                 [run["test_accuracy"] for run in chosen(runs, task, entry)] for runs in (content, earlier)
             ]

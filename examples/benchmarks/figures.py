@@ -80,8 +80,7 @@ def accuracy(content: dict[str, Any], kind: str) -> Drawn | None:
 
 def _points(content: dict[str, Any], task: str) -> dict[Entry, tuple[int, list[float]]]:
     """Trained parameters and accuracy of the runs of every entry on a task."""
-    entries = [entry for claim in claims.CLAIMS.values() for entry in claim.entries()]
-    runs = {entry: claims.chosen(content, task, entry) for entry in entries}
+    runs = {entry: claims.chosen(content, task, entry) for entry in claims.ENTRIES}
     return {
         entry: (found[0]["trainable"], [run["test_accuracy"] for run in found])
         for entry, found in runs.items()

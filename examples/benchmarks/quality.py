@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -234,8 +233,7 @@ def main() -> None:
     print(f"\nall runs: {options.results}")
     published = committed(options.small)
     if published.exists() and published.resolve() != options.results.resolve():
-        earlier = json.loads(published.read_text(encoding="utf-8"))
-        print(f"{published}: {reproduced(grid.results.content, earlier)}")
+        print(f"{published}: {reproduced(grid.results.content, timing.load(published.stem))}")
 
 
 if __name__ == "__main__":
