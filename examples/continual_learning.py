@@ -10,7 +10,9 @@ between tasks) and joint training, the upper bound. All have one head with a row
 task; a task's loss compares the task's own classes. Accuracy is reported twice: with the task known at test
 time, when the prediction is one of its classes, and with one shared head, when it may be any class. Learning
 rates are chosen with the first order and seed 0, on rows held out of the training data: from three, and from
-more while the best is the smallest or largest of those tried. An interrupted run goes on where it stopped.
+more while the best is the smallest or largest of those tried. Head and update share one rate; with
+`--own-head-rate` heads train with the one that is best for the head alone. An interrupted run goes on where
+it stopped.
 
 Without options, network and texts come out of installed packages (`examples/data-packages.txt`), and the
 tasks are pairs of BBC News topics. `FOLDER` holds NAME.train.jsonl.gz and NAME.test.jsonl.gz with rows
@@ -24,7 +26,7 @@ import argparse
 import os
 from pathlib import Path
 
-METHODS = ("continual-svd", "continual-svd-16", "lora", "o-lora", "full", "osf", "joint")
+METHODS = ("head", "continual-svd", "continual-svd-16", "lora", "o-lora", "full", "osf", "joint")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,6 +70,11 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--preserve", type=float, default=0.5, help="share of directions that is protected")
     group.add_argument("--seeds", type=int, default=1, help="runs of every order with the chosen rate")
+    group.add_argument(
+        "--own-head-rate",
+        action="store_true",
+        help="train heads with the rate that is best for the head alone",
+    )
     group.add_argument("--epochs", type=int, default=3, help="passes over the rows of each task")
     group.add_argument("--batch-size", type=int, default=16, help="rows in one step")
     group.add_argument("--bf16", action="store_true", help="train and test with bfloat16 autocast")

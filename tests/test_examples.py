@@ -349,7 +349,7 @@ def test_rates_beyond_the_first_are_tried_while_the_best_is_at_the_edge(continua
 def test_o_lora_trains_the_latest_adapter_away_from_all_earlier_ones(continual_learning):
     from models import llama
 
-    from support.learners import LEARNERS, trainable
+    from support.learners import LEARNERS, with_trained_head
 
     learner = LEARNERS["o-lora"]
     model = learner.start(llama(num_hidden_layers=2), 0.5)
@@ -357,9 +357,8 @@ def test_o_lora_trains_the_latest_adapter_away_from_all_earlier_ones(continual_l
     for task in (1, 2):
         model = learner.proceed(model, task, 0.5)
     assert model.active_adapters == ["task0", "task1", "task2"]
-    trained = {id(parameter) for parameter in trainable(model)}
-    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    assert all((id(p) in trained) == (".task2." in name) for name, p in adapters.items())
+    adapters = {name: p for name, p in with_trained_head(model).named_parameters() if ".lora_" in name}
+    assert all(p.requires_grad == (".task2." in name) for name, p in adapters.items())
     matrices = {name: p.detach() for name, p in adapters.items() if ".lora_A." in name}
     expected = 0.0
     for name, new in matrices.items():
@@ -432,6 +431,34 @@ def test_sequences_run_without_network_and_resume(tmp_path):
     second = json.loads(results.read_text())
     assert {key: second["runs"][key] for key in first["runs"]} == first["runs"]
     assert len(second["runs"]) == len(first["runs"]) + len(methods) * 2
+
+
+def test_heads_train_with_the_rate_that_is_best_for_the_head_alone(tmp_path, continual_learning, monkeypatch):
+    from support import sequences
+
+    tiny_encoder(tmp_path / "model")
+    arguments = [
+        *("--model", str(tmp_path / "model"), "--data", str(tmp_path), "--tasks", *write_tasks(tmp_path)),
+        *("--train-rows", "6", "--validation-rows", "3", "--test-rows", "6", "--epochs", "1"),
+        *("--methods", "lora", "--own-head-rate", "--results", str(tmp_path / "results.json")),
+    ]
+    made = sequences.Sequences(continual_learning.parse_arguments(arguments))
+    assert {job[0] for job in made.wanted().values()} == {"head"}
+    for key, (method, order, rate, seed, split, head) in made.wanted().items():
+        measured = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}
+        right = [[0.5, 0.5], [0.5, 0.9 if rate == 3e-3 else 0.5]]
+        made.results.content["runs"][key] = {**measured, "known": right}
+        assert head is None
+    jobs = list(made.wanted().values())
+    assert {job[0] for job in jobs} == {"head", "lora"}
+    assert {job[-1] for job in jobs} == {3e-3}
+    learner = sequences.LEARNERS["lora"]
+    model = learner.start(made._base(), 0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made._train(learner, model, list(made.tasks.values())[:1], (0.0, 3e-3), 0)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("classifier" in name for name in changed)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

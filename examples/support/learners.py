@@ -39,12 +39,16 @@ class Learner:
     penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the update and of the head, which is trained in full by every method."""
+def with_trained_head(model: nn.Module) -> nn.Module:
+    """The model, whose head every method trains in full."""
     for name, parameter in model.named_parameters():
         if any(f"{head}." in name for head in HEADS):
             parameter.requires_grad_(True)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model
+
+
+def _frozen(base: nn.Module, preserve: float) -> nn.Module:
+    return base.requires_grad_(False)
 
 
 def _full(base: nn.Module, preserve: float) -> nn.Module:
@@ -111,6 +115,7 @@ def _merge_and_wrap(model: nn.Module, task: int, preserve: float) -> nn.Module:
 
 
 LEARNERS = {
+    "head": Learner("head alone", (1e-3, 3e-3, 1e-2), _frozen),
     "continual-svd": Learner(
         "Continual SVD, whole complement", (1e-4, 3e-4, 1e-3), _continual_svd(None), _next_task
     ),

@@ -18,14 +18,19 @@ from torch.nn.functional import cross_entropy
 
 from peft_subspace.continual_svd import continual_metrics, save_heatmap
 from support import demos, device, texts
-from support.learners import LEARNERS, Learner, trainable
+from support.contestants import trainable
+from support.learners import HEADS, LEARNERS, Learner, with_trained_head
 from support.results import Results, tuned
 from support.task import DATA_SEED
 from support.texts import SPLITS, TextTask
+from support.trial import parameter_groups
 
 PACKAGES = ("torch", "transformers", "peft", "peft-subspace")
 NOT_SETTINGS = ("output", "results", "orders", "methods", "seeds", "workers", "no_prediction")
 """Options that may change between two calls that share one results file."""
+
+HEAD = "head"
+"""The method that trains nothing but the head."""
 
 KNOWN, SHARED = "known", "shared"
 """Predictions among the classes of the text's own task, and among all classes."""
@@ -33,6 +38,8 @@ KNOWN, SHARED = "known", "shared"
 TEST_BATCH = 256
 
 Batch = dict[str, Tensor]
+Rates = tuple[float, float | None]
+"""Learning rates of the update, and of the head if it has its own."""
 
 
 class Sequences:
@@ -75,18 +82,20 @@ class Sequences:
         """Arguments of all runs of `measure` that can be named by now, by their keys.
 
         The rate has the best average accuracy on validation rows, in the first order and with seed 0.
+        With a rate of their own, heads train with the one that is best for the head alone.
         """
+        methods, head = dict.fromkeys(self.options.methods), None
+        if self.options.own_head_rate:
+            _, head = self.rates(HEAD)
+            methods = {HEAD: None, **(methods if head else {})}
         jobs = []
-        for method in self.options.methods:
+        for method in methods:
             trying, best = self.rates(method)
-            jobs += [(method, self.orders[0], rate, 0, "validation") for rate in trying]
+            jobs += [(method, self.orders[0], rate, 0, "validation", head) for rate in trying]
             if best is not None:
                 pairs = itertools.product(self.orders, range(self.options.seeds))
-                jobs += [(method, order, best, seed, "test") for order, seed in pairs]
-        return {
-            f"{split} {m} {','.join(order)} {r:g} {s}": (m, order, r, s, split)
-            for m, order, r, s, split in jobs
-        }
+                jobs += [(method, order, best, seed, "test", head) for order, seed in pairs]
+        return {f"{job[4]} {job[0]} {','.join(job[1])} {job[2]:g} {job[3]}": job for job in jobs}
 
     def rates(self, method: str) -> tuple[list[float], float | None]:
         """Learning rates still to try, and the best once there are none."""
@@ -95,14 +104,16 @@ class Sequences:
         scores = {run["rate"]: continual_metrics(run[KNOWN])["average_accuracy"] for run in tuning}
         return tuned(scores, LEARNERS[method].rates)
 
-    def measure(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
-        """Learns one sequence and measures it after every task."""
+    def measure(
+        self, method: str, order: list[str], rate: float, seed: int, split: str, head: float | None
+    ) -> dict[str, Any]:
+        """Learns one sequence, the head with its own rate if it is given; measured after every task."""
         started = time.perf_counter()
-        found = self._learn(method, order, rate, seed, split)
+        found = self._learn(method, order, (rate, head), seed, split)
         about = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}
         return {**about, **found, "seconds": time.perf_counter() - started}
 
-    def _learn(self, method: str, order: list[str], rate: float, seed: int, split: str) -> dict[str, Any]:
+    def _learn(self, method: str, order: list[str], rates: Rates, seed: int, split: str) -> dict[str, Any]:
         learner, preserve = LEARNERS[method], self.options.preserve
         transformers.set_seed(seed)
         model = learner.start(self._base(), preserve)
@@ -111,12 +122,12 @@ class Sequences:
             SHARED: [],
             "baseline": self._accuracies(model, order, split)[KNOWN],
         }
-        found["trainable"] = sum(parameter.numel() for parameter in trainable(model))
+        found["trainable"] = trainable(with_trained_head(model))
         groups = [order] if learner.joint else [[name] for name in order]
         for number, group in enumerate(groups):
             if number:
                 model = learner.proceed(model, number, preserve)
-            self._train(learner, model, [self.tasks[name] for name in group], rate, seed)
+            self._train(learner, model, [self.tasks[name] for name in group], rates, seed)
             accuracies = self._accuracies(model, order, split)
             for setting in (KNOWN, SHARED):
                 found[setting] += [accuracies[setting]] * len(group)
@@ -132,11 +143,13 @@ class Sequences:
         return model.to(self.device)
 
     def _train(
-        self, learner: Learner, model: nn.Module, tasks: list[TextTask], rate: float, seed: int
+        self, learner: Learner, model: nn.Module, tasks: list[TextTask], rates: Rates, seed: int
     ) -> None:
         """AdamW with a linear decay to zero; the loss compares the classes of a row's own task."""
         batches = [(task, rows) for task in tasks for rows in self._epochs(task, seed)]
-        optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(with_trained_head(model), HEADS, *rates), weight_decay=0.0
+        )
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
         if len(tasks) > 1:
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -203,7 +216,7 @@ class Sequences:
         task, rows = next(iter(self.tasks.values())), 4 * self.options.batch_size
         few = TextTask(task.name, task.first, task.classes, {"train": task.rows["train"][:rows]})
         started = time.perf_counter()
-        self._train(learner, model, [few], 0.0, 0)
+        self._train(learner, model, [few], (0.0, None), 0)
         per_row = (time.perf_counter() - started) / (len(few.rows["train"]) * self.options.epochs)
         counts = [
             (len(t.rows["train"]) * self.options.epochs, len(t.rows["test"])) for t in self.tasks.values()

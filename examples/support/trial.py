@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def run(
         model = contestant.adapt(task, size, few).to(where)
     contestant.after(model, few)
     keep_batch_norm_frozen(model)
-    groups = _groups(model, task, rate, rate if head_rate is None else head_rate)
+    groups = parameter_groups(model, task.new_modules, rate, head_rate)
     best = _train(model, task, groups, seed, schedule)
     found = {f"test_{key}": value for key, value in evaluate(model, task, task.test, schedule.bf16).items()}
     if task.choices:
@@ -79,15 +79,19 @@ def run(
     return {"trainable": trainable(model), **best, **found, "seconds": time.perf_counter() - started}
 
 
-def _groups(model: nn.Module, task: Task, rate: float, head_rate: float) -> list[dict[str, Any]]:
-    """What trains, for the optimiser: the update, and the head with its own rate."""
+def parameter_groups(
+    model: nn.Module, heads: Iterable[str], rate: float, head_rate: float | None
+) -> list[dict[str, Any]]:
+    """What trains, for the optimiser: the update, and the heads with their own rate if it is given."""
     update: list[nn.Parameter] = []
     head: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            new = any(f"{module}." in name for module in task.new_modules)
-            (head if new else update).append(parameter)
-    groups = [{"params": update, "lr": rate}, {"params": head, "lr": head_rate}]
+            (head if any(f"{module}." in name for module in heads) else update).append(parameter)
+    groups = [
+        {"params": update, "lr": rate},
+        {"params": head, "lr": rate if head_rate is None else head_rate},
+    ]
     return [group for group in groups if group["params"]]
 
 
