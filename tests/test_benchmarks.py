@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -93,6 +94,19 @@ def test_size_for_gives_the_size_that_trains_as_many_parameters(task):
         size_for("full", task, 100)
 
 
+@pytest.mark.parametrize(("width", "inner", "length"), [(192, 512, 64), (192, 384, 96), (256, 512, 128)])
+def test_vectors_of_vb_lora_make_up_all_widths(width, inner, length):
+    from support.contestants import CONTESTANTS
+
+    contestant = CONTESTANTS["vb-lora"]
+    config = contestant.config(r".*encoder.*\.dense", 8)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 2}
+    bert = transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=1, vocab_size=5))
+    contestant.fit(bert, config)
+    assert config.vector_length == length
+    peft.get_peft_model(bert, config)  # PEFT refuses other lengths
+
+
 def test_training_stops_early_and_goes_back_to_the_best_weights(task, monkeypatch):
     from support import trial
 
@@ -160,7 +174,8 @@ class Runs:
         loss = abs(math.log10(rate) + 2)
         score = {"mos": 0.8, "lora": 0.7}.get(name, 0.5) + seed / 100
         return {
-            "trainable": 10 * (size or 5), "validation_loss": loss, "test_accuracy": score, "seconds": 1.0
+            "trainable": 10 * (size or 5), "validation_loss": loss, "test_accuracy": score, "test_loss": loss,
+            "seconds": 1.0,
         }  # fmt: skip
 
 
@@ -198,6 +213,30 @@ def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, m
     monkeypatch.setattr("sys.argv", [*command[:-3], "3", *command[-2:]])
     quality.main()
     assert {call[3] for call in runs.calls[first:]} == {2}
+
+
+def test_longer_comparisons_have_a_file_and_steps_of_their_own(runs, tmp_path, monkeypatch):
+    import quality
+    import timing
+
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    once = quality.parse_arguments(["--data", "folder"])
+    thrice = quality.parse_arguments(["--data", "folder", "--longer", "3"])
+    assert [options.results.name for options in (once, thrice)] == ["quality.json", "quality-x3.json"]
+    steps = [quality.settings(options)["clip"]["schedule"]["steps"] for options in (once, thrice, once)]
+    assert steps[1] == 3 * steps[0] == 3 * steps[2]
+
+
+def test_kinds_of_tasks_may_have_fewer_seeds(runs, tmp_path, monkeypatch):
+    import quality
+
+    options = ["--data", str(tmp_path), "--decoder", str(tmp_path), "--claims", "mos", "--no-prediction"]
+    options += ["--tasks", "gsm8k-svamp", "clinc150", "--results", str(tmp_path / "results.json")]
+    monkeypatch.setattr("sys.argv", ["quality.py", *options])
+    quality.main()
+    found = json.loads((tmp_path / "results.json").read_text())["runs"].values()
+    seeds = {task: {run["seed"] for run in found if run["task"] == task} for task in options[8:10]}
+    assert seeds == {"gsm8k-svamp": {0}, "clinc150": {0, 1, 2}}
 
 
 def test_grid_stops_where_no_rate_trains(runs, tmp_path, monkeypatch):
@@ -264,6 +303,10 @@ def test_language_models_are_measured_by_fewer_methods_and_show_their_losses():
         "mos-2", "lora-16", "vb-lora as mos-2"
     }  # fmt: skip
     assert {claims.label(entry) for entry in claim.entries("trec6")} > {"mos-2", "lora-2"}
+    sizes = claims.CLAIMS["lora-sb"].sizes
+    with_sizes = [task for task in ("trec6", "clinc150", "bbcnews", None)
+                  if set(sizes) & set(claims.CLAIMS["lora-sb"].entries(task))]  # fmt: skip
+    assert with_sizes == ["trec6", None]
     run = {"task": "gsm8k-svamp", "rate": 0.1, "seed": 0, "trainable": 7, "validation_loss": 1.0}
     runs = {
         name: {**run, "entry": name, "test_accuracy": 0.5, "test_loss": 2.0} for name in ("mos-2", "lora-16")

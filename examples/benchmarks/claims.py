@@ -16,7 +16,7 @@ TASKS = {
 }
 """Tasks by kind, of the small comparison and of the large one."""
 
-WITH_PEERS = ("bbcnews", "agnews", "trec6", "cifar10", "digits")
+WITH_PEERS = ("bbcnews", "trec6", "cifar10", "digits")
 """Tasks on which all is measured; on the others only that on which a claim depends."""
 
 
@@ -45,6 +45,7 @@ class Claim:
         reaches: What it is said to be as good as.
         beats: What it is said to be better than.
         beside: What else it is compared with, on some tasks.
+        sizes: Other sizes of it, on those of them that are large.
     """
 
     text: str
@@ -53,11 +54,16 @@ class Claim:
     reaches: tuple[Entry, ...] = ()
     beats: tuple[Entry, ...] = ()
     beside: tuple[Entry, ...] = ()
+    sizes: tuple[Entry, ...] = ()
 
     def entries(self, task: str | None = None) -> tuple[Entry, ...]:
         """What is measured, on any task or on one."""
         judged = (self.subject, *self.reaches, *self.beats)
-        return (*judged, *self.beside) if task is None or task in WITH_PEERS else judged
+        if task is None:
+            return (*judged, *self.sizes, *self.beside)
+        small = any(task in names for names in SMALL_TASKS.values())
+        beside = (*(() if small else self.sizes), *self.beside)
+        return (*judged, *beside) if task in WITH_PEERS else judged
 
 
 CLAIMS = {
@@ -75,6 +81,7 @@ CLAIMS = {
             Entry("full"),
             PROBE,
         ),
+        sizes=(Entry("lora-sb", 64),),
     ),
     "mos": Claim(
         "MoS reaches LoRA with 8 times fewer parameters, and beats VB-LoRA with as many",

@@ -9,7 +9,8 @@ trains with the rate that is best for the head alone, beside every method. Sched
 are the same for all. Sizes are ranks, or chosen to train as many parameters as another method. `--small` uses
 what installed packages carry; `FOLDER` is described in examples/support/graded.py. The predicted hours are
 printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the
-tables. With `--results FILE` all is measured anew, and compared with the published results.
+tables. With `--results FILE` all is measured anew, and compared with the published results. `--longer 3`
+takes three times as many steps, to see what the others cost.
 
 Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples of their own:
 `effort_detector.py` and `continual_learning.py`.
@@ -18,6 +19,7 @@ Unseen generators (Effort) and sequences of tasks (Continual SVD) have examples 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import math
 import os
@@ -58,12 +60,13 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "schedule": {"steps": 160, "batch_size": 16, "checks": 4},
         },
         "clip": {
-            "rows": {"train": 1500, "validation": 100, "test": 400, "pixels": 64},
-            "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
+            "rows": {"train": 1500, "validation": 100, "test": 300, "pixels": 64},
+            "schedule": {"steps": 32, "batch_size": 16, "checks": 2},
         },
         "decoder": {
-            "rows": {"train": 500, "validation": 40, "test": 100, "tokens": 128},
-            "schedule": {"steps": 30, "batch_size": 8, "checks": 2, "bf16": True},
+            "rows": {"train": 500, "validation": 40, "test": 60, "tokens": 128},
+            "schedule": {"steps": 20, "batch_size": 8, "checks": 2, "bf16": True},
+            "seeds": 1,
         },
     },
 }
@@ -81,7 +84,7 @@ class Grid:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.options = options
-        self.settings = SETTINGS[options.small]
+        self.settings = settings(options)
         self.results = Results(options.results, self.settings)
         self.results.content["seeds"] = options.seeds
         versions = (f"{package} {version(package)}" for package in PACKAGES)
@@ -104,6 +107,10 @@ class Grid:
         from support import trial
 
         return trial.Schedule(**self.settings[kind_of(task)]["schedule"])
+
+    def seeds(self, task: str) -> int:
+        """Runs of a task with the chosen rate."""
+        return int(self.settings[kind_of(task)].get("seeds", self.options.seeds))
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Tasks and entries of all claims that were asked for, each once."""
@@ -144,7 +151,7 @@ class Grid:
             trying, best = self.rates(task, entry)
             jobs += [(task, entry, rate, 0, head) for rate in trying]
             if best is not None:
-                jobs += [(task, entry, best, seed, head) for seed in range(1, self.options.seeds)]
+                jobs += [(task, entry, best, seed, head) for seed in range(1, self.seeds(task))]
         return {
             f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed, head)
             for task, entry, rate, seed, head in jobs
@@ -179,7 +186,7 @@ class Grid:
         done, seconds = list(self.results.content["runs"].values()), 0.0
         known = {task: [r["seconds"] for r in done if r["task"] == task] for task, _ in self.entries()}
         for task, entry in self.entries():
-            missing = 2 + self.options.seeds
+            missing = 2 + self.seeds(task)
             missing -= sum(r["task"] == task and r["entry"] == label(entry) for r in done)
             if missing > 0 and not known[task]:
                 started = time.perf_counter()
@@ -203,6 +210,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="claims to test")
     parser.add_argument("--tasks", nargs="+", help="tasks to run; without it, all")
     parser.add_argument("--seeds", type=int, default=3, help="runs with the chosen rate")
+    parser.add_argument("--longer", type=int, default=1, metavar="TIMES", help="times as many steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     parser.add_argument("--no-prediction", action="store_true", help="start without predicting the hours")
     parser.add_argument(
@@ -211,13 +219,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.small or options.data):
         parser.error("give --small, or --data FOLDER")
-    options.results = options.results or committed(options.small)
+    options.results = options.results or committed(options)
     return options
 
 
-def committed(small: bool) -> Path:
+def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows and schedules by kind of task."""
+    found = copy.deepcopy(SETTINGS[options.small])
+    for kind in found.values():
+        kind["schedule"]["steps"] *= options.longer
+    return found
+
+
+def committed(options: argparse.Namespace) -> Path:
     """Where the published results are."""
-    return timing.RESULTS / f"quality{'-small' * small}.json"
+    longer = f"-x{options.longer}" if options.longer > 1 else ""
+    return timing.RESULTS / f"quality{'-small' * options.small}{longer}.json"
 
 
 def main() -> None:
@@ -231,7 +248,7 @@ def main() -> None:
     for name in options.claims:
         print(f"\n{table(grid.results.content, name)}")
     print(f"\nall runs: {options.results}")
-    published = committed(options.small)
+    published = committed(options)
     if published.exists() and published.resolve() != options.results.resolve():
         print(f"{published}: {reproduced(grid.results.content, timing.load(published.stem))}")
 

@@ -355,7 +355,8 @@ def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
     return (
         f"{kind.capitalize()}: {rows['train']} rows to train on, {rows['validation']} to validate, "
         f"up to {rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "
-        f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}."
+        f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}"
+        f"{', one seed alone' * (settings.get('seeds') == 1)}."
     )
 
 
@@ -419,6 +420,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
         for name in claims.CLAIMS
         for suffix, size in (("", ""), ("_small", "-small"))
     },
+    "quality_lora-sb_longer": ("quality-x3.json", partial(quality, "quality-x3", "lora-sb")),
 }
 
 

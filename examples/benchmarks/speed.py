@@ -8,7 +8,8 @@ seconds to wrap (with the start that the method takes from weights or gradients)
 to merge it, the train step (4×256 tokens, forward and backward), and the peak of a process that takes two
 steps of AdamW. Steps are interleaved; ratios to LoRA's and to the frozen model's are medians with their
 range. The part `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow. Each part has a
-file of its own.
+file of its own. On a GPU, peaks are those of its memory. OSF, Effort and Continual SVD start from
+decompositions, which take long for the largest model: `--methods` leaves them out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support import device
 from support.contestants import CONTESTANTS
 from support.language import DECODER
 
@@ -60,7 +62,7 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
     """Random tokens, for starts from gradients."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 1000, (4, 256), generator=generator) for _ in range(count)]
-    return [{"input_ids": rows, "labels": rows} for rows in ids]
+    return [device.moved({"input_ids": rows, "labels": rows}, device.best()) for rows in ids]
 
 
 def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
@@ -69,23 +71,24 @@ def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
     if contestant.config is None:
         raise ValueError(f"{method!r} has no adapter to measure; choose one of {', '.join(SIZES)}")
     config = contestant.config(DECODER, size)
+    contestant.fit(base, config)
     contestant.before(base, config, batches())
     model = get_peft_model(base, config)
     contestant.after(model, batches())
     return model
 
 
-def measured(shape: str, repeats: int) -> dict[str, dict[str, Any]]:
-    """All figures of all methods on one model."""
+def measured(shape: str, methods: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
+    """All figures of methods on one model."""
     layers, width = SHAPES[shape]
     # first, while this process is small
-    peaks = {method: timing.peak_mib(__file__, method, str(layers), str(width)) for method in SIZES}
+    peaks = {method: timing.peak_mib(__file__, method, str(layers), str(width)) for method in methods}
     found: dict[str, dict[str, Any]] = {}
     base = frozen(layers, width)
     steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(twin(base))}
-    for method, size in SIZES.items():
+    for method in methods:
         started = time.perf_counter()
-        model = wrapped(method, size, twin(base))
+        model = wrapped(method, SIZES[method], twin(base))
         found[method] = {
             "wrap_s": time.perf_counter() - started,
             "trainable": model.get_nb_trainable_parameters()[0],
@@ -148,9 +151,9 @@ def peak(method: str, layers: int, width: int) -> None:
     timing.take_two_adamw_steps(wrapped(method, SIZES[method], frozen(layers, width)))
 
 
-def of_model(shape: str, repeats: int) -> dict[str, Any]:
+def of_model(shape: str, methods: Sequence[str], repeats: int) -> dict[str, Any]:
     """What the file of one model has, printed as well."""
-    rows = measured(shape, repeats)
+    rows = measured(shape, methods, repeats)
     columns = ["trainable", "wrap_s", "load_s", "merge_s", "step_s", "peak_mib"]
     table = [
         [name, *(row[c] for c in columns), row["to_lora"]["median"], row["to_frozen"]["median"]]
@@ -168,6 +171,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the smallest model, and fewer repeats")
     parts = (*SHAPES, "growth")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=SIZES,
+        default=list(SIZES),
+        help="on models; LoRA is among them always",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peak", nargs=3, metavar=("METHOD", "LAYERS", "WIDTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -176,12 +186,21 @@ def main() -> None:
         method, layers, width = options.peak
         timing.print_peak(lambda: peak(method, int(layers), int(width)))
         return
+    methods = list(dict.fromkeys([*options.methods, "lora"]))
     if options.quick:
-        timing.save("speed-quick", of_model("20M", repeats=3))
+        timing.save(f"speed-quick{where()}", of_model("20M", methods, repeats=3))
         return
     for part in options.parts:
-        found = {"growth": growth(options.repeats)} if part == "growth" else of_model(part, options.repeats)
-        timing.save(f"speed-{part}", found)
+        if part == "growth":
+            found: dict[str, Any] = {"growth": growth(options.repeats)}
+        else:
+            found = of_model(part, methods, options.repeats)
+        timing.save(f"speed-{part}{where()}", found)
+
+
+def where() -> str:
+    """What files of results on a GPU end in."""
+    return "" if device.best().type == "cpu" else "-gpu"
 
 
 if __name__ == "__main__":

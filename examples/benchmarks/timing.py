@@ -19,6 +19,10 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import device
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -28,8 +32,10 @@ def interleaved(steps: dict[str, Callable[[], Any]], repeats: int, warmup: int =
     for repeat in range(warmup + repeats):
         for name, step in steps.items():
             gc.collect()
+            device.finish()
             start = time.perf_counter()
             step()
+            device.finish()
             if repeat >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -50,14 +56,19 @@ def peak_mib(script: str, *arguments: str) -> float:
 
 
 def print_peak(work: Callable[[], Any]) -> None:
-    """Run `work` and print by how many MiB the process's peak grew; the other half of `peak_mib`."""
+    """Run `work` and print by how many MiB the process's peak grew; the other half of `peak_mib`.
+
+    On a GPU it is the peak of what tensors take there.
+    """
     before = _high_water_mib()
     work()
     print(_high_water_mib() - before)
 
 
 def _high_water_mib() -> float:
-    """Peak resident MiB of this program; `ru_maxrss` would begin with that of the process that started it."""
+    """Peak MiB of this program; `ru_maxrss` would begin with that of the process that started it."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -73,12 +84,12 @@ def transformer(layers: int = 24, width: int = 1024, dtype: torch.dtype = torch.
         use_cache=False,
     )
     model: nn.Module = LlamaForCausalLM(config)
-    return model.to(dtype)
+    return model.to(device.best(), dtype)
 
 
 def train_step(model: nn.Module, batch: int = 4, tokens: int = 256) -> Callable[[], None]:
     """Forward and backward of a language model on random tokens, gradients freed afterwards."""
-    ids = torch.randint(0, 1000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ids = tokens_on_device(batch, tokens)
     model.train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         # A frozen model has no gradients at all unless its input asks for them, as an adapter below would.
@@ -91,6 +102,12 @@ def train_step(model: nn.Module, batch: int = 4, tokens: int = 256) -> Callable[
     return step
 
 
+def tokens_on_device(batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens, the same at each call."""
+    ids = torch.randint(0, 1000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(device.best())
+
+
 def two_adamw_steps(config: PeftConfig, layers: int, width: int) -> None:
     """What a peak is taken of: a model, its adapter, and two steps with their optimiser state."""
     take_two_adamw_steps(get_peft_model(transformer(layers, width), config))
@@ -100,7 +117,7 @@ def take_two_adamw_steps(model: nn.Module) -> None:
     """Train on 4×256 random tokens, twice."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
+    ids = tokens_on_device(4, 256)
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -147,6 +164,7 @@ def save(name: str, results: dict[str, Any]) -> None:
     packages = ("torch", "transformers", "peft", "peft-subspace")
     about = {
         "versions": {package: version(package) for package in packages},
+        "device": device.name(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import peft
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 import peft_subspace
@@ -28,6 +30,7 @@ class Contestant:
         title: Its name in tables.
         rates: Three neighbouring learning rates that are tried in any case.
         config: Makes its config from target modules and size, a rank in most cases; None trains without PEFT.
+        fit: Adjusts the config to a base model.
         before: Prepares a base model for its config, given training batches.
         after: Starts the adapter from training batches.
     """
@@ -35,6 +38,7 @@ class Contestant:
     title: str
     rates: tuple[float, float, float]
     config: Callable[[Any, int], Any] | None = None
+    fit: Callable[[nn.Module, Any], None] = lambda model, config: None
     before: Callable[[nn.Module, Any, Batches], None] = lambda model, config, batches: None
     after: Callable[[nn.Module, Batches], None] = lambda model, batches: None
 
@@ -50,6 +54,7 @@ class Contestant:
         config = self.config(task.target_modules, size)
         config.task_type = task.peft_task_type
         config.modules_to_save = list(task.new_modules) or None
+        self.fit(base, config)
         self.before(base, config, batches)
         return peft.get_peft_model(base, config)
 
@@ -64,14 +69,17 @@ def size_for(name: str, task: Task, wanted: int) -> int:
 
     The count grows with the size, so that bisection finds it.
     """
-    base, config = task.make_base(), CONTESTANTS[name].config
-    if config is None:
+    base, contestant = task.make_base(), CONTESTANTS[name]
+    make_config = contestant.config
+    if make_config is None:
         raise ValueError(
             f"{name!r} has no size; only methods of PEFT can be matched to a number of parameters"
         )
 
     def count(size: int) -> int:
-        adapted = peft.get_peft_model(copy.deepcopy(base), config(task.target_modules, size))
+        config = make_config(task.target_modules, size)
+        contestant.fit(base, config)
+        adapted = peft.get_peft_model(copy.deepcopy(base), config)
         head = sum(p.numel() for module in task.new_modules for p in base.get_submodule(module).parameters())
         return trainable(adapted) + head
 
@@ -101,9 +109,16 @@ def _gradients_for_lora_ga(model: nn.Module, config: peft.LoraConfig, batches: B
     preprocess_loraga(model, config, pass_over)
 
 
+def _widest_vectors(model: nn.Module, config: peft.VBLoRAConfig) -> None:
+    """The longest vectors, of at most 128, that make up the widths of all adapted layers."""
+    layers = (m for name, m in model.named_modules() if check_target_module_exists(config, name))
+    width = math.gcd(*(size for layer in layers for size in layer.weight.shape))
+    config.vector_length = next(length for length in range(128, 0, -1) if width % length == 0)
+
+
 def _start_lora_sb(model: nn.Module, batches: Batches) -> None:
-    # the step that full fine-tuning would take, whose rates are far below those of so few numbers
-    rate = CONTESTANTS["full"].rates[1]
+    # a first step of full fine-tuning, when its rates have just begun to rise
+    rate = CONTESTANTS["full"].rates[1] / 10
     peft_subspace.initialize_from_gradient(
         model, batches, learning_rate=rate, num_batches=None, progress=False
     )
@@ -119,9 +134,8 @@ CONTESTANTS = {
     "vb-lora": Contestant(
         "VB-LoRA",
         (3e-3, 1e-2, 3e-2),
-        lambda targets, vectors: peft.VBLoRAConfig(
-            r=4, num_vectors=vectors, vector_length=128, target_modules=targets
-        ),
+        lambda targets, vectors: peft.VBLoRAConfig(r=4, num_vectors=vectors, target_modules=targets),
+        fit=_widest_vectors,
     ),
     "loha": Contestant(
         "LoHa",

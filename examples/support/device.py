@@ -20,6 +20,12 @@ def name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
+def finish() -> None:
+    """Waits for what the device still computes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch on the device."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
