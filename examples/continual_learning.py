@@ -6,13 +6,13 @@ Commands:
     python examples/continual_learning.py --model MODEL --tasks fancyzhx/ag_news stanfordnlp/sst2
 
 Continual SVD is compared with sequential LoRA, O-LoRA, sequential full fine-tuning, PEFT's OSF (merged
-between tasks) and joint training, the upper bound. All have one head with a row for every class of every
-task; a task's loss compares the task's own classes. Accuracy is reported twice: with the task known at test
-time, when the prediction is one of its classes, and with one shared head, when it may be any class. Learning
-rates are chosen with the first order and seed 0, on rows held out of the training data: from three, and from
-more while the best is the smallest or largest of those tried. Head and update share one rate; with
-`--own-head-rate` heads train with the one that is best for the head alone. An interrupted run goes on where
-it stopped.
+between tasks), the head alone, and joint training, the upper bound. All have one head with a row for every
+class of every task; a task's loss compares the task's own classes. Accuracy is reported twice: with the task
+known at test time, when the prediction is one of its classes, and with one shared head, when it may be any
+class. Learning rates are chosen with the first order and seed 0, on rows held out of the training data: from
+three, and from more while the best is the smallest or largest of those tried. Head and update share one rate;
+with `--own-head-rate`, which all methods do better with, heads train with the rate that is best for the head
+alone. An interrupted run goes on where it stopped.
 
 Without options, network and texts come out of installed packages (`examples/data-packages.txt`), and the
 tasks are pairs of BBC News topics. `FOLDER` holds NAME.train.jsonl.gz and NAME.test.jsonl.gz with rows

@@ -584,10 +584,13 @@ def test_metric_loads_into_evaluate_offline(tmp_path):
 
 
 def test_heatmap_is_a_picture_with_a_name_for_each_task(tmp_path):
-    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("matplotlib.image")
     path = tmp_path / "accuracies.png"
     save_heatmap([[0.9, NAN], [0.8, 0.7]], ["first", "second"], path, "two tasks")
     assert path.read_bytes().startswith(b"\x89PNG")
+    width = image.imread(path).shape[1]
+    save_heatmap([[0.9, NAN], [0.8, 0.7]], ["first", "second"], path, "two tasks " * 9)
+    assert image.imread(path).shape[1] > 1.5 * width  # nothing of the title is cut off
     with pytest.raises(ValueError, match="1 names for 3 rows"):
         save_heatmap(MATRIX, ["first"], path)
 

@@ -165,10 +165,12 @@ def made_up_quality():
         "agnews": {"mos-2": (0.80, 0.84), "lora-16": (0.82, 0.81), "vb-lora as mos-2": (0.6, 0.65)},
         "trec6": {"mos-2": (0.70, 0.71), "lora-16": (0.90, 0.91), "vb-lora as mos-2": (0.6, 0.62)},
     }
+    heads = {"agnews": 0, "trec6": 100}
     sizes = {"mos-2": 100, "lora-16": 800, "vb-lora as mos-2": 101}
     runs = [
         {
-            "task": task, "entry": entry, "rate": 0.01, "seed": seed, "trainable": sizes[entry],
+            "task": task, "entry": entry, "rate": 0.01, "seed": seed,
+            "trainable": sizes[entry] + heads[task],
             "validation_loss": 1.0, "test_accuracy": score, "test_loss": 1.0, "seconds": 1.0,
             "origin": "a device with torch 1.2",
         }
@@ -200,7 +202,7 @@ def made_up_sequences():
     }  # fmt: skip
     settings = {
         "model": None, "train_rows": 10, "validation_rows": 5, "test_rows": 7, "max_length": 8,
-        "preserve": 0.5, "epochs": 3, "batch_size": 4,
+        "preserve": 0.5, "epochs": 3, "batch_size": 4, "own_head_rate": False,
     }  # fmt: skip
     content = {"settings": settings, "versions": {}, "classes": {"a": 2, "b": 3}, "runs": runs}
     return {**content, "summary": sequences.summary(content)}
@@ -266,10 +268,8 @@ def test_verdict_counts_tasks():
 
     text = verdicts.verdict(made_up_quality(), "mos")
     assert "held on 1 of 2 tasks (agnews)" in text
-    assert (
-        "reach lora-16 (8.0 times its trained parameters, head included): above on 0, level on 1, below on 1"
-        in text
-    )
+    assert "reach lora-16 (4.5 to 8.0 times its trained parameters, head included): above on 0" in text
+    assert "head included): above on 0, level on 1, below on 1" in text
     assert "beat vb-lora as mos-2 (1.0 times its trained parameters, head included): above on 2" in text
     assert "Too few runs" in verdicts.verdict(made_up_quality(), "flora")
 
@@ -283,6 +283,13 @@ def test_table_of_sequences_pairs_orders_and_seeds_and_states_its_settings(resul
     assert "above *LoRA r=16, one after another*; below *full fine-tuning, all tasks at once*" in text
     assert "MiniLM on a (2 classes), b (3 classes)" in text
     assert "1 order (a, b), each with up to 2 seeds" in text
+    assert "seed 0; head and update share one." in text
+    own = made_up_sequences()
+    own["settings"]["own_head_rate"] = True
+    (results / "continual_decoder.json").write_text(json.dumps(own))
+    text = readme.filled("<!-- table: continual_decoder -->\n<!-- end -->")
+    assert "seed 0; heads train with the one that is best for the head alone." in text
+    assert "At the end of a, b, with heads at a rate of their own, Continual SVD is above" in text
 
 
 def test_table_of_claims_states_its_settings(results):
@@ -308,7 +315,7 @@ def test_table_of_claims_says_what_was_not_run(results):
     }
     (results / "quality.json").write_text(json.dumps(content))
     text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
-    assert "| lora-16 | 800 | not run | 0.905 ± 0.007 | -0.200 ± 0.000 |" in text
+    assert "| lora-16 | 900 | not run | 0.905 ± 0.007 | -0.200 ± 0.000 |" in text
     assert "held on 0 of 1 task." in text  # agnews cannot be judged
 
 

@@ -10,6 +10,7 @@ import claims
 import timing
 from claims import kind_of, spread
 from huggingface_hub import EvalResult, ModelCardData
+from verdicts import SEQUENCES
 
 NAMES = {
     "flora": "FLoRA",
@@ -99,7 +100,7 @@ def _claims(method: str) -> Iterator[Found]:
 
 def _sequences(method: str) -> Iterator[Found]:
     """Average accuracies at the end of sequences of tasks."""
-    for name in ("continual_tasks", "continual_published", "continual_decoder"):
+    for name in SEQUENCES:
         if not (timing.RESULTS / f"{name}.json").exists():
             continue
         content = timing.load(name)
@@ -107,7 +108,8 @@ def _sequences(method: str) -> Iterator[Found]:
         if found:
             base = MINILM if content["settings"]["model"] is None else SMOLLM2
             tasks, values = list(content["classes"]), found["average_accuracy"]
-            about = f"average accuracy at the end, task known, {_count(len(values), 'run')}"
+            heads = ", heads at a rate of their own" * content["settings"]["own_head_rate"]
+            about = f"average accuracy at the end, task known{heads}, {_count(len(values), 'run')}"
             value = spread(values, 3)
             yield base, tasks, _result("text-classification", tasks, "accuracy", value, about)
 

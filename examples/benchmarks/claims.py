@@ -33,6 +33,14 @@ PROBE = Entry("probe")
 WITH_HEAD = ("text", "images", "clip")
 """Kinds of tasks for which a network gets a new head."""
 
+NETWORKS = {
+    "text": "MiniLM",
+    "images": "MobileNetV2",
+    "clip": "CLIP ViT-B/16",
+    "decoder": "SmolLM2-135M",
+}
+"""What is trained, by kind of task."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -45,7 +53,7 @@ class Claim:
         reaches: What it is said to be as good as.
         beats: What it is said to be better than.
         beside: What else it is compared with, on some tasks.
-        sizes: Other sizes of it, on those of them that are large.
+        large: What else, on those of these tasks that are large.
     """
 
     text: str
@@ -54,16 +62,15 @@ class Claim:
     reaches: tuple[Entry, ...] = ()
     beats: tuple[Entry, ...] = ()
     beside: tuple[Entry, ...] = ()
-    sizes: tuple[Entry, ...] = ()
+    large: tuple[Entry, ...] = ()
 
     def entries(self, task: str | None = None) -> tuple[Entry, ...]:
         """What is measured, on any task or on one."""
         judged = (self.subject, *self.reaches, *self.beats)
-        if task is None:
-            return (*judged, *self.sizes, *self.beside)
+        if task is not None and task not in WITH_PEERS:
+            return judged
         small = any(task in names for names in SMALL_TASKS.values())
-        beside = (*(() if small else self.sizes), *self.beside)
-        return (*judged, *beside) if task in WITH_PEERS else judged
+        return (*judged, *(() if small else self.large), *self.beside)
 
 
 CLAIMS = {
@@ -81,7 +88,7 @@ CLAIMS = {
             Entry("full"),
             PROBE,
         ),
-        sizes=(Entry("lora-sb", 64),),
+        large=(Entry("lora-sb", 64),),
     ),
     "mos": Claim(
         "MoS reaches LoRA with 8 times fewer parameters, and beats VB-LoRA with as many",
@@ -89,7 +96,8 @@ CLAIMS = {
         Entry("mos", 2),
         reaches=(Entry("lora", 16),),
         beats=(Entry("vb-lora", like=("mos", 2)),),
-        beside=(Entry("lora", 2), Entry("randlora", like=("mos", 2)), PROBE),
+        beside=(Entry("lora", 2), PROBE),
+        large=(Entry("randlora", like=("mos", 2)),),
     ),
     "flora": Claim(
         "FLoRA beats LoRA, LoHa and LoKr on convolutional networks with as many parameters",
@@ -170,16 +178,22 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def table(content: dict[str, Any], name: str) -> str:
-    """One claim's accuracies by task, and losses of language models.
-
-    Trained parameters are those on the first task that has runs.
-    """
+    """One claim's accuracies, and losses of language models: a table for each network."""
     claim = CLAIMS[name]
     tasks = [task for task in _tasks(content) if chosen(content, task, claim.subject)]
     if not tasks:
         return f"Claim: {claim.text}. Not measured yet."
+    kinds: dict[str, list[str]] = {}
+    for task in tasks:
+        kinds.setdefault(kind_of(task), []).append(task)
+    tables = (_of_kind(content, claim, kind, of_kind) for kind, of_kind in kinds.items())
+    return "\n\n".join([f"Claim: {claim.text}. Test accuracy:", *tables])
+
+
+def _of_kind(content: dict[str, Any], claim: Claim, kind: str, tasks: list[str]) -> str:
+    """Tasks of one kind; trained parameters are those on the first that an entry has runs of."""
     columns = [(task, "test_accuracy", task) for task in tasks]
-    columns += [(task, "test_loss", f"{task}, loss") for task in tasks if kind_of(task) == "decoder"]
+    columns += [(task, "test_loss", f"{task}, loss") for task in tasks if kind == "decoder"]
     rows = []
     for entry in claim.entries():
         found = {task: runs for task in tasks if (runs := chosen(content, task, entry))}
@@ -198,8 +212,8 @@ def table(content: dict[str, Any], name: str) -> str:
             ]
         )
     titles = [title for _, _, title in columns]
-    header = ["", "trained parameters, head included", *titles, f"{label(claim.subject)} minus it"]
-    return f"Claim: {claim.text}. Test accuracy:\n\n{markdown(header, rows)}"
+    counts = "trained parameters" + ", head included" * (kind in WITH_HEAD)
+    return markdown([NETWORKS[kind], counts, *titles, f"{label(claim.subject)} minus it"], rows)
 
 
 def _tasks(content: dict[str, Any]) -> list[str]:

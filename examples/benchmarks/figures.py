@@ -19,6 +19,7 @@ import timing
 from claims import SMALL_TASKS, TASKS, Entry
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from verdicts import SEQUENCES
 
 from peft_subspace.continual_svd.metrics import draw_heatmap
 
@@ -224,11 +225,7 @@ def _legend(figure: Figure, charts: Sequence[Any]) -> None:
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # results file, and what draws
     **{f"accuracy_{kind}": ("quality", partial(accuracy, kind=kind)) for kind in TASKS},
     **{f"accuracy_{kind}_small": ("quality-small", partial(accuracy, kind=kind)) for kind in SMALL_TASKS},
-    **{
-        f"{name}_{draw.__name__}": (name, draw)
-        for name in ("continual_tasks", "continual_published", "continual_decoder")
-        for draw in (averages, matrices)
-    },
+    **{f"{name}_{draw.__name__}": (name, draw) for name in SEQUENCES for draw in (averages, matrices)},
     "spectra": ("spectra", spectra),
 }
 

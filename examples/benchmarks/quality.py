@@ -60,13 +60,12 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "schedule": {"steps": 160, "batch_size": 16, "checks": 4},
         },
         "clip": {
-            "rows": {"train": 1500, "validation": 100, "test": 300, "pixels": 64},
-            "schedule": {"steps": 32, "batch_size": 16, "checks": 2},
+            "rows": {"train": 1500, "validation": 100, "test": 400, "pixels": 64},
+            "schedule": {"steps": 60, "batch_size": 16, "checks": 3},
         },
         "decoder": {
-            "rows": {"train": 500, "validation": 40, "test": 60, "tokens": 128},
-            "schedule": {"steps": 20, "batch_size": 8, "checks": 2, "bf16": True},
-            "seeds": 1,
+            "rows": {"train": 500, "validation": 40, "test": 100, "tokens": 128},
+            "schedule": {"steps": 30, "batch_size": 8, "checks": 2, "bf16": True},
         },
     },
 }
@@ -108,10 +107,6 @@ class Grid:
 
         return trial.Schedule(**self.settings[kind_of(task)]["schedule"])
 
-    def seeds(self, task: str) -> int:
-        """Runs of a task with the chosen rate."""
-        return int(self.settings[kind_of(task)].get("seeds", self.options.seeds))
-
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Tasks and entries of all claims that were asked for, each once."""
         tasks = SMALL_TASKS if self.options.small else TASKS
@@ -151,7 +146,7 @@ class Grid:
             trying, best = self.rates(task, entry)
             jobs += [(task, entry, rate, 0, head) for rate in trying]
             if best is not None:
-                jobs += [(task, entry, best, seed, head) for seed in range(1, self.seeds(task))]
+                jobs += [(task, entry, best, seed, head) for seed in range(1, self.options.seeds)]
         return {
             f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed, head)
             for task, entry, rate, seed, head in jobs
@@ -186,7 +181,7 @@ class Grid:
         done, seconds = list(self.results.content["runs"].values()), 0.0
         known = {task: [r["seconds"] for r in done if r["task"] == task] for task, _ in self.entries()}
         for task, entry in self.entries():
-            missing = 2 + self.seeds(task)
+            missing = 2 + self.options.seeds
             missing -= sum(r["task"] == task and r["entry"] == label(entry) for r in done)
             if missing > 0 and not known[task]:
                 started = time.perf_counter()

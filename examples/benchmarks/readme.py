@@ -183,7 +183,8 @@ def continual_verdict(name: str) -> str:
     """Which methods Continual SVD lies above and below at the end of sequences."""
     run = timing.load(name)
     gaps = {method["title"]: verdicts.paired(run, key) for key, method in run["summary"].items()}
-    return verdicts.standing(f"At the end of {', '.join(run['classes'])} Continual SVD", gaps)
+    heads = ", with heads at a rate of their own," * run["settings"]["own_head_rate"]
+    return verdicts.standing(f"At the end of {', '.join(run['classes'])}{heads} Continual SVD", gaps)
 
 
 def _sequence_settings(run: dict[str, Any]) -> str:
@@ -193,6 +194,8 @@ def _sequence_settings(run: dict[str, Any]) -> str:
     orders = list(dict.fromkeys(", ".join(one["order"]) for one in runs))
     count = f"{len(orders)} order{'s' * (len(orders) > 1)}"
     seeds = len({one["seed"] for one in runs})
+    own = "heads train with the one that is best for the head alone"
+    heads = own if settings["own_head_rate"] else "head and update share one"
     classes = ", ".join(f"{task} ({number} classes)" for task, number in run["classes"].items())
     return (
         f"{settings['model'] or 'MiniLM'} on {classes}. Mean ± standard deviation over the runs: {count} "
@@ -201,8 +204,8 @@ def _sequence_settings(run: dict[str, Any]) -> str:
         f"{settings['epochs']} passes in batches of {settings['batch_size']}, "
         f"{100 * settings['preserve']:g} % of the directions protected; tested on "
         f"{settings['test_rows']} rows. Learning rates have the best average on "
-        f"{settings['validation_rows']} validation rows, in the first order with seed 0. The task is known "
-        f"when tested, but for the shared head. {measured_with(run)}"
+        f"{settings['validation_rows']} validation rows, in the first order with seed 0; {heads}. "
+        f"The task is known when tested, but for the shared head. {measured_with(run)}"
     )
 
 
@@ -330,6 +333,11 @@ def quality(name: str, claim: str) -> str:
     return f"{table}\n\n{verdicts.verdict(run, claim)}\n\n{_quality_settings(run, claim)}"
 
 
+def longer_verdict(claim: str) -> str:
+    """Whether a claim held where all trained for longer."""
+    return verdicts.verdict(timing.load("quality-x3"), claim)
+
+
 def _quality_settings(run: dict[str, Any], claim: str) -> str:
     """What a claim was tested with."""
     of_claim = [one for one in run["runs"].values() if kind_of(one["task"]) in claims.CLAIMS[claim].kinds]
@@ -355,8 +363,7 @@ def _kind_settings(kind: str, settings: dict[str, Any]) -> str:
     return (
         f"{kind.capitalize()}: {rows['train']} rows to train on, {rows['validation']} to validate, "
         f"up to {rows['test']} to test, of at most {rows[unit]} {unit}; at most {schedule['steps']} steps of "
-        f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}"
-        f"{', one seed alone' * (settings.get('seeds') == 1)}."
+        f"{schedule['batch_size']} rows{', bfloat16' * schedule.get('bf16', False)}."
     )
 
 
@@ -393,14 +400,8 @@ def growth() -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
     "continual_svd": ("continual_svd.json", continual_svd),
-    **{
-        name: (f"{name}.json", partial(continual_tasks, name))
-        for name in ("continual_tasks", "continual_published", "continual_decoder")
-    },
-    "continual_published_verdict": (
-        "continual_published.json",
-        partial(continual_verdict, "continual_published"),
-    ),
+    **{name: (f"{name}.json", partial(continual_tasks, name)) for name in verdicts.SEQUENCES},
+    **{f"{name}_verdict": (f"{name}.json", partial(continual_verdict, name)) for name in verdicts.SEQUENCES},
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
@@ -414,13 +415,19 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "mos": ("mos.json", mos),
     "spectra": ("spectra.json", spectra),
     "growth": ("speed-growth.json", growth),
-    **{f"speed_{of}": (f"speed-{of}.json", partial(speed, f"speed-{of}")) for of in ("quick", "300M")},
+    **{
+        f"speed_{of}": (f"speed-{of}.json", partial(speed, f"speed-{of}"))
+        for of in ("quick", "quick-gpu", "300M")
+    },
     **{
         f"quality_{name}{suffix}": (f"quality{size}.json", partial(quality, f"quality{size}", name))
         for name in claims.CLAIMS
-        for suffix, size in (("", ""), ("_small", "-small"))
+        for suffix, size in (("", ""), ("_small", "-small"), ("_longer", "-x3"))
     },
-    "quality_lora-sb_longer": ("quality-x3.json", partial(quality, "quality-x3", "lora-sb")),
+    **{
+        f"quality_{name}_longer_verdict": ("quality-x3.json", partial(longer_verdict, name))
+        for name in claims.CLAIMS
+    },
 }
 
 

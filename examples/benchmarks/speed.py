@@ -22,6 +22,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,11 @@ def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
 def measured(shape: str, methods: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """All figures of methods on one model."""
     layers, width = SHAPES[shape]
-    # first, while this process is small
-    peaks = {method: timing.peak_mib(__file__, method, str(layers), str(width)) for method in methods}
+    # first, while this process is small; on a GPU, whose memory each process counts for itself, all at once
+    with ThreadPoolExecutor(1 if device.best().type == "cpu" else len(methods)) as pool:
+        of_method = partial(timing.peak_mib, __file__)
+        sizes = [[str(size)] * len(methods) for size in (layers, width)]
+        peaks = dict(zip(methods, pool.map(of_method, methods, *sizes), strict=True))
     found: dict[str, dict[str, Any]] = {}
     base = frozen(layers, width)
     steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(twin(base))}

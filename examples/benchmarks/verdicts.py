@@ -12,6 +12,15 @@ from claims import Claim, Entry
 
 WORDS = {1: "above", 0: "level", -1: "below"}
 BESIDE = {1: "above", 0: "level with", -1: "below"}
+SEQUENCES = (
+    "continual_tasks_heads",
+    "continual_published_heads",
+    "continual_tasks",
+    "continual_published",
+    "continual_decoder",
+)
+"""Results of sequences of tasks; in those with heads, these have a learning rate of their own."""
+
 RULE = "Above and below: by more than one standard deviation of the paired differences."
 
 
@@ -48,7 +57,7 @@ def verdict(content: dict[str, Any], name: str) -> str:
         and all(sides[entry][task] > 0 for entry in claim.beats)
     ]
     parts = [
-        f"It has to {purpose} {claims.label(entry)}{_ratio(content, judged[0], claim, entry)}: "
+        f"It has to {purpose} {claims.label(entry)}{_ratio(content, judged, claim, entry)}: "
         f"{_tally(sides[entry][task] for task in judged)}."
         for purpose, entries in (("reach", claim.reaches), ("beat", claim.beats))
         for entry in entries
@@ -58,10 +67,14 @@ def verdict(content: dict[str, Any], name: str) -> str:
     return f"**By {claims.label(claim.subject)} the claim held on {count}.** {' '.join(parts)} {RULE}"
 
 
-def _ratio(content: dict[str, Any], task: str, claim: Claim, entry: Entry) -> str:
-    """How many times the subject's trained parameters another entry has."""
-    one, other = (claims.chosen(content, task, e)[0]["trainable"] for e in (claim.subject, entry))
-    return f" ({other / one:.1f} times its trained parameters, head included)"
+def _ratio(content: dict[str, Any], tasks: list[str], claim: Claim, entry: Entry) -> str:
+    """How many times the subject's trained parameters another entry has, by task."""
+    counts = [
+        [claims.chosen(content, task, e)[0]["trainable"] for e in (claim.subject, entry)] for task in tasks
+    ]
+    ratios = [f"{ratio:.1f}" for ratio in sorted(other / one for one, other in counts)]
+    span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
+    return f" ({span} times its trained parameters, head included)"
 
 
 def _tally(sides: Iterable[int]) -> str:

@@ -67,7 +67,7 @@ def trainable(model: nn.Module) -> int:
 def size_for(name: str, task: Task, wanted: int) -> int:
     """The size at which a method trains as nearly as possible the wanted number of parameters, head included.
 
-    The count grows with the size, so that bisection finds it.
+    The count grows with the size, or falls with it, so that bisection finds it.
     """
     base, contestant = task.make_base(), CONTESTANTS[name]
     make_config = contestant.config
@@ -84,9 +84,10 @@ def size_for(name: str, task: Task, wanted: int) -> int:
         return trainable(adapted) + head
 
     low, high = 1, LARGEST_SIZE
+    grows = count(low) <= count(high)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
+        low, high = (middle, high) if (count(middle) <= wanted) == grows else (low, middle)
     return min((low, high), key=lambda size: abs(count(size) - wanted))
 
 

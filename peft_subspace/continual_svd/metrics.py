@@ -86,7 +86,7 @@ def save_heatmap(accuracies: Matrix, tasks: Sequence[str], path: str | Path, tit
     axes.set(xlabel="accuracy on", ylabel="after training on", title=title)
     figure.colorbar(draw_heatmap(axes, accuracies, tasks), ax=axes)
     with replacing(Path(path)) as partial:
-        figure.savefig(partial)
+        figure.savefig(partial, bbox_inches="tight")  # a title may be wider than the chart
 
 
 def draw_heatmap(axes: Any, accuracies: Matrix, tasks: Sequence[str], digits: int = 3) -> Any:
