@@ -443,6 +443,7 @@ def test_heads_train_with_the_rate_that_is_best_for_the_head_alone(tmp_path, con
         *("--methods", "lora", "--own-head-rate", "--results", str(tmp_path / "results.json")),
     ]
     made = sequences.Sequences(continual_learning.parse_arguments(arguments))
+    assert made.methods == ("head", "lora")  # also what the predicted hours are of
     assert {job[0] for job in made.wanted().values()} == {"head"}
     for key, (method, order, rate, seed, split, head) in made.wanted().items():
         measured = {"method": method, "order": order, "rate": rate, "seed": seed, "split": split}

@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,9 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
 def wrapped(method: str, size: int, base: nn.Module) -> PeftModel:
     """The model with its adapter, started from data where the method is."""
     contestant = CONTESTANTS[method]
-    if contestant.config is None:
+    config = contestant.config_for(base, DECODER, size)
+    if config is None:
         raise ValueError(f"{method!r} has no adapter to measure; choose one of {', '.join(SIZES)}")
-    config = contestant.config(DECODER, size)
-    contestant.fit(base, config)
     contestant.before(base, config, batches())
     model = get_peft_model(base, config)
     contestant.after(model, batches())
@@ -85,9 +83,8 @@ def measured(shape: str, methods: Sequence[str], repeats: int) -> dict[str, dict
     layers, width = SHAPES[shape]
     # first, while this process is small; on a GPU, whose memory each process counts for itself, all at once
     with ThreadPoolExecutor(1 if device.best().type == "cpu" else len(methods)) as pool:
-        of_method = partial(timing.peak_mib, __file__)
-        sizes = [[str(size)] * len(methods) for size in (layers, width)]
-        peaks = dict(zip(methods, pool.map(of_method, methods, *sizes), strict=True))
+        found_peaks = pool.map(lambda m: timing.peak_mib(__file__, m, str(layers), str(width)), methods)
+        peaks = dict(zip(methods, found_peaks, strict=True))
     found: dict[str, dict[str, Any]] = {}
     base = frozen(layers, width)
     steps: dict[str, Callable[[], None]] = {"frozen": timing.train_step(twin(base))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,19 +43,26 @@ class Contestant:
     before: Callable[[nn.Module, Any, Batches], None] = lambda model, config, batches: None
     after: Callable[[nn.Module, Batches], None] = lambda model, batches: None
 
+    def config_for(self, base: nn.Module, targets: Any, size: int) -> Any:
+        """Its config for a base model; None if it trains without PEFT."""
+        if self.config is None:
+            return None
+        config = self.config(targets, size)
+        self.fit(base, config)
+        return config
+
     def adapt(self, task: Task, size: int, batches: Batches) -> nn.Module:
         """A model whose update and whose new head train."""
         base: nn.Module = task.make_base()
         base.to(device.best())
-        if self.config is None:
+        config = self.config_for(base, task.target_modules, size)
+        if config is None:
             for name, parameter in base.named_parameters():
                 head = any(name.startswith(f"{module}.") for module in task.new_modules)
                 parameter.requires_grad_(head or self is CONTESTANTS["full"])
             return base
-        config = self.config(task.target_modules, size)
         config.task_type = task.peft_task_type
         config.modules_to_save = list(task.new_modules) or None
-        self.fit(base, config)
         self.before(base, config, batches)
         return peft.get_peft_model(base, config)
 
@@ -70,15 +78,14 @@ def size_for(name: str, task: Task, wanted: int) -> int:
     The count grows with the size, or falls with it, so that bisection finds it.
     """
     base, contestant = task.make_base(), CONTESTANTS[name]
-    make_config = contestant.config
-    if make_config is None:
+    if contestant.config is None:
         raise ValueError(
             f"{name!r} has no size; only methods of PEFT can be matched to a number of parameters"
         )
 
+    @functools.cache
     def count(size: int) -> int:
-        config = make_config(task.target_modules, size)
-        contestant.fit(base, config)
+        config = contestant.config_for(base, task.target_modules, size)
         adapted = peft.get_peft_model(copy.deepcopy(base), config)
         head = sum(p.numel() for module in task.new_modules for p in base.get_submodule(module).parameters())
         return trainable(adapted) + head

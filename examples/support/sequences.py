@@ -78,18 +78,24 @@ class Sequences:
             for ids, row in zip(found["input_ids"], rows, strict=True)
         ]
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that have to run; the head alone first, where its rate is that of all heads."""
+        first = (HEAD,) if self.options.own_head_rate else ()
+        return tuple(dict.fromkeys((*first, *self.options.methods)))
+
     def wanted(self) -> dict[str, tuple]:
         """Arguments of all runs of `measure` that can be named by now, by their keys.
 
         The rate has the best average accuracy on validation rows, in the first order and with seed 0.
         With a rate of their own, heads train with the one that is best for the head alone.
         """
-        methods, head = dict.fromkeys(self.options.methods), None
-        if self.options.own_head_rate:
-            _, head = self.rates(HEAD)
-            methods = {HEAD: None, **(methods if head else {})}
+        own = self.options.own_head_rate
+        _, head = self.rates(HEAD) if own else ([], None)
         jobs = []
-        for method in methods:
+        for method in self.methods:
+            if own and head is None and method != HEAD:
+                continue
             trying, best = self.rates(method)
             jobs += [(method, self.orders[0], rate, 0, "validation", head) for rate in trying]
             if best is not None:
@@ -201,7 +207,7 @@ class Sequences:
     def predicted_hours(self) -> float:
         """Hours that the runs still to come take, by the runs so far or a few batches of each method."""
         seconds = 0.0
-        for method in self.options.methods:
+        for method in self.methods:
             runs = [r for r in self.results.content["runs"].values() if r["method"] == method]
             wanted = len(LEARNERS[method].rates) + len(self.orders) * self.options.seeds
             if len(runs) < wanted:
