@@ -75,17 +75,17 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
 
 def smallest_triples(
-    matrix: Tensor, rank: int, *, iterations: int = 30, tolerance: float = 1e-13
+    matrix: Tensor, rank: int, *, iterations: int = 16, tolerance: float = 1e-13
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest `rank` singular triples of a matrix `(m, n)`, fp32: `U (m, rank)`, `S`, `Vh (rank, n)`.
 
     Block inverse iteration in float64: one LU factorisation, then `X ← A⁻¹ A⁻ᵀ X`, orthonormalised at every
     product, on `2 · rank + 14` vectors until `‖A v − s u‖` and `‖Aᵀ u − s v‖` are below `tolerance · ‖A‖_F`
-    for every triple. Where the smallest values lie so close together that this is slow, as in matrices that
-    are not square, it goes on with `(Aᵀ A − s² I)⁻¹`, and a Cholesky factorisation checks that no smaller
-    triple was passed over. A matrix that is not square is first brought to its triangle. The generator is
-    local and always the same. Where the block would be more than an eighth of the matrix, or anything fails,
-    the SVD is a full one in float64.
+    for every triple. From random vectors this is fast where the smallest values lie apart, as in most square
+    matrices. Where they lie close together, as in matrices that are not square, it starts from the
+    eigenvectors of `AᵀA`, which one step then rids of the squared condition number. A matrix that is not
+    square is first brought to its triangle. The generator is local and always the same. Where the block would
+    be more than an eighth of the matrix, or neither start converges, the SVD is a full one in float64.
 
     Raises:
         ValueError: If the matrix is zero or not finite.
@@ -102,11 +102,14 @@ def smallest_triples(
     if A.shape[0] < A.shape[1]:
         U, S, Vh = smallest_triples(A.T, rank, iterations=iterations, tolerance=tolerance)
         return Vh.T.contiguous(), S, U.T.contiguous()
-    found = None
-    if 8 * (2 * rank + 14) <= A.shape[1]:
+    found, block = None, 2 * rank + 14
+    if 8 * block <= A.shape[1]:
         tall = A.shape[0] > A.shape[1]
         R = torch.linalg.qr(A, mode="r").R if tall else A
-        found = _inverse_iteration(R, rank, iterations, tolerance * norm)
+        for start in (_eigenvectors,) if tall else (_random_vectors, _eigenvectors):
+            found = _inverse_iteration(R, start(R, block), rank, iterations, tolerance * norm)
+            if found is not None:
+                break
         if found is not None and tall:
             left, S, Vh = found
             # A v / s is inaccurate for the tiniest s; they need the rest of the QR.
@@ -115,34 +118,29 @@ def smallest_triples(
     return U[:, -rank:].float().contiguous(), S[-rank:].float(), Vh[-rank:].float().contiguous()
 
 
-_UNSHIFTED = 8  # iterations after which a shift pays for its factorisation
+def _random_vectors(A: Tensor, block: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return orthonormal(torch.randn(len(A), block, generator=generator, dtype=A.dtype).to(A.device))
+
+
+def _eigenvectors(A: Tensor, block: int) -> Tensor:
+    """Of the smallest eigenvalues of `AᵀA`."""
+    return torch.linalg.eigh(A.T @ A).eigenvectors[:, :block]
 
 
 def _inverse_iteration(
-    A: Tensor, rank: int, iterations: int, tolerance: Tensor
+    A: Tensor, X: Tensor, rank: int, iterations: int, tolerance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Smallest triples of a square matrix to the given residual; None if they do not converge."""
     LU, pivots = _factorize(A)
-    generator = torch.Generator().manual_seed(0)
-    X = orthonormal(torch.randn(len(A), 2 * rank + 14, generator=generator, dtype=A.dtype).to(A.device))
-    gram = None
-    for iteration in range(iterations):
-        if iteration % _UNSHIFTED == 0 and iteration > 0:
-            gram = A.T @ A if gram is None else gram
-            smallest = torch.linalg.eigvalsh((A @ X).T @ (A @ X))[0]
-            LU, pivots = _factorize(gram - smallest * torch.eye(len(A), dtype=A.dtype, device=A.device))
-        if gram is None:
-            Z = orthonormal(torch.linalg.lu_solve(LU, pivots, X, adjoint=True))
-            X = orthonormal(torch.linalg.lu_solve(LU, pivots, Z))
-        else:
-            X = orthonormal(torch.linalg.lu_solve(LU, pivots, X))
-            Z = orthonormal(A @ X)
-        AX = A @ X
-        U, S, Vh = torch.linalg.svd(Z.T @ AX)
+    for _ in range(iterations):
+        Z = orthonormal(torch.linalg.lu_solve(LU, pivots, X, adjoint=True))
+        X = orthonormal(torch.linalg.lu_solve(LU, pivots, Z))
+        U, S, Vh = torch.linalg.svd(Z.T @ A @ X)
         left, S, right = (Z @ U)[:, -rank:], S[-rank:], X @ Vh[-rank:].T
         residual = torch.stack([(A @ right - left * S).norm(dim=0), (A.T @ left - right * S).norm(dim=0)])
         if residual.max() < tolerance:
-            return (left, S, right.T) if gram is None or _none_smaller(gram, S, right) else None
+            return left, S, right.T
     return None
 
 
@@ -153,11 +151,3 @@ def _factorize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     tiny = diagonal.abs().max() * torch.finfo(matrix.dtype).eps
     diagonal.copy_(torch.where(diagonal.abs() < tiny, tiny, diagonal))
     return LU, pivots
-
-
-def _none_smaller(gram: Tensor, S: Tensor, right: Tensor) -> bool:
-    """Whether `AᵀA` has no eigenvalue below the largest of `S²` but those of the given vectors."""
-    bound = S.max().square() - 1e-12 * gram.diagonal().sum()
-    raised = gram + gram.diagonal().sum() * (right @ right.T)
-    raised.diagonal().sub_(bound)
-    return torch.linalg.cholesky_ex(raised).info.item() == 0
