@@ -307,6 +307,24 @@ def test_language_models_are_measured_by_fewer_methods_and_show_their_losses():
     assert "| mos-2 | 7 | 0.500 | 2.000 |  |" in text
 
 
+def test_peaks_are_those_of_tensors_and_not_of_holes_between_them(tmp_path):
+    import timing
+
+    script = tmp_path / "holes.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(timing.__file__).parent)!r})\n"
+        "import timing, torch\n"
+        "def work():\n"
+        "    torch.ones(16, 2**18)\n"
+        "    kept = [(torch.ones(2**18), torch.ones(8)) for _ in range(64)]\n"
+        "    kept = [small for _, small in kept]\n"
+        "    large = [torch.ones(3, 2**18) for _ in range(16)]\n"
+        "timing.print_peak(work)\n"
+    )
+    assert 64 < timing.peak_mib(str(script)) < 80
+
+
 @pytest.mark.slow
 def test_speed_measures_every_method(tmp_path, monkeypatch):
     import readme

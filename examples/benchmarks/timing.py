@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -48,10 +49,13 @@ def ratio(seconds: dict[str, list[float]], name: str, to: str) -> dict[str, floa
 
 
 def peak_mib(script: str, *arguments: str) -> float:
-    """Peak resident MiB that `script --peak …` needs beyond its imports, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, script, "--peak", *arguments], capture_output=True, text=True, check=True
-    )
+    """Peak resident MiB that `script --peak …` needs beyond its imports, in a process of its own.
+
+    Tensors have pages of their own there, or the peak would be that of the heap's holes between them.
+    """
+    command = [sys.executable, script, "--peak", *arguments]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.strip().splitlines()[-1])
 
 
