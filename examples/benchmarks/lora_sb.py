@@ -14,7 +14,6 @@ taken in processes of their own.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -206,8 +205,6 @@ def time_starts(layers: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run both parts and write them down."""
-    # Freed blocks then go back to the system at once: a peak is what was in use, not what was kept.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the layers")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of which the median is taken")

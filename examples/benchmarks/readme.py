@@ -376,7 +376,7 @@ def speed(name: str) -> str:
             f"{row['trainable']:,}",
             *(between(row[ratio]) for ratio in ("to_lora", "to_frozen")),
             *(f"{row[key]:.2f}" for key in ("wrap_s", "load_s", "merge_s")),
-            f"{row['peak_mib']:.0f}",
+            "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
         ]
         for method, row in run["methods"].items()
     ]
@@ -417,7 +417,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "growth": ("speed-growth.json", growth),
     **{
         f"speed_{of}": (f"speed-{of}.json", partial(speed, f"speed-{of}"))
-        for of in ("quick", "quick-gpu", "300M")
+        for of in ("quick", "quick-gpu", "300M", "1B")
     },
     **{
         f"quality_{name}{suffix}": (f"quality{size}.json", partial(quality, f"quality{size}", name))
