@@ -106,8 +106,9 @@ def smallest_triples(
     if 8 * block <= A.shape[1]:
         tall = A.shape[0] > A.shape[1]
         R = torch.linalg.qr(A, mode="r").R if tall else A
+        factors = _factorize(R)
         for start in (_eigenvectors,) if tall else (_random_vectors, _eigenvectors):
-            found = _inverse_iteration(R, start(R, block), rank, iterations, tolerance * norm)
+            found = _inverse_iteration(R, factors, start(R, block), rank, iterations, tolerance * norm)
             if found is not None:
                 break
         if found is not None and tall:
@@ -129,13 +130,12 @@ def _eigenvectors(A: Tensor, block: int) -> Tensor:
 
 
 def _inverse_iteration(
-    A: Tensor, X: Tensor, rank: int, iterations: int, tolerance: Tensor
+    A: Tensor, factors: tuple[Tensor, Tensor], X: Tensor, rank: int, iterations: int, tolerance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Smallest triples of a square matrix to the given residual; None if they do not converge."""
-    LU, pivots = _factorize(A)
+    """Smallest triples of a square matrix, given its LU; None if they do not converge."""
     for _ in range(iterations):
-        Z = orthonormal(torch.linalg.lu_solve(LU, pivots, X, adjoint=True))
-        X = orthonormal(torch.linalg.lu_solve(LU, pivots, Z))
+        Z = orthonormal(torch.linalg.lu_solve(*factors, X, adjoint=True))
+        X = orthonormal(torch.linalg.lu_solve(*factors, Z))
         U, S, Vh = torch.linalg.svd(Z.T @ A @ X)
         left, S, right = (Z @ U)[:, -rank:], S[-rank:], X @ Vh[-rank:].T
         residual = torch.stack([(A @ right - left * S).norm(dim=0), (A.T @ left - right * S).norm(dim=0)])
