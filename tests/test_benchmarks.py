@@ -320,9 +320,10 @@ def test_peaks_are_those_of_tensors_and_not_of_holes_between_them(tmp_path):
         "    kept = [(torch.ones(2**18), torch.ones(8)) for _ in range(64)]\n"
         "    kept = [small for _, small in kept]\n"
         "    large = [torch.ones(3, 2**18) for _ in range(16)]\n"
+        "torch.ones(256, 2**18)  # earlier and larger\n"
         "timing.print_peak(work)\n"
     )
-    assert 64 < timing.peak_mib(str(script)) < 80
+    assert 60 < timing.peak_mib(str(script)) < 80
 
 
 @pytest.mark.slow

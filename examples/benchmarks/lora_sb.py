@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timing
@@ -131,21 +130,6 @@ PEAKS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
 }
 
 
-def print_peak(name: str, layers: int) -> None:
-    """Print the growth of the peak by one run, the model and the adapter being there already."""
-    run = PEAKS[name](smol(layers))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of building the model, does not count
-    before = _status("VmRSS")
-    run()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(field: str) -> int:
-    """KiB that the kernel reports for this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def time_train_steps(layers: int, repeats: int) -> dict[str, Any]:
     """Train step of LoRA-SB and of PEFT's LoRA at equal rank."""
     results: dict[str, Any] = {}
@@ -219,6 +203,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        print_peak(sys.argv[2], int(sys.argv[3]))
+        name, layers = sys.argv[2:]
+        timing.print_peak(PEAKS[name](smol(int(layers))))  # the model and the adapter are there already
     else:
         main()

@@ -60,13 +60,22 @@ def peak_mib(script: str, *arguments: str) -> float:
 
 
 def print_peak(work: Callable[[], Any]) -> None:
-    """Run `work` and print by how many MiB the process's peak grew; the other half of `peak_mib`.
+    """Run `work` and print how many MiB its peak was above what was in use; the other half of `peak_mib`.
 
     On a GPU it is the peak of what tensors take there.
     """
+    _lower_high_water()
     before = _high_water_mib()
     work()
     print(_high_water_mib() - before)
+
+
+def _lower_high_water() -> None:
+    """Bring the peak so far down to what is in use, so that what came before does not hide a later one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _high_water_mib() -> float:
