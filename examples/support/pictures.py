@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 from transformers import default_data_collator
 
-from support import demos, photos, vision
+from support import demos, photos, residual, vision
 from support.task import DATA_SEED, Sizes, Task
 
 ARCHIVE = "images/cifar10_25k.tar"
@@ -41,11 +41,19 @@ MOBILENET = Network(
     demos.IMAGENET_STD,
     r".*\.(conv_1x1|expand_1x1|reduce_1x1)\.convolution",  # those in groups are beyond most methods
 )
+RESNET = Network(
+    lambda pixels, classes: residual.resnet50_half(classes),
+    demos.IMAGENET_MEAN,
+    demos.IMAGENET_STD,
+    r".*\.encoder\..*\.convolution",
+)
 CLIP = Network(
     vision.clip_classifier, vision.CLIP_MEAN, vision.CLIP_STD, r".*encoder\..*\.([qkv]_proj|out_proj|fc[12])"
 )
-NETWORKS = {"cifar10": MOBILENET, "clip-cifar10": CLIP, "clip-fewshot": CLIP}
+NETWORKS = {"cifar10": MOBILENET, "resnet-cifar10": RESNET, "clip-cifar10": CLIP, "clip-fewshot": CLIP}
 """Networks by task."""
+DIGITS = {"digits": MOBILENET, "resnet-digits": RESNET}
+"""Networks by task, of those with handwritten digits."""
 
 
 def cifar10(name: str, folder: Path, sizes: Sizes) -> Task:
