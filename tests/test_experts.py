@@ -148,8 +148,25 @@ def test_gradients_equal_those_through_the_dense_update(moe):
         assert distance(parameter.grad, expected[name].grad) < 1e-8, name
 
 
-def test_default_start_is_the_identity(moe):
-    assert torch.equal(logits(wrap(moe(), init_weights=True).eval()), logits(moe()))
+@pytest.mark.parametrize("start", [True, "zero_output"])
+def test_starts_are_the_identity(moe, start):
+    assert torch.equal(logits(wrap(moe(), init_weights=start).eval()), logits(moe()))
+
+
+def test_a_start_keeps_the_variance_of_the_input_of_every_expert():
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(40, 60, 500))
+
+    model = wrap(torch.nn.ModuleDict({"stack": Stack()}), target_parameters=["stack.weight"], r=50, alpha=50,
+                 init_weights="zero_output")  # fmt: skip
+    (layer,) = wrappers(model).values()
+    delta = layer.deltas["default"]
+    assert not delta.mode_factor_1.any()
+    delta.mode_factor_1.data = torch.eye(60)[:, :50]
+    inputs = torch.randn(500, 200, generator=torch.Generator().manual_seed(0))
+    assert (layer.get_delta_weight("default")[:, :50] @ inputs).std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_all_experts_share_the_factors_of_input_and_output():

@@ -22,12 +22,14 @@ class WeightShape:
         kernel_size: Further axes: the kernel of a convolution, the number of experts in a stack of matrices;
             `()` for a matrix.
         groups: Groups of a convolution.
+        picked: Axis of `dims` of which an input picks one entry: 1 of an embedding, 2 of a stack of matrices.
     """
 
     out_features: int
     in_features: int
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
+    picked: int | None = None
 
     @property
     def dims(self) -> tuple[int, ...]:

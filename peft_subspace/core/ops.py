@@ -286,7 +286,7 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
     if getattr(base, "has_uninitialized_params", lambda: False)():
         raise ValueError(f"{type(base).__name__} has no weight yet; run one batch through the model first")
     if isinstance(base, nn.Embedding):
-        shape = WeightShape(base.embedding_dim, base.num_embeddings)
+        shape = WeightShape(base.embedding_dim, base.num_embeddings, picked=1)
         calls_layer = _has_own_forward(base) and not hasattr(base, "embed_scale")
         return EmbeddingOps(shape, calls_layer=calls_layer)
     if isinstance(base, _CONVOLUTIONS):

@@ -64,7 +64,7 @@ def parameter_ops(base: nn.Module, name: str) -> ParameterOps:
     transposed = bool(getattr(base, "is_transposed", False))
     experts, *sides = parameter.shape
     into, out = sides if transposed else reversed(sides)
-    return ParameterOps(WeightShape(out, into, (experts,)), transposed=transposed)
+    return ParameterOps(WeightShape(out, into, (experts,), picked=2), transposed=transposed)
 
 
 class ParameterLayer(SubspaceLayer):

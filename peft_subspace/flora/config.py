@@ -21,13 +21,14 @@ class FLoRAConfig(ScaledConfig):
         alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
         scale: The scaling itself, in place of `alpha / r`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
-        init_weights: Start of the factors; the core starts at zero, so the update does too.
-            `"kaiming_uniform"`, the default (`True`), draws from U(-1/√rank, 1/√rank), `"kaiming_normal"`
-            from N(0, 1/(2 · rank)), `"normal"` from N(0, 0.02²). Under AdamW at a learning rate of about
-            1e-2 the last trains best and with the least spread (examples/benchmarks/flora_inits.py), but
-            its gradients, products of all other factors, are too small for SGD and for bf16 adapters; of
-            the two that train under any optimiser the default is the better. `False` starts the core at
-            random as well.
+        init_weights: Start of the factors and of the core, of which one is zero, so that the update is.
+            The three starts of the authors have a core of zeros, and factors from U(-1/√rank, 1/√rank)
+            (`"kaiming_uniform"`, the default, `True`), N(0, 1/(2 · rank)) (`"kaiming_normal"`) or N(0, 0.02²)
+            (`"normal"`, for AdamW at a learning rate of about 1e-2: its gradients, products of all other
+            factors, are too small for SGD and for bf16 adapters). `"zero_output"` starts the output's factor
+            at zero, as LoRA does, and draws all else from N(0, 1/fan_in), so that every factor of the chain
+            keeps the variance of its input, whatever the width; it takes LoRA's learning rates. Compared in
+            examples/benchmarks/flora_inits.py and quality.py. `False` starts nothing at zero.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -40,7 +41,7 @@ class FLoRAConfig(ScaledConfig):
 
     peft_type_name: ClassVar[str] = "FLORA"
     adapts_parameters: ClassVar[bool] = True
-    init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal")
+    init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal", "zero_output")
 
     r: int | list[int] = field(default=8)
     kernel_r: int | list[int] | None = field(default=None)

@@ -56,18 +56,21 @@ class FLoRADelta(Delta):
         return out, core, into.T
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Draw the factors; start the core at zero, or at random too if `init_weights` is False."""
-        for factor in self.mode_factors:
-            rank = factor.shape[1]
-            if init_weights == "normal":
-                factor.data.normal_(0.0, 0.02, generator=generator)
-            elif init_weights in ("kaiming_uniform", True):
+        """Draw the factors and the core; one of them starts at zero, unless `init_weights` is False."""
+        axes = (1, 0, *range(2, self.core.ndim))  # of the modes, in the weight
+        for axis, factor in zip(axes, self.mode_factors, strict=True):
+            dim, rank = factor.shape
+            if init_weights in ("kaiming_uniform", True):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
-                factor.data.normal_(0.0, (2 * rank) ** -0.5, generator=generator)
-        if init_weights is False:
-            self.core.data.normal_(generator=generator)
-        else:
+                keeping = 1.0 if axis == self.shape.picked else dim**-0.5
+                stds: dict[bool | str, float] = {"kaiming_normal": (2 * rank) ** -0.5, "normal": 0.02}
+                factor.data.normal_(0.0, stds.get(init_weights, keeping), generator=generator)
+        fan_in = self.core.numel() // self.core.shape[1]
+        self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
+        if init_weights == "zero_output":
+            self.mode_factor_1.data.zero_()
+        elif init_weights is not False:
             self.core.data.zero_()
 
     @classmethod
