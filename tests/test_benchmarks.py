@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 WIDTH, WORDS, CLASSES = 128, 12, 3
 NAMES = (
     "full", "probe", "lora", "rslora", "pissa", "lora-ga", "vb-lora", "loha", "lokr", "randlora", "tinylora",
-    "osf", "flora", "flora-all", "mos", "lora-sb", "effort", "continual-svd",
+    "osf", "flora", "flora-zero", "flora-all", "mos", "lora-sb", "effort", "continual-svd",
 )  # fmt: skip
 SIZES = {"mos": 2, "vb-lora": 4}
 

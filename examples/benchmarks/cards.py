@@ -25,7 +25,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CLIP = "openai/clip-vit-base-patch16"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASES = {"text": MINILM, "clip": CLIP, "decoder": SMOLLM2}
-"""Base models on the Hub, by kind of task; MobileNetV2's weights are torchvision's."""
+"""Base models on the Hub, by kind of task; those of MobileNetV2 and of the ResNet come from elsewhere."""
 
 DATASETS = {  # name and, where the Hub has it, id
     "agnews": ("AG News", "fancyzhx/ag_news"),
@@ -40,6 +40,8 @@ DATASETS = {  # name and, where the Hub has it, id
     "digits": ("handwritten digits of scikit-learn", None),
     "gsm8k-svamp": ("SVAMP after training on GSM8K", "openai/gsm8k"),
     "imdb": ("IMDb", "stanfordnlp/imdb"),
+    "resnet-cifar10": ("CIFAR-10", "uoft-cs/cifar10"),
+    "resnet-digits": ("handwritten digits of scikit-learn", None),
     "sst2": ("SST-2", "stanfordnlp/sst2"),
     "subj": ("SUBJ", "SetFit/subj"),
     "trec6": ("TREC (6 classes)", "CogComp/trec"),
@@ -48,6 +50,7 @@ DATASETS = {  # name and, where the Hub has it, id
 KINDS = {
     "text": "text-classification",
     "images": "image-classification",
+    "resnet": "image-classification",
     "clip": "image-classification",
     "decoder": "text-generation",
 }
@@ -94,7 +97,8 @@ def _claims(method: str) -> Iterator[Found]:
             kind = kind_of(task)
             value = spread([run["test_accuracy"] for run in runs], 3)
             measure = "accuracy of the likeliest answer" if kind == "decoder" else "accuracy"
-            about = f"{measure}, {claims.label(subject)}, {_count(len(runs), 'seed')}"
+            where = f"{claims.label(subject)} on {claims.NETWORKS[kind]}"
+            about = f"{measure}, {where}, {_count(len(runs), 'seed')}"
             yield BASES.get(kind), [task], _result(KINDS[kind], [task], "accuracy", value, about)
 
 

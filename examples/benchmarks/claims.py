@@ -11,12 +11,13 @@ SMALL_TASKS = {"text": ("bbcnews",), "images": ("digits",)}
 TASKS = {
     "text": ("agnews", "trec6", "dbpedia", "clinc150", "imdb"),
     "images": ("cifar10", "digits"),
+    "resnet": ("resnet-cifar10", "resnet-digits"),
     "clip": ("clip-cifar10", "clip-fewshot"),
     "decoder": ("gsm8k-svamp", "agnews-generation"),
 }
 """Tasks by kind, of the small comparison and of the large one."""
 
-WITH_PEERS = ("bbcnews", "trec6", "cifar10", "digits")
+WITH_PEERS = ("bbcnews", "trec6", "cifar10", "digits", "resnet-cifar10", "resnet-digits")
 """Tasks on which all is measured; on the others only that on which a claim depends."""
 
 
@@ -30,12 +31,13 @@ class Entry:
 
 
 PROBE = Entry("probe")
-WITH_HEAD = ("text", "images", "clip")
+WITH_HEAD = ("text", "images", "resnet", "clip")
 """Kinds of tasks for which a network gets a new head."""
 
 NETWORKS = {
     "text": "MiniLM",
     "images": "MobileNetV2",
+    "resnet": "ResNet-50 of half width",
     "clip": "CLIP ViT-B/16",
     "decoder": "SmolLM2-135M",
 }
@@ -101,10 +103,15 @@ CLAIMS = {
     ),
     "flora": Claim(
         "FLoRA beats LoRA, LoHa and LoKr on convolutional networks with as many parameters",
-        ("images",),
+        ("images", "resnet"),
         Entry("flora", 8),
         beats=tuple(Entry(method, like=("flora", 8)) for method in ("lora", "loha", "lokr")),
-        beside=(Entry("flora-all", like=("flora", 8)), Entry("full"), PROBE),
+        beside=(
+            Entry("flora-zero", 8),
+            Entry("flora-all", like=("flora", 8)),
+            Entry("full"),
+            PROBE,
+        ),
     ),
 }
 

@@ -1,10 +1,11 @@
-"""Which start of FLoRA's factors trains best: the three that its authors use, compared at equal budget.
+"""Which start of FLoRA trains best: ours and the three of its authors, compared at equal budget.
 
-    python examples/benchmarks/flora_inits.py            about 8 minutes on 2 cores, resumes if interrupted
+    python examples/benchmarks/flora_inits.py            about 10 minutes on 2 cores, resumes if interrupted
 
 Each start runs with the same three learning rates and the same seeds, `STEPS` steps each, and is judged at
 its best learning rate by validation loss, mean over the seeds, on the convolutions of MobileNetV2 and
-handwritten digits. The default of `FLoRAConfig.init_weights` is the start that comes out best.
+handwritten digits. `quality.py` has the default beside the authors' start after more steps, and on
+convolutions with larger kernels.
 """
 
 from __future__ import annotations

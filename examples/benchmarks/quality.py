@@ -59,6 +59,10 @@ SETTINGS: dict[bool, dict[str, dict[str, Any]]] = {  # by `--small` and kind of 
             "rows": {"train": 1500, "validation": 200, "test": 1000, "pixels": 64},
             "schedule": {"steps": 160, "batch_size": 16, "checks": 4},
         },
+        "resnet": {
+            "rows": {"train": 1500, "validation": 200, "test": 1000, "pixels": 64},
+            "schedule": {"steps": 160, "batch_size": 16, "checks": 4},
+        },
         "clip": {
             "rows": {"train": 1500, "validation": 100, "test": 400, "pixels": 64},
             "schedule": {"steps": 60, "batch_size": 16, "checks": 3},

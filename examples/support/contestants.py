@@ -176,6 +176,11 @@ CONTESTANTS = {
         (1e-3, 3e-3, 1e-2),
         lambda targets, r: peft_subspace.FLoRAConfig(r=r, target_modules=targets),
     ),
+    "flora-zero": Contestant(
+        "FLoRA from an output of zero",
+        (1e-3, 3e-3, 1e-2),
+        lambda targets, r: peft_subspace.FLoRAConfig(r=r, init_weights="zero_output", target_modules=targets),
+    ),
     "flora-all": Contestant(
         "FLoRA on all convolutions",
         (1e-3, 3e-3, 1e-2),
