@@ -31,6 +31,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "figures"
 
 OURS = {  # colours that most colour-blind readers tell apart
     "flora": "#d55e00",
+    "flora-zero": "#e8956a",
     "flora-all": "#8c3d00",
     "mos": "#0072b2",
     "lora-sb": "#009e73",
