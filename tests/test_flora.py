@@ -209,11 +209,10 @@ def test_named_starts_draw_factors_of_the_papers_spread_and_a_core_of_zeros(init
     assert bound is None or delta.mode_factor_0.abs().max() <= bound
 
 
-@pytest.mark.parametrize("init", [False, "zero_output"])
-def test_other_starts_keep_the_variance_of_the_input(init):
-    model = wrap(nn.Conv2d(300, 200, 9), r=32, alpha=32, init_weights=init, seed=1)
+def test_a_start_with_an_output_of_zero_keeps_the_variance_of_the_input():
+    model = wrap(nn.Conv2d(300, 200, 9), r=32, alpha=32, init_weights="zero_output", seed=1)
     out = delta_of(model).mode_factor_1
-    assert (not out.any()) == (init is not False)
+    assert not out.any()
     out.data = torch.eye(200)[:, :32]
     x = torch.randn(4, 300, 9, 9, generator=torch.Generator().manual_seed(0))
     update = nn.functional.conv2d(x, tuner_layer(model).get_delta_weight("default"))[:, :32]
@@ -226,6 +225,12 @@ def test_default_start_is_kaiming_uniform():
     )
     assert torch.equal(default.mode_factor_0, named.mode_factor_0)
     assert not default.core.any()
+
+
+def test_start_without_identity_fills_the_core_as_well():
+    assert delta_of(wrap(nn.Linear(40, 30), init_weights=False)).core.std().item() == pytest.approx(
+        1, rel=0.3
+    )
 
 
 def test_start_of_an_embedding_keeps_the_variance_of_a_looked_up_row():

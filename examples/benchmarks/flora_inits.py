@@ -4,8 +4,8 @@
 
 Each start runs with the same three learning rates and the same seeds, `STEPS` steps each, and is judged at
 its best learning rate by validation loss, mean over the seeds, on the convolutions of MobileNetV2 and
-handwritten digits. `quality.py` has ours beside the default after more steps, and on
-convolutions with larger kernels.
+handwritten digits. `quality.py` has ours beside the default after more steps, and on convolutions with larger
+kernels.
 """
 
 from __future__ import annotations

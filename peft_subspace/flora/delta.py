@@ -64,13 +64,15 @@ class FLoRADelta(Delta):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
                 keeping = 1.0 if axis == self.shape.picked else dim**-0.5
-                stds: dict[bool | str, float] = {"kaiming_normal": (2 * rank) ** -0.5, "normal": 0.02}
-                factor.data.normal_(0.0, stds.get(init_weights, keeping), generator=generator)
-        fan_in = self.core.numel() // self.core.shape[1]
-        self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
+                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
+                factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
         if init_weights == "zero_output":
+            fan_in = self.core.numel() // self.core.shape[1]
+            self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
             self.mode_factor_1.data.zero_()
-        elif init_weights is not False:
+        elif init_weights is False:
+            self.core.data.normal_(generator=generator)
+        else:
             self.core.data.zero_()
 
     @classmethod
