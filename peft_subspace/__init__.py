@@ -1,8 +1,6 @@
 """Subspace fine-tuning for Hugging Face PEFT; importing the package registers its methods."""
 
-from .continual_svd import (
-    ContinualSVDConfig,
-    ContinualSVDModel,
+from .continual import (
     NextTaskCallback,
     continual_metrics,
     layer_importance,
@@ -13,18 +11,20 @@ from .continual_svd import (
     save_heatmap,
     subspace_leak,
 )
-from .core import config as _config
-from .core.callbacks import GradientInitCallback
-from .core.estimate import Estimate, estimate
-from .core.export import save_as_lora, to_lora
-from .core.hub import push_to_hub
-from .core.initialize import initialize_from_gradient
-from .core.loading import load
-from .core.processes import prepare_for_ddp
-from .effort import EffortConfig, EffortModel, RegularizationCallback, regularization_loss
-from .flora import FLoRAConfig, FLoRAModel
-from .lora_sb import LoRASBConfig, LoRASBModel
-from .mos import MoSConfig, MoSModel
+from .initialization.callback import GradientInitCallback
+from .initialization.from_gradient import initialize_from_gradient
+from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
+from .methods.effort import EffortConfig, EffortModel
+from .methods.flora import FLoRAConfig, FLoRAModel
+from .methods.lora_sb import LoRASBConfig, LoRASBModel
+from .methods.mos import MoSConfig, MoSModel
+from .persistence.hub import push_to_hub
+from .persistence.loading import load
+from .persistence.lora_export import save_as_lora, to_lora
+from .tools.estimate import Estimate, estimate
+from .training.ddp import prepare_for_ddp
+from .training.penalties import RegularizationCallback, regularization_loss
+from .tuner import config as _config
 
 __version__ = _config.VERSION
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from .core.estimate import aligned
-from .core.export import save_as_lora
-from .core.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates, read_adapter
-from .core.plots import save_plot
+from .persistence.lora_export import save_as_lora
+from .tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
+from .tools.plots import save_plot
+from .tools.read_adapter import read_adapter
+from .tools.tables import aligned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer
 
 
 def run_in_two_processes(job, folder):

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import peft_subspace
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer
 
 pytestmark = [
     # PEFT's words of caution about adapters on tied embeddings, which the tests are about.

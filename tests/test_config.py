@@ -13,7 +13,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 import peft_subspace
-from peft_subspace.core.config import FORMAT_VERSION, VERSION
+from peft_subspace.tuner.config import FORMAT_VERSION, VERSION
 
 VALUES = {
     "target_modules": ["q_proj", "v_proj"],

@@ -21,8 +21,9 @@ from peft_subspace import (
     save_heatmap,
     subspace_leak,
 )
-from peft_subspace.continual_svd import METRIC, delta, subspaces
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.continual import METRIC
+from peft_subspace.methods.continual_svd import delta, subspaces
+from peft_subspace.tuner.layer import SubspaceLayer
 
 CONSTRAINTS = ["both", "core", "input", "output"]
 SHAPES = [(12, 9), (9, 12), (10, 10)]
@@ -250,7 +251,7 @@ def test_leak_of_no_update_is_zero_and_of_no_adapter_an_error():
     ids=["few tokens", "many tokens", "small head", "core", "input"],
 )
 def test_gradients_do_not_depend_on_how_the_product_is_taken(tokens, options, monkeypatch):
-    from peft_subspace.core import ops
+    from peft_subspace.layers import base as ops
 
     torch.manual_seed(0)
     model = adapted(Net(nn.Linear(48, 40)), **{"preserve": 0.5, "init_weights": False, **options})

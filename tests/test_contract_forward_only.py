@@ -358,4 +358,4 @@ def test_layers_with_a_weight_of_their_own_kind_stay_refused(method):
 def test_plain_linear_layers_in_8_bit_floats_are_no_codes():
     """Layerwise casting keeps weights so between calls; they need no scales."""
     layer = nn.Linear(4, 4).to(torch.float8_e4m3fn)
-    assert peft_subspace.core.quantization.quantization_of(layer) is None
+    assert peft_subspace.base_weights.quantization.quantization_of(layer) is None

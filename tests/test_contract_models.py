@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_subspace
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer
 
 IDS = torch.arange(3, 18).reshape(3, 5)
 TARGETS = ["q_proj", "v_proj"]

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_subspace
-from peft_subspace.core.convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
+from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
 
 PAIRED = {
     "strided": (nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 8)),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_subspace
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names the file of any adapter
 

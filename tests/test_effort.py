@@ -21,10 +21,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArg
 
 import peft_subspace
 from peft_subspace import EffortConfig, RegularizationCallback, regularization_loss
-from peft_subspace.core.delta import WeightShape, multiply
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.core.chain import multiply
 from peft_subspace.core.linalg import smallest_triples
-from peft_subspace.effort import EffortDelta
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.methods.effort import EffortDelta
+from peft_subspace.tuner.layer import SubspaceLayer
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]  # square, tall and wide
 WEIGHTS = {"orthogonality_weight": 0.3, "energy_weight": 0.2}
@@ -144,7 +145,7 @@ def test_start_changes_no_bit_and_holds_the_smallest_triples(layer, x):
 
 
 def test_random_start_changes_the_output_and_reads_no_weight(monkeypatch):
-    monkeypatch.setattr("peft_subspace.effort.delta.smallest_triples", None)
+    monkeypatch.setattr("peft_subspace.methods.effort.delta.smallest_triples", None)
     base = llama().eval()
     ids = torch.arange(5)[None]
     wanted = base(ids).logits
@@ -168,7 +169,7 @@ def test_decay_pulls_towards_the_base_model():
 def test_tied_weights_are_decomposed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "peft_subspace.effort.delta.smallest_triples",
+        "peft_subspace.methods.effort.delta.smallest_triples",
         lambda *args: calls.append(1) or smallest_triples(*args),
     )
     base = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
@@ -185,7 +186,7 @@ def test_tied_weights_are_decomposed_once(monkeypatch):
 def test_initialisation_shows_its_progress_where_it_is_long(capfd, monkeypatch):
     adapted()
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr("peft_subspace.core.progress.DELAY", 0.0)
+    monkeypatch.setattr("peft_subspace.runtime.progress.DELAY", 0.0)
     adapted()
     assert "decomposing weights: 100%" in capfd.readouterr().err
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import peft_subspace
-from peft_subspace.core.parameter import ParameterLayer
+from peft_subspace.tuner.parameter_layer import ParameterLayer
 
 IDS = torch.arange(3, 18).reshape(3, 5)
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -8,8 +8,8 @@ import torch
 from peft import get_peft_model
 
 import peft_subspace
-from peft_subspace.core.files import replacing
-from peft_subspace.core.gradient_cache import write_gradients
+from peft_subspace.initialization.gradient_cache import write_gradients
+from peft_subspace.runtime.files import replacing
 
 
 def contents(folder):

@@ -15,9 +15,10 @@ from test_contract_models import logits
 
 import peft_subspace
 from peft_subspace.__main__ import main
-from peft_subspace.core.inspection import layer_overlaps, layer_updates, read_adapter
-from peft_subspace.core.layer import SubspaceLayer, adapted_layers
-from peft_subspace.core.plots import save_plot
+from peft_subspace.tools.inspection import layer_overlaps, layer_updates
+from peft_subspace.tools.plots import save_plot
+from peft_subspace.tools.read_adapter import read_adapter
+from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 

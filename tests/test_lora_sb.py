@@ -24,8 +24,8 @@ from transformers import (
 import peft_subspace
 from peft_subspace import GradientInitCallback, LoRASBConfig, initialize_from_gradient
 from peft_subspace.core import linalg
-from peft_subspace.core.callbacks import first_learning_rate
-from peft_subspace.core.delta import multiply
+from peft_subspace.core.chain import multiply
+from peft_subspace.initialization.callback import first_learning_rate
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -58,7 +58,7 @@ def deltas(model, adapter="default"):
     return {
         name: layer.deltas[adapter]
         for name, layer in model.named_modules()
-        if isinstance(layer, peft_subspace.core.layer.SubspaceLayer)
+        if isinstance(layer, peft_subspace.tuner.layer.SubspaceLayer)
     }
 
 
@@ -144,7 +144,7 @@ def test_trajectory_does_not_depend_on_the_scaling():
     def weights(scale):
         model = adapted()
         for layer in model.modules():
-            if isinstance(layer, peft_subspace.core.layer.SubspaceLayer):
+            if isinstance(layer, peft_subspace.tuner.layer.SubspaceLayer):
                 layer.set_scale("default", scale)
         start(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -278,7 +278,7 @@ def test_loading_needs_no_gradient_and_no_svd(tmp_path, monkeypatch):
     def no_svd(*args, **kwargs):
         raise AssertionError("an SVD was computed")
 
-    monkeypatch.setattr("peft_subspace.lora_sb.delta.truncated_svd", no_svd)
+    monkeypatch.setattr("peft_subspace.methods.lora_sb.delta.truncated_svd", no_svd)
     again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert torch.equal(outputs(again.eval()), wanted)
     assert torch.equal(outputs(peft_subspace.load(llama(), tmp_path).eval()), wanted)
@@ -371,7 +371,7 @@ def clients():
 @pytest.mark.parametrize("combination", ["linear", "cat"])
 def test_weighted_adapter_is_exact(combination, tmp_path, monkeypatch):
     model = clients()
-    monkeypatch.setattr("peft_subspace.lora_sb.delta.truncated_svd", None)  # none is needed
+    monkeypatch.setattr("peft_subspace.methods.lora_sb.delta.truncated_svd", None)  # none is needed
     model.add_weighted_adapter(["default", "other"], [0.75, -0.25], "mean", combination)
     both = zip(updates(model, "default"), updates(model, "other"), updates(model, "mean"), strict=True)
     for one, other, mean in both:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_subspace
 from peft_subspace import MoSConfig
-from peft_subspace.mos import MoSLayer
+from peft_subspace.methods.mos import MoSLayer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(10).view(2, 5)

@@ -9,9 +9,9 @@ from models import llama
 from peft import get_peft_model
 
 import peft_subspace
-from peft_subspace.core import processes
-from peft_subspace.core.inspection import layer_overlaps, layer_updates
-from peft_subspace.core.progress import bar
+from peft_subspace.runtime import distributed as processes
+from peft_subspace.runtime.progress import bar
+from peft_subspace.tools.inspection import layer_overlaps, layer_updates
 
 BY_NAME = {method.name: method for method in METHODS}
 IDS = torch.arange(3, 18).reshape(3, 5)
@@ -93,7 +93,7 @@ STEPS = [
 def test_long_steps_show_their_progress_and_short_ones_nothing(step, titles, tmp_path, capfd, monkeypatch):
     step(tmp_path / "silent")
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr("peft_subspace.core.progress.DELAY", 0.0)
+    monkeypatch.setattr("peft_subspace.runtime.progress.DELAY", 0.0)
     step(tmp_path / "shown")
     text = capfd.readouterr().err
     for title in titles:
@@ -101,7 +101,7 @@ def test_long_steps_show_their_progress_and_short_ones_nothing(step, titles, tmp
 
 
 def test_progress_of_gradients_can_be_hidden(capfd, monkeypatch):
-    monkeypatch.setattr("peft_subspace.core.progress.DELAY", 0.0)
+    monkeypatch.setattr("peft_subspace.runtime.progress.DELAY", 0.0)
     model = adapted("lora_sb", init_weights=True)
     capfd.readouterr()
     peft_subspace.initialize_from_gradient(model, BATCHES, learning_rate=1e-3, progress=False)
@@ -110,7 +110,7 @@ def test_progress_of_gradients_can_be_hidden(capfd, monkeypatch):
 
 def test_pefts_own_bar_replaces_ours(capfd, monkeypatch):
     model = adapted("flora")
-    monkeypatch.setattr("peft_subspace.core.progress.DELAY", 0.0)
+    monkeypatch.setattr("peft_subspace.runtime.progress.DELAY", 0.0)
     model.merge_and_unload(progressbar=True)
     text = capfd.readouterr().err
     assert "Unloading and merging model: 100%" in text

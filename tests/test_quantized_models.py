@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import peft_subspace
-from peft_subspace.core.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer
 
 pytestmark = [
     WARNINGS,

@@ -19,7 +19,7 @@ from peft.mapping import (
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_subspace.core.registry import peft_type, register
+from peft_subspace.tuner.registry import peft_type, register
 
 
 def run_python(code, *arguments):

@@ -27,9 +27,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_subspace import EffortConfig
-from peft_subspace.core.delta import WeightShape
 from peft_subspace.core.linalg import smallest_triples
-from peft_subspace.effort import EffortDelta
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.methods.effort import EffortDelta
 
 Triples = tuple[Tensor, Tensor, Tensor]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from verdicts import SEQUENCES
 
-from peft_subspace.continual_svd.metrics import draw_heatmap
+from peft_subspace.continual.metrics import draw_heatmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

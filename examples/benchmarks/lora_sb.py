@@ -29,7 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_subspace import LoRASBConfig, initialize_from_gradient
-from peft_subspace.lora_sb import LoRASBDelta
+from peft_subspace.methods.lora_sb import LoRASBDelta
 
 BATCHES, BATCH, TOKENS, VOCABULARY = 8, 8, 128, 49152
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -23,7 +23,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_subspace.core.inspection import layer_updates
+from peft_subspace.tools.inspection import layer_updates
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from peft_subspace.continual_svd import continual_metrics, save_heatmap
+from peft_subspace.continual import continual_metrics, save_heatmap
 from support import demos, device, texts
 from support.contestants import trainable
 from support.learners import HEADS, LEARNERS, Learner, with_trained_head

@@ -1,1 +1,1 @@
-"""What the methods share: everything that follows from an update being a chain of matrices."""
+"""The abstraction: updates, chains, shapes, linear algebra and checks. It imports torch only."""

@@ -1,0 +1,79 @@
+"""Tasks that follow each other within one training by a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_subspace.continual.tasks import continue_task, next_task
+from peft_subspace.core.validation import check_count
+
+
+class NextTaskCallback(TrainerCallback):
+    """Starts tasks when a Trainer has taken certain numbers of steps; 0 is before the first.
+
+    Each task starts with a fresh optimiser and from the beginning of the schedule. When training resumes,
+    give the Trainer the model that it was given at first: tasks that the checkpoint has are not started
+    again, and the last of them goes on. That needs `keep="stack"`; with `"merge"` the checkpoint of a later
+    task fits the base model with the earlier ones in it only, which a Trainer does not save.
+
+    Args:
+        starts: Name of the task to start, by the number of steps taken.
+        options: As for `next_task`: `keep`, `preserve`, `new_heads`.
+
+    Raises:
+        TypeError: If a number of steps is none.
+    """
+
+    def __init__(self, starts: Mapping[int, str], **options: Any) -> None:
+        for step in starts:
+            check_count("starts", step, minimum=0)
+        self.starts, self.options = dict(starts), options
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the task of step 0; when training resumes, go on with the task of the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint has no such task.
+        """
+        begun = max((step for step in self.starts if step <= state.global_step), default=None)
+        if begun is not None and state.global_step > 0:
+            self._go_on(begun, state.global_step, **kwargs)
+        self._start(state.global_step, **kwargs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the task of this step, if there is one."""
+        self._start(state.global_step, **kwargs)
+
+    def _go_on(
+        self, begun: int, step: int, model: nn.Module | None = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        name = self.starts[begun]
+        if model is None or name in getattr(model, "active_adapters", ()):
+            return
+        if name in getattr(model, "peft_config", ()):
+            continue_task(model, name, optimizer)
+        elif begun < step:
+            raise ValueError(
+                f"training resumes at step {step}, when task {name!r} had begun, but the checkpoint has no "
+                "such task; resume from one that was saved with this callback"
+            )
+
+    def _start(
+        self,
+        step: int,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        name = self.starts.get(step)
+        if name is not None and model is not None and name not in getattr(model, "peft_config", ()):
+            next_task(model, name, optimizer=optimizer, scheduler=lr_scheduler, **self.options)

@@ -1,0 +1,74 @@
+"""How much of an update lies in the directions that it should leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
+from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
+from peft_subspace.methods.continual_svd.subspaces import singular_vectors
+from peft_subspace.runtime.progress import progress
+from peft_subspace.tuner.layer import adapted_layers
+
+_PARTS = {
+    "both": {"output": "U", "input": "V"},
+    "core": {"core": "UV"},
+    "input": {"input": "V"},
+    "output": {"output": "U"},
+}
+
+
+def subspace_leak(
+    model: nn.Module, adapter_name: str = "default", *, from_weight: bool = False
+) -> dict[str, Any]:
+    """Parts of an adapter's update that lie in protected directions, relative to its norm.
+
+    `"output"` is `‖U_hᵀ ΔW‖ / ‖ΔW‖`, `"input"` is `‖ΔW V_h‖ / ‖ΔW‖` and `"core"` is `‖U_hᵀ ΔW V_h‖ / ‖ΔW‖`;
+    each module reports what its constraint protects. `ΔW` is the update that a merge adds, in fp32 and before
+    any rounding to the base's dtype. An update of zero leaks nothing.
+
+    Args:
+        model: Model with the adapter, wrapped by PEFT or injected.
+        adapter_name: The adapter.
+        from_weight: Whether to decompose the weights once more and measure against that, rather than against
+            the directions that the adapter keeps.
+
+    Returns:
+        `{"max": …, "modules": {module name: {"output": …, "input": …}}}`.
+
+    Raises:
+        ValueError: If the model has no such adapter.
+    """
+    layers = adapted_layers(model, adapter_name, ContinualSVDLayer)
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r} is no Continual SVD adapter on this model")
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    modules: dict[str, dict[str, float]] = {}
+    for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
+        heads = None
+        if from_weight:
+            beneath = layer.beneath(config) if config is not None else []
+            weight = layer.with_updates(layer.get_base_weight(), beneath).flatten(1)
+            heads = singular_vectors(weight, layer.deltas[adapter_name].directions)
+        update = layer.ops.to_layout(layer.get_delta_weight(adapter_name)).flatten(1).double()
+        modules[name] = _leaks(layer.deltas[adapter_name], update, heads)
+    return {"max": max(value for leaks in modules.values() for value in leaks.values()), "modules": modules}
+
+
+def _leaks(delta: ContinualSVDDelta, update: Tensor, heads: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    def leading(side: str, matrix: Tensor) -> Tensor:
+        if heads is None:
+            return delta.leading(side, matrix)
+        head = heads[side == "V"].to(matrix.device)
+        return head @ (head.T @ matrix)
+
+    norm = update.norm().item() or 1.0
+    leaks = {}
+    for part, sides in _PARTS[delta.constraint].items():
+        inside = update
+        for side in sides:
+            inside = leading("U", inside) if side == "U" else leading("V", inside.T).T
+        leaks[part] = inside.norm().item() / norm
+    return leaks

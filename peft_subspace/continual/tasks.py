@@ -1,0 +1,247 @@
+"""Sequences of tasks: close one, keep it, and start the next outside what is known by then."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
+from peft_subspace.core.errors import naming
+from peft_subspace.core.validation import invalid
+from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
+from peft_subspace.methods.continual_svd.model import ContinualSVDLayer, ContinualSVDModel, stacked_tasks
+from peft_subspace.runtime.progress import progress
+from peft_subspace.tuner.layer import adapted_layers
+
+
+def next_task(
+    model: nn.Module,
+    name: str,
+    *,
+    keep: str | None = None,
+    preserve: float | Mapping[str, float] | None = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    new_heads: bool = True,
+) -> None:
+    """Close the current task and start the next one, outside the leading directions of the weight by then.
+
+    With `keep="merge"` the task goes into the base weights, summed in fp32: the model stays as large as it
+    was, and from then on `disable_adapter()` gives the base model with that task in it. Save that model too
+    (`model.unload().save_pretrained(…)`): the next adapter fits no other. With `keep="stack"` the base
+    weights are untouched, and the task's adapter stays as it is, frozen and active beneath the next ones; it
+    can be disabled (`model.base_model.set_adapter([…])`), deleted, saved and shared by itself. The current
+    task is the one that trains; its heads (`modules_to_save`) remain under its name either way, and
+    `model.set_adapter(task)` brings them back.
+
+    Args:
+        model: Model with Continual SVD adapters, as `get_peft_model` returns it.
+        name: Name of the new task and of its adapter.
+        keep: `"merge"` or `"stack"`; by default `"stack"` on quantised base weights, which a merge would
+            round.
+        preserve: What to protect from the new task, as in the config: a number for all modules, or one for
+            each by name or regular expression (the config's `preserve` for others). By default as before.
+        optimizer: Optimiser to go on with: it forgets its state and takes the new adapter's parameters.
+        scheduler: Learning-rate scheduler to start again.
+        new_heads: Whether the heads start again from those of the base model, rather than where they are.
+
+    Raises:
+        TypeError: If `model`, or the scheduler, is none that this works on.
+        ValueError: If there is no current task, it is merged, the name is taken, or `keep` or `preserve` does
+            not fit. Nothing has been changed then.
+
+    Reference:
+        Nayak et al. (arXiv 2504.07097), section 4, for merging.
+    """
+    tuner = _tuner(model)
+    task = _current_task(tuner)
+    layers = adapted_layers(tuner, task, ContinualSVDLayer).values()
+    keep = keep or ("stack" if any(layer.quantization_backend is not None for layer in layers) else "merge")
+    _check_name(tuner, name)
+    _check_keep(tuner, task, keep)
+    config = _next_config(tuner.peft_config[task], task, keep, preserve)
+    tuner.plan(tuner.model, copy.deepcopy(config))
+    restart_scheduler(scheduler, dry_run=True)
+    names = parameter_names(model, optimizer)
+    if keep == "merge":
+        for layer in progress(layers, len(layers), "checking updates"):
+            layer._check_finite([task])
+        for layer in progress(layers, len(layers), "merging"):
+            layer.absorb(task)
+    model.add_adapter(name, config)
+    if not new_heads:
+        _continue_heads(tuner, task, name)
+    _freeze(tuner, task)
+    model.set_adapter(name)
+    if keep == "merge":
+        _reduce_to_heads(tuner, task)
+    restart_optimizer(optimizer, model, names, task, name)
+    restart_scheduler(scheduler)
+
+
+def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
+    """Make a task that has been loaded the current one, and hand it the optimiser's state, which is its own.
+
+    A Trainer that resumes loads all adapters, but leaves the one active that the model was made with.
+    """
+    tuner = _tuner(model)
+    task = _current_task(tuner)
+    names = parameter_names(model, optimizer)
+    for earlier in stacked_tasks(tuner.peft_config[name]):
+        _freeze(tuner, earlier)
+    model.set_adapter(name)
+    restart_optimizer(optimizer, model, names, task, name, keep_state=True)
+
+
+def list_tasks(model: nn.Module) -> dict[str, str]:
+    """Tasks of a model, oldest first: `"merge"` or `"stack"` as they were kept, `"open"` if not closed."""
+    configs = _tuner(model).peft_config
+    tasks: dict[str, str] = {}
+    for name, config in configs.items():
+        past = {
+            task: keep for task, keep in config.earlier_tasks.items() if keep == "merge" or task in configs
+        }
+        tasks = {**tasks, **past, name: tasks.get(name, "stack" if config.closed else "open")}
+    return tasks
+
+
+def preserve_schedule(task: int, n_tasks: int) -> float:
+    """Fraction `(t − 1) / n` of the directions to protect from task `t` of `n`, counted from 1 (the paper's).
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    if not 1 <= task <= n_tasks:
+        raise invalid("task", task, f"must be from 1 to n_tasks={n_tasks}")
+    return (task - 1) / n_tasks
+
+
+def _tuner(model: nn.Module) -> ContinualSVDModel:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "DistributedDataParallel knows the parameters that it was made with only; call next_task before "
+            "wrapping the model"
+        )
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ContinualSVDModel):
+        raise TypeError(
+            f"{type(model).__name__} is no PeftModel with Continual SVD adapters; make one with "
+            "get_peft_model(model, ContinualSVDConfig(…))"
+        )
+    return model.base_model
+
+
+def _current_task(tuner: ContinualSVDModel) -> str:
+    """The one active adapter that is not closed."""
+    layers = [module for module in tuner.modules() if isinstance(module, ContinualSVDLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(f"adapters {merged} are merged; call unmerge_adapter() first")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "the adapters are disabled; leave disable_adapter(), or call enable_adapter_layers()"
+        )
+    tasks = [name for name in tuner.active_adapters if not tuner.peft_config[name].closed]
+    if len(tasks) != 1:
+        raise ValueError(
+            f"one task must be active and open, but of the active adapters {tuner.active_adapters} these are "
+            f"open: {tasks}; activate the one to close with model.set_adapter(…)"
+        )
+    return tasks[0]
+
+
+def _check_name(tuner: ContinualSVDModel, name: str) -> None:
+    taken = {task for config in tuner.peft_config.values() for task in config.earlier_tasks}
+    if name in taken | set(tuner.peft_config):
+        raise ValueError(f"name={name!r} is the name of a task already; choose a new one")
+
+
+def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
+    if keep not in HISTORIES:
+        raise invalid("keep", keep, f"must be one of {HISTORIES}")
+    config = tuner.peft_config[task]
+    stacked = [name for name in stacked_tasks(config) if name in tuner.peft_config]
+    if keep == "merge" and stacked:
+        raise ValueError(
+            f"keep='merge' would change the base weights beneath the stacked tasks {stacked}; use "
+            "keep='stack', or merge all with merge_and_unload()"
+        )
+    for module_name, layer in tuner.model.named_modules():
+        if isinstance(layer, ContinualSVDLayer) and task in layer.deltas:
+            with naming(module_name):
+                if keep == "stack" and not layer.deltas[task].low_rank:
+                    raise ValueError(
+                        "keep='stack' needs small adapters, but r is None; set r, such as r=16, or use "
+                        "keep='merge'"
+                    )
+                if keep == "merge" and not _can_merge(layer):
+                    raise ValueError("these quantised weights cannot be rewritten; use keep='stack'")
+
+
+def _can_merge(layer: ContinualSVDLayer) -> bool:
+    return layer.quantization_backend is None or layer.quantization_backend.supports_merge
+
+
+def _next_config(
+    config: ContinualSVDConfig, task: str, keep: str, preserve: float | Mapping[str, float] | None
+) -> ContinualSVDConfig:
+    changes: dict[str, Any] = {}
+    if isinstance(preserve, Mapping):
+        changes = {"preserve_pattern": dict(preserve)}
+    elif preserve is not None:
+        changes = {"preserve": preserve, "preserve_pattern": {}}
+    history = {**config.earlier_tasks, task: keep}
+    return replace(
+        copy.deepcopy(config),
+        **changes,
+        earlier_tasks=history,
+        initialized=False,
+        closed=False,
+        inference_mode=False,
+        init_weights=True,
+    )
+
+
+def _continue_heads(tuner: ContinualSVDModel, task: str, name: str) -> None:
+    for module in tuner.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and {task, name} <= module._get_available_adapters():
+            old, new = (_head_state(module, n) for n in (task, name))
+            with torch.no_grad():
+                for key, tensor in new.items():
+                    tensor.copy_(old[key])
+
+
+def _head_state(module: Any, name: str) -> dict[str, Tensor]:
+    return module.adapter_state_dict(name, module.state_dict())
+
+
+def _freeze(tuner: ContinualSVDModel, task: str) -> None:
+    tuner.peft_config[task].closed = True
+    for module in tuner.modules():
+        if isinstance(module, ContinualSVDLayer) and task in module.deltas:
+            module.deltas[task].closed = True
+
+
+def _reduce_to_heads(tuner: ContinualSVDModel, task: str) -> None:
+    """Delete the update of a merged task; an adapter without any keeps its heads, if it has some."""
+    for module in tuner.modules():
+        if isinstance(module, ContinualSVDLayer):
+            module.delete_adapter(task)
+    config = tuner.peft_config[task]
+    if not config.modules_to_save:
+        tuner.delete_adapter(task)
+        return
+    tuner.peft_config[task] = replace(
+        config,
+        target_modules=DUMMY_TARGET_MODULES,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )

@@ -1,0 +1,1 @@
+"""Starts of adapters from data, and passes over data that leave no trace."""

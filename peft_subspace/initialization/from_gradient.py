@@ -1,0 +1,181 @@
+"""Adapters started from the mean gradients of the weights that they adapt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import convert_file_size_to_int
+from torch import Tensor, nn
+
+from peft_subspace.core.delta import Delta
+from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.initialization.gradient_cache import read_gradients, write_gradients
+from peft_subspace.initialization.gradients import GradientEstimate, LossFunction, model_loss
+from peft_subspace.runtime import distributed as processes
+from peft_subspace.runtime.progress import progress as shown
+from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+
+
+def initialize_from_gradient(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    learning_rate: float,
+    adapter_name: str = "default",
+    num_batches: int | None = 8,
+    loss_fn: LossFunction | None = None,
+    max_memory: int | str | None = None,
+    offload: bool = False,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Start an adapter from the first step of full fine-tuning, `−η · sign(g)`, `g` the mean gradient.
+
+    The gradients are taken in evaluation mode at the weights that the model has without this adapter; other
+    adapters count if they are active together with it. Every sample weighs the same. With
+    `torch.distributed` initialised, each process reads its own batches and all get the same start. Nothing
+    of the model but the adapter is changed, and the adapter only at the end.
+
+    Args:
+        model: Model with the adapter, wrapped by PEFT or injected.
+        dataloader: Batches to take gradients from; they are kept in memory.
+        learning_rate: `η`, the first learning rate above zero of full fine-tuning. Where the adapter trains
+            with a far larger one from its first step on, `η` has to stay at the former (about 1e-4 or less),
+            or the start changes the model more than a step of fine-tuning would.
+        adapter_name: Adapter to start.
+        num_batches: Batches to read; `None` for all.
+        loss_fn: Function of model and batch that returns the mean loss of the batch's samples; by default
+            the loss that the model returns.
+        max_memory: Most bytes to use beyond a pass through the model, as a number or as in `"2GB"`. Gradients
+            are then taken for a part of the modules at a time, in several passes over the same batches.
+        offload: Whether to keep the sums of gradients in host memory.
+        cache: File of mean gradients. It is read if it exists, and the data are not; otherwise it is written.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the adapter is missing, merged or started already, there are no data, the loss has no
+            gradient, a gradient is not finite, or `max_memory` is too little for one module.
+
+    Warns:
+        UserWarning: If no sample reached some of the modules; they keep the start that they have.
+    """
+    check_number("learning_rate", learning_rate, minimum=0.0)
+    if learning_rate == 0:
+        raise invalid("learning_rate", learning_rate, "must be above zero")
+    if num_batches is not None:
+        check_count("num_batches", num_batches)
+    model = _unwrap(model)
+    layers = _fresh_layers(model, adapter_name)
+    shapes = {name: layer.ops.shape.dims for name, layer in layers.items()}
+    if cache is not None and Path(cache).is_file():
+        gradients = read_gradients(Path(cache), shapes)
+    else:
+        budget = None if max_memory is None else convert_file_size_to_int(max_memory)
+        estimate = GradientEstimate(layers, adapter_name, loss_fn or model_loss, budget, offload)
+        gradients = estimate.means(model, dataloader, num_batches, progress=progress)
+        if cache is not None and processes.rank() == 0:
+            gradients = write_gradients(Path(cache), shapes, gradients)
+    with closing(gradients):
+        counted = shown(gradients, len(layers), "decomposing gradients", hidden=not progress)
+        states = _start_states(layers, adapter_name, counted, learning_rate)
+    for name, layer in layers.items():
+        _write(layer.deltas[adapter_name], states.get(name, {}))
+
+
+def is_started(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter was loaded, or started from gradients."""
+    layers = adapted_layers(_unwrap(model), adapter_name, SubspaceLayer).values()
+    return any(layer.deltas[adapter_name].initialized for layer in layers)
+
+
+def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
+    """Layers with the adapter, after checking that it can be started on them."""
+    layers = adapted_layers(model, adapter_name, SubspaceLayer)
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
+    for name, layer in layers.items():
+        delta = layer.deltas[adapter_name]
+        if type(delta).state_from_gradient is Delta.state_from_gradient:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is of a method that does not start from gradients"
+            )
+        if delta.initialized:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} was loaded or started from gradients before; delete it with "
+                "delete_adapter and add it again to start anew"
+            )
+        if layer.merged:
+            raise ValueError(
+                f"{name}: adapters {layer.merged_adapters} are merged; call unmerge_adapter() first"
+            )
+        if layer.scaling[adapter_name] == 0:
+            raise ValueError(f"{name}: the adapter's scale is 0; set it to 1 first")
+    return layers
+
+
+def _start_states(
+    layers: Mapping[str, SubspaceLayer],
+    adapter_name: str,
+    gradients: Iterable[tuple[str, Tensor]],
+    learning_rate: float,
+) -> dict[str, dict[str, Tensor]]:
+    """State of each delta that a sample reached. Processes share the work, and all get the same tensors."""
+    states: dict[str, dict[str, Tensor]] = {}
+    unreached = []
+    for number, (name, gradient) in enumerate(gradients):
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                f"{name}: the mean gradient has NaN or infinite values; look for broken samples, or compute "
+                "in fp32 or bf16"
+            )
+        if not gradient.any():
+            unreached.append(name)
+            continue
+        layer = layers[name]
+        delta = layer.deltas[adapter_name]
+        gradient = gradient.to(next(delta.parameters()).device)
+        owner = number % processes.count()
+        if owner == processes.rank():
+            states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
+        else:
+            states[name] = {key: torch.empty_like(_local(t)) for key, t in delta.state_dict().items()}
+        if processes.count() > 1:
+            for tensor in states[name].values():
+                dist.broadcast(tensor, owner)
+    if not states:
+        raise ValueError(f"no sample reached any of {unreached}, so there are no gradients to start from")
+    if unreached:
+        warnings.warn(f"no sample reached {unreached}; they keep the start that they have", stacklevel=3)
+    return states
+
+
+@torch.no_grad()
+def _write(delta: Delta, state: Mapping[str, Tensor]) -> None:
+    """Copy a state into a delta, in place, also into sharded tensors."""
+    for name, value in state.items():
+        tensor = getattr(delta, name)
+        if hasattr(tensor, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
+    delta.initialized = True
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor of the full size of one that may be sharded."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers that torch puts around one."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)

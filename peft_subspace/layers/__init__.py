@@ -1,0 +1,1 @@
+"""Kinds of layers, and what an update does in place of each."""

@@ -1,0 +1,53 @@
+"""An update of a parameter that is a matrix, or a stack of them, as in fused experts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.layers.base import LayerOps
+
+
+class ParameterOps(LayerOps):
+    """A matrix `(out, in)`, or a stack of them, `(experts, out, in)`, or `(experts, in, out)` if transposed.
+
+    A stack's update is `(out, in, experts)`: the experts are one more axis, like those of a kernel.
+    """
+
+    dropout_cls = None
+
+    def __init__(self, shape: WeightShape, *, transposed: bool = False) -> None:
+        super().__init__(shape, calls_layer=True)
+        self.transposed = transposed
+
+    def to_layout(self, delta: Tensor) -> Tensor:
+        """Put the experts first; there is no way back."""
+        if not self.shape.kernel_size:
+            return delta
+        return delta.permute(2, 1, 0) if self.transposed else delta.permute(2, 0, 1)
+
+
+def parameter_ops(base: nn.Module, name: str) -> ParameterOps:
+    """Operations for a parameter; the module's `is_transposed`, if it has one, tells the order of a stack.
+
+    Raises:
+        TypeError: If the parameter is quantised.
+        ValueError: If it has not two or three axes.
+    """
+    parameter = getattr(base, name)
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        raise TypeError(
+            f"it is quantised ({parameter.dtype}), and only its module can read it; load the base model "
+            "unquantised, or leave it out of target_parameters"
+        )
+    if parameter.ndim == 2:
+        return ParameterOps(WeightShape(*parameter.shape))
+    if parameter.ndim != 3:
+        raise ValueError(
+            f"it has shape {tuple(parameter.shape)}, and only matrices and stacks of them can be adapted; "
+            "leave it out of target_parameters"
+        )
+    transposed = bool(getattr(base, "is_transposed", False))
+    experts, *sides = parameter.shape
+    into, out = sides if transposed else reversed(sides)
+    return ParameterOps(WeightShape(out, into, (experts,), picked=2), transposed=transposed)

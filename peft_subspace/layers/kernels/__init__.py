@@ -1,0 +1,1 @@
+"""Autograd functions for layers with an updated weight."""

@@ -1,0 +1,74 @@
+"""One linear layer with an updated weight, `x (W + L·R)ᵀ`, for chains of which a part is frozen.
+
+Sending the input through a chain of large frozen factors costs more than the layer itself, forward and back.
+Adding the chain up costs a product per step instead of one per token; but autograd would then make the
+gradient of the whole weight to project it onto the trained factor. `update_linear` does neither: dense
+products with `W + L·R` forward and back to the input, thin ones to `L` and `R`, and nothing of the weight's
+size is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_subspace.core.chain import chain_cost, narrowest_rank, product_cost
+
+# Reading and writing an entry of a weight takes the time of this many multiplications.
+_TOUCH = 64
+
+
+def update_pays(factors: Sequence[Tensor], tokens: int) -> bool:
+    """Whether a train step is cheaper with `W + ΔW` than with the chain beside `W`.
+
+    A chain of trained factors alone, or of frozen ones, is multiplied up where that pays (`shorten`).
+    """
+    trained = [factor.requires_grad for factor in factors]
+    if not torch.is_grad_enabled() or not any(trained):
+        return False
+    size, rank = factors[0].shape[0] * factors[-1].shape[1], narrowest_rank(factors)
+    beside = tokens * (2 * chain_cost(factors) + chain_cost([f for f in factors if f.requires_grad]))
+    if len(factors) == 1:
+        return tokens * size + 2 * _TOUCH * size < beside
+    gradients = tokens * rank * (factors[0].shape[0] + factors[-1].shape[1])
+    products = 3 * product_cost(factors) + 2 * size * (rank + _TOUCH)
+    return not all(trained) and gradients + products < beside
+
+
+def update_linear(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`x (W + L·R)ᵀ + b`: `W (out, in)`, `L (out, r)`, `R (r, in)`."""
+    return _UpdatedLinear.apply(x, weight, bias, left, right)
+
+
+class _UpdatedLinear(torch.autograd.Function):
+    """Keeps its arguments only; the sum is made once more on the way back."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        return F.linear(x, torch.addmm(weight, left, right), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, left, right = inputs
+        ctx.save_for_backward(x, weight, left, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, left, right = ctx.saved_tensors
+        of_x = of_weight = of_bias = of_left = of_right = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ torch.addmm(weight, left, right)
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            of_weight = rows.T @ inputs
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0)
+        if ctx.needs_input_grad[3]:
+            of_left = rows.T @ (inputs @ right.T)
+        if ctx.needs_input_grad[4]:
+            of_right = (rows @ left).T @ inputs
+        return of_x, of_weight, of_bias, of_left, of_right

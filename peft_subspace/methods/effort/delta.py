@@ -1,0 +1,222 @@
+r"""Effort: `ΔW = U S Vh − U0 S0 Vh0`, where `U0 S0 Vh0` are the smallest singular triples of the base weight.
+
+The adapted weight is then `W + ΔW = W_head + U S Vh`: the head, all larger triples, stays. Trained are the
+changes `U_change = U − U0`, `S_change = S − S0` and `Vh_change = Vh − Vh0`, which start at zero, and
+
+    ΔW = [U_change S + U0 S_change, U0 S0] · [Vh; Vh_change],
+
+so `ΔW` is exactly zero at the start, nothing cancels later, and weight decay pulls towards the base weight.
+
+A convolution's kernel is part of the input axis: `Vh (r, in / groups, *kernel)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.core.chain import multiply
+from peft_subspace.core.delta import Delta
+from peft_subspace.core.linalg import orthonormal, smallest_triples
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.validation import invalid
+from peft_subspace.methods.effort.config import EffortConfig
+
+
+class EffortDelta(Delta):
+    """Parameters `U_change` `(out, r)`, `S_change` `(r,)` and `Vh_change` `(r, in, *kernel)`, all fp32.
+
+    The buffers `U0`, `S0` and `Vh0` hold the triples at the start. They are saved with the adapter, because
+    the smallest singular vectors differ between machines.
+
+    Attributes:
+        penalized_at: Version of the parameters that a gradient of the regularisers has last reached, -1 once
+            the step after it is over, None if there never was one.
+
+    Raises:
+        ValueError: If the weight has no such rank.
+
+    Reference:
+        Yan et al. (arXiv 2411.15633).
+    """
+
+    full_precision: ClassVar[tuple[str, ...]] = ("U_change", "S_change", "Vh_change")
+    needs_weight: ClassVar[bool] = True
+    on_embeddings: ClassVar[bool] = False
+
+    U_change: nn.Parameter
+    S_change: nn.Parameter
+    Vh_change: nn.Parameter
+    U0: Tensor
+    S0: Tensor
+    Vh0: Tensor
+
+    def __init__(self, config: EffortConfig, shape: WeightShape, rank: int) -> None:
+        super().__init__(config, shape, rank)
+        limit = min(shape.out_features, shape.columns)
+        if rank > limit and rank != type(config).r:
+            raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
+        rank = min(rank, limit)
+        self.reads_weight = config.init_weights is True
+        self._range: Range | None = None
+        self.orthogonality_weight = config.orthogonality_weight
+        self.energy_weight = config.energy_weight
+        self.penalized_at: int | None = None
+        sizes = {"U": (shape.out_features, rank), "S": (rank,), "Vh": (rank, *shape.dims[1:])}
+        for name, size in sizes.items():
+            self.register_parameter(f"{name}_change", nn.Parameter(torch.empty(size, dtype=torch.float32)))
+            self.register_buffer(f"{name}0", torch.empty(size, dtype=torch.float32))
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained triples `U`, `S`, `Vh` as they are now."""
+        return self.U0 + self.U_change, self.S0 + self.S_change, self.Vh0 + self.Vh_change
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return `[U_change S + U0 S_change, U0 S0]` and `[Vh; Vh_change]`."""
+        _, S, Vh = self.tail
+        left = [self.U_change * S + self.U0 * self.S_change, self.U0 * self.S0]
+        return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
+
+    def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
+        """Start everything at zero; with `init_weights=False`, at orthonormal triples and normal changes."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.data.zero_()
+        if init_weights is not False:
+            return
+        rank = len(self.S0)
+        for basis, size in ((self.U0, len(self.U0)), (self.Vh0.flatten(1).T, self.shape.columns)):
+            basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
+        self.S0.fill_(1.0)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator)
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise unless the weight has singular vectors.
+
+        Raises:
+            ValueError: If it is zero or not finite.
+        """
+        super().check_weight(weight)
+        if not weight.any():
+            raise ValueError(
+                "the weight is zero, which has no singular vectors; load a checkpoint, or exclude it"
+            )
+
+    def reset_from_weight(self, weight: Tensor) -> None:
+        """Take the smallest singular triples of the weight.
+
+        Raises:
+            ValueError: If the weight is zero or not finite.
+        """
+        U, S, Vh = smallest_triples(weight.flatten(1), len(self.S0))
+        self.U0.copy_(U)
+        self.S0.copy_(S)
+        self.Vh0.copy_(Vh.view_as(self.Vh0))
+        self._range = None
+
+    def orthogonality_loss(self, weight: Callable[[], Tensor]) -> Tensor:
+        """`‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` with `Û = [U_head, U]` and `V̂` likewise, `min(m, n)` columns each.
+
+        `weight` returns the base weight `(m, n)`, the kernel folded into `n`. It is called once, and only
+        where `m ≠ n`: on the longer side the head is not the whole complement of the tail, so an orthonormal
+        basis of the weight's range there is kept, or of what lies beyond the range if that is narrower. It
+        has `max(m, n) · min(m, n, |m − n|)` numbers and is not saved: a QR of the weight gives it again.
+        """
+        rows, columns = self.shape.out_features, self.shape.columns
+        if rows != columns and self._range is None:
+            matrix = weight() if rows > columns else weight().T
+            self._range = Range.of(matrix, self.S0.dtype)
+        left = _departure(self.U0, self.U_change, self._range if rows > columns else None)
+        start, change = self.Vh0.flatten(1).T, self.Vh_change.flatten(1).T
+        return left + _departure(start, change, self._range if rows < columns else None)
+
+    def energy_loss(self, weight: Tensor) -> Tensor:
+        """`|‖W + ΔW‖² − ‖W‖²| = |2 ⟨W, ΔW⟩ + ‖ΔW‖²|` for a base weight `(m, n)`.
+
+        At the kink, where `ΔW` changes nothing, as at the start, the subgradient is zero.
+        """
+        L, R = (factor.flatten(1) for factor in self.factors())
+        with torch.no_grad():
+            weight = weight.to(L.dtype)
+            WR, LW = weight @ R.T, L.T @ weight
+        # The value is ⟨L, W Rᵀ⟩, its gradients W Rᵀ and Lᵀ W; the weight itself need not stay for backward.
+        inner = (L * WR).sum() + (R * LW).sum() - (L * WR).sum().detach()
+        return (2 * inner + ((L.T @ L) * (R @ R.T)).sum()).abs()
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Put the triples side by side, `S` and `S0` weighted.
+
+        If there are more than the weight has singular values, an SVD of the sum brings them down to that.
+        """
+        rows, columns = deltas[0].shape.out_features, deltas[0].shape.columns
+        total = sum(len(delta.S0) for delta in deltas)
+        if total > min(rows, columns):
+            return cls._compress(deltas, weights)
+        state = {name: torch.cat([getattr(d, name) for d in deltas], dim=1) for name in ("U_change", "U0")}
+        state |= {name: torch.cat([getattr(d, name) for d in deltas]) for name in ("Vh_change", "Vh0")}
+        for name in ("S_change", "S0"):
+            state[name] = torch.cat([w * getattr(d, name) for d, w in zip(deltas, weights, strict=True)])
+        return total, state
+
+    @classmethod
+    def _compress(
+        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Triples of the summed update, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
+        update = sum(
+            w * multiply(d.factors()).flatten(1).double() for d, w in zip(deltas, weights, strict=True)
+        )
+        U, S, Vh = (t.float() for t in torch.linalg.svd(update, full_matrices=False))
+        Vh = Vh.reshape(-1, *deltas[0].shape.dims[1:])
+        zeros = torch.zeros_like
+        state = {
+            "U_change": zeros(U),
+            "U0": U,
+            "S_change": S,
+            "S0": zeros(S),
+            "Vh_change": zeros(Vh),
+            "Vh0": Vh,
+        }
+        return len(S), state
+
+
+@dataclass
+class Range:
+    """Range of a tall matrix `(m, n)`: an orthonormal `basis` of it, or of its complement."""
+
+    basis: Tensor
+    complement: bool
+
+    @classmethod
+    def of(cls, matrix: Tensor, dtype: torch.dtype) -> Range:
+        """Take the narrower of the two bases, from a QR in float64."""
+        m, n = matrix.shape
+        complement = m < 2 * n
+        Q = torch.linalg.qr(matrix.double(), mode="complete" if complement else "reduced").Q
+        return cls((Q[:, n:] if complement else Q).to(dtype).contiguous(), complement)
+
+    def norm_within(self, X: Tensor) -> Tensor:
+        """Squared norm of the part of the columns of `X` that lies in the range."""
+        self.basis = self.basis.to(X)
+        inner = self.basis.T @ X
+        return (X - self.basis @ inner if self.complement else inner).square().sum()
+
+
+def _departure(start: Tensor, change: Tensor, head: Range | None) -> Tensor:
+    """`‖X̂ᵀX̂ − I‖²` of `X̂ = [X_head, X]` with `X = start + change`, all but `change` orthonormal.
+
+    The blocks are `XᵀX − I` and, twice, `X_headᵀ X`, in which `start` drops out, so that nothing cancels.
+    `head` is the range of head and tail together, `None` if that is the whole space.
+    """
+    overlap = start.T @ change
+    beyond = change - start @ overlap
+    cross = beyond.square().sum() if head is None else head.norm_within(beyond)
+    return (overlap + overlap.T + change.T @ change).square().sum() + 2 * cross

@@ -1,0 +1,71 @@
+"""Configuration of FLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.tuner.config import ScaledConfig
+
+
+@dataclass
+class FLoRAConfig(ScaledConfig):
+    """Configuration of `FLoRAModel`: a Tucker-decomposed update for weights of any number of axes.
+
+    Args:
+        r: Rank of the input and output modes, or one rank per mode, `[in, out, *kernel]`, of which the
+            kernel's may be left out. A rank above its dimension is lowered to it. Stacked experts
+            (`target_parameters`) are one more mode in the place of the kernel: `[in, out, experts]`.
+        kernel_r: Rank of the kernel modes of a convolution, one for all or a list, or of the mode of stacked
+            experts; `None` for full size.
+        alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
+        scale: The scaling itself, in place of `alpha / r`.
+        dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
+        init_weights: Start of the factors and of the core, of which one is zero, so that the update is.
+            The three starts of the authors have a core of zeros, and factors from U(-1/√rank, 1/√rank)
+            (`"kaiming_uniform"`, the default, `True`), N(0, 1/(2 · rank)) (`"kaiming_normal"`) or N(0, 0.02²)
+            (`"normal"`, for AdamW at a learning rate of about 1e-2: its gradients, products of all other
+            factors, are too small for SGD and for bf16 adapters). `"zero_output"` starts the output's factor
+            at zero, as LoRA does, and draws all else from N(0, 1/fan_in), so that every factor of the chain
+            keeps the variance of its input, whatever the width; it takes LoRA's learning rates. Compared in
+            examples/benchmarks/flora_inits.py and quality.py. `False` starts nothing at zero.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a value that no layer could take.
+
+    Reference:
+        Si et al., "Maintaining Structural Integrity in Parameter Spaces for Parameter Efficient Fine-tuning"
+        (arXiv 2405.14739).
+    """
+
+    peft_type_name: ClassVar[str] = "FLORA"
+    adapts_parameters: ClassVar[bool] = True
+    init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal", "zero_output")
+
+    r: int | list[int] = field(default=8)
+    kernel_r: int | list[int] | None = field(default=None)
+    scale: float | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel_r is not None:
+            for rank in self.kernel_r if isinstance(self.kernel_r, list) else [self.kernel_r]:
+                check_count("kernel_r", rank)
+        if self.scale is not None:
+            check_number("scale", self.scale)
+
+    def check_rank(self, name: str, rank: Any) -> None:
+        """Accept a whole number, or a list of at least two."""
+        if not isinstance(rank, list | tuple):
+            check_count(name, rank)
+            return
+        if len(rank) < 2:
+            raise invalid(name, rank, "must have a rank for each mode, [in, out, *kernel], or be one number")
+        for entry in rank:
+            check_count(name, entry)
+
+    def scaling_for(self, module_name: str) -> float:
+        """`scale` if set, else `alpha / r` of one module."""
+        return super().scaling_for(module_name) if self.scale is None else self.scale

@@ -1,0 +1,116 @@
+r"""FLoRA: `ΔW = s · G ×₁ A⁽¹⁾ ×₂ A⁽²⁾ … ×_N A⁽ᴺ⁾`, a Tucker decomposition over the weight's own axes.
+
+Of a linear layer this is `ΔW = s · A⁽²⁾ Gᵀ A⁽¹⁾ᵀ` with `A⁽¹⁾ (in, r1)`, `A⁽²⁾ (out, r2)`, `G (r1, r2)`; of a
+convolution `ΔW[o, i, u, v] = s · Σ_abcd G[a, b, c, d] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[u, c] A⁽⁴⁾[v, d]`. Groups of
+a grouped convolution share the input factor, of size `in_channels / groups`. Of stacked experts the stack is
+the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[e, c]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.core.delta import Delta
+from peft_subspace.core.linalg import block_diagonal, mode_product
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.validation import invalid
+from peft_subspace.methods.flora.config import FLoRAConfig
+
+
+class FLoRADelta(Delta):
+    """Tucker-decomposed update: `core` `(r_in, r_out, *r_kernel)` and `mode_factor_n` `(dim_n, rank_n)`.
+
+    Modes are numbered `in, out, *kernel`, as in the paper.
+
+    Raises:
+        ValueError: If the number of ranks does not fit the number of modes.
+
+    Reference:
+        Si et al. (arXiv 2405.14739), the Tucker form of the update.
+    """
+
+    def __init__(self, config: FLoRAConfig, shape: WeightShape, rank: int | Sequence[int]) -> None:
+        super().__init__(config, shape, rank)
+        dims = (shape.in_features, shape.out_features, *shape.kernel_size)
+        wanted = _mode_ranks(rank, config.kernel_r, dims)
+        ranks = [min(r, dim) for r, dim in zip(wanted, dims, strict=True)]
+        self.lowered = any(r > dim for r, dim in zip(wanted, dims, strict=True))
+        self.core = nn.Parameter(torch.empty(ranks))
+        for mode, (dim, r) in enumerate(zip(dims, ranks, strict=True)):
+            self.register_parameter(f"mode_factor_{mode}", nn.Parameter(torch.empty(dim, r)))
+
+    @property
+    def mode_factors(self) -> list[Tensor]:
+        """Factors of all modes, `(dim_n, rank_n)` each."""
+        return [self.get_parameter(f"mode_factor_{mode}") for mode in range(self.core.ndim)]
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `A⁽²⁾`, the core with its kernel modes multiplied out, and `A⁽¹⁾ᵀ`."""
+        into, out, *kernel = self.mode_factors
+        core = self.core.transpose(0, 1)
+        for mode, factor in enumerate(kernel, start=2):
+            core = mode_product(core, factor, mode)
+        return out, core, into.T
+
+    def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
+        """Draw the factors and the core; one of them starts at zero, unless `init_weights` is False."""
+        axes = (1, 0, *range(2, self.core.ndim))  # of the modes, in the weight
+        for axis, factor in zip(axes, self.mode_factors, strict=True):
+            dim, rank = factor.shape
+            if init_weights in ("kaiming_uniform", True):
+                factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
+            else:
+                keeping = 1.0 if axis == self.shape.picked else dim**-0.5
+                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
+                factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
+        if init_weights == "zero_output":
+            fan_in = self.core.numel() // self.core.shape[1]
+            self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
+            self.mode_factor_1.data.zero_()
+        elif init_weights is False:
+            self.core.data.normal_(generator=generator)
+        else:
+            self.core.data.zero_()
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]
+    ) -> tuple[int | list[int], dict[str, Tensor]]:
+        """Put the factors side by side and the weighted cores on a block diagonal.
+
+        A mode whose ranks add up to more than its dimension gets the identity for its factor, and the
+        concatenated factor is multiplied into the core: the sum is exact at any rank.
+        """
+        core = block_diagonal([weight * delta.core for delta, weight in zip(deltas, weights, strict=True)])
+        state: dict[str, Tensor] = {}
+        for mode in range(core.ndim):
+            factor = torch.cat([delta.mode_factors[mode] for delta in deltas], dim=1)
+            dim, rank = factor.shape
+            if rank > dim:
+                core = mode_product(core, factor, mode)
+                factor = torch.eye(dim, dtype=factor.dtype, device=factor.device)
+            state[f"mode_factor_{mode}"] = factor
+        return list(core.shape), {"core": core, **state}
+
+
+def _mode_ranks(
+    rank: int | Sequence[int], kernel_r: int | list[int] | None, dims: Sequence[int]
+) -> list[int]:
+    """Ranks of all modes from what the config gives: of the first two, of all, or one for both."""
+    given = [rank, rank] if isinstance(rank, int) else list(rank)
+    kernel = dims[2:]
+    if len(given) == 2 < len(dims):
+        if kernel_r is None:
+            return [*given, *kernel]
+        given += [kernel_r] * len(kernel) if isinstance(kernel_r, int) else kernel_r
+    if len(given) != len(dims):
+        raise invalid(
+            "r",
+            rank,
+            f"with kernel_r={kernel_r!r} gives {len(given)} ranks for a weight of {len(dims)} modes "
+            f"{tuple(dims)} (in, out, *kernel); give {len(dims)} ranks, or one number",
+        )
+    return given

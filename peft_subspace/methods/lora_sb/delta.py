@@ -1,0 +1,127 @@
+r"""LoRA-SB: `ΔW = s · B R A` with frozen orthonormal `B (out, r)`, `A (r, in)` and a trained `R (r, r)`.
+
+The bases are the leading singular vectors of the first step that full fine-tuning would take,
+`−η · sign(g) ≈ B diag(S) A` with the mean gradient `g` of the base weight, and `R` starts at `diag(S) / s`.
+`ΔW` is therefore not zero at the start; the base weight itself is never changed. With `BᵀB = A Aᵀ = I` and
+`s = 1` the gradient of `R` is the best approximation of `g` within the two subspaces.
+
+A convolution's kernel is part of the input axis: `A (r, in / groups, *kernel)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.core.delta import Delta
+from peft_subspace.core.linalg import block_diagonal, orthonormal, truncated_svd
+from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.validation import invalid
+from peft_subspace.methods.lora_sb.config import LoRASBConfig
+
+
+class LoRASBDelta(Delta):
+    """Update in fixed subspaces: buffers `B` `(out, r)` and `A` `(r, in, *kernel)`, parameter `R` `(r, r)`.
+
+    All are fp32: in bf16 the bases would not be orthonormal, and a small step of `R` would be rounded away.
+
+    Raises:
+        ValueError: If the weight has no such rank.
+
+    Reference:
+        Ponkshe et al. (arXiv 2411.19557), the update approximation; Bałazy et al. (arXiv 2405.17604) for
+        bases from the weight.
+    """
+
+    full_precision: ClassVar[tuple[str, ...]] = ("R",)
+    combinations: ClassVar[tuple[str, ...]] = ("cat", "linear")
+
+    R: nn.Parameter
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, config: LoRASBConfig, shape: WeightShape, rank: int) -> None:
+        super().__init__(config, shape, rank)
+        limit = min(shape.out_features, shape.columns)
+        self.lowered = rank > limit
+        if self.lowered and rank != type(config).r:
+            raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
+        rank = min(rank, limit)
+        self.reads_weight = config.init_weights is not False
+        self.exact_svd = config.exact_svd
+        self.R = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32))
+        self.register_buffer("A", torch.empty(rank, *shape.dims[1:], dtype=torch.float32))
+        self.register_buffer("B", torch.empty(shape.out_features, rank, dtype=torch.float32))
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `B`, `R` and `A`, in one precision, also where a trainer has stored `R` in less."""
+        return self.B, self.R.to(self.B.dtype), self.A
+
+    def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
+        """Draw orthonormal bases; start `R` at zero, or at random if `init_weights` is False."""
+        rank = len(self.R)
+        for basis, size in ((self.B, len(self.B)), (self.A.flatten(1).T, self.shape.columns)):
+            basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
+        if init_weights is False:
+            self.R.data.normal_(generator=generator)
+        else:
+            self.R.data.zero_()
+
+    def reset_from_weight(self, weight: Tensor) -> None:
+        """Take the leading singular vectors of the weight as bases, LoRA-XS; `R` stays zero."""
+        U, _, Vh = truncated_svd(weight.flatten(1), len(self.R), exact=self.exact_svd)
+        self.B.copy_(U)
+        self.A.copy_(Vh.view_as(self.A))
+
+    def state_from_gradient(
+        self, gradient: Tensor, learning_rate: float, scaling: float
+    ) -> dict[str, Tensor]:
+        """Return `B diag(S) A`, the truncated SVD of `−η · sign(g)`, with `R = diag(S) / s`."""
+        step = gradient.flatten(1).sign_().neg_()
+        U, S, Vh = truncated_svd(step, len(self.R), exact=self.exact_svd)
+        return {"R": torch.diag(S * (learning_rate / scaling)), "A": Vh.view_as(self.A), "B": U}
+
+    @classmethod
+    def average(
+        cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Average `R`, which is exact where all bases are equal.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        first, *others = deltas
+        for other in others:
+            same = first.R.shape == other.R.shape
+            if not (same and torch.equal(first.B, other.B) and torch.equal(first.A, other.A)):
+                raise ValueError(
+                    "the adapters have different bases, or ranks, so no average of R is the average of their "
+                    "updates; use combination_type='cat', or start the adapters from one initialisation"
+                )
+        total = sum(
+            (weight * delta.R for delta, weight in zip(deltas, weights, strict=True)),
+            start=torch.zeros_like(first.R),
+        )
+        return len(total), {"R": total, "A": first.A, "B": first.B}
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Put the bases side by side and orthonormalise them again; the triangles go into `R`.
+
+        `[B1 B2] = Q_B T_B` and `[A1; A2] = T_Aᵀ Q_Aᵀ` give `Q_B (T_B diag(R1, R2) T_Aᵀ) Q_Aᵀ`. If the ranks
+        add up to more than the weight has, an SVD of the middle brings them down to that.
+        """
+        core = block_diagonal([weight * delta.R for delta, weight in zip(deltas, weights, strict=True)])
+        Q_B, T_B = torch.linalg.qr(torch.cat([delta.B for delta in deltas], dim=1).double())
+        Q_A, T_A = torch.linalg.qr(torch.cat([delta.A.flatten(1) for delta in deltas]).T.double())
+        core = T_B @ core.double() @ T_A.T
+        if core.shape[0] != core.shape[1]:
+            U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+            Q_B, core, Q_A = Q_B @ U, torch.diag(S), Q_A @ Vh.T
+        A = Q_A.T.reshape(-1, *deltas[0].A.shape[1:])
+        return len(core), {"R": core.float(), "A": A.float(), "B": Q_B.float()}

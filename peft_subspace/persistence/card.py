@@ -1,0 +1,111 @@
+"""The part of an adapter's model card that this package writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import CONFIG_NAME
+
+from peft_subspace.runtime.files import replacing
+
+if TYPE_CHECKING:
+    from peft_subspace.tuner.config import SubspaceConfig
+
+
+LORA_FOLDER = "lora"
+
+"""Folder, within that of an adapter, whose LoRA the card mentions."""
+
+
+_MARK = "<!-- peft_subspace -->"
+
+
+_SECTION = """{mark}
+## Use with peft_subspace
+
+The type of this adapter, `{peft_type}`, comes with the package `peft_subspace`. Import it before loading, or
+PEFT stops with `KeyError: '{peft_type}'`:
+
+```python
+import peft_subspace  # registers the type with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this repository or folder")
+```
+
+| | |
+|---|---|
+{rows}
+{mark}"""
+
+
+def write_card(folder: Path, config: SubspaceConfig) -> None:
+    """Complete the model card in `folder`, making it if there is none; what else it says stays.
+
+    The section between the two marks is ours and written anew each time, where it stands; a new one goes to
+    the top. It repeats data and results from the card's metadata.
+    """
+    path = folder / "README.md"
+    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{_new_data(config)}\n---\n")
+    tags = ("peft", "peft_subspace", type(config).__name__.removesuffix("Config").lower())
+    known = [tag for tag in _listed(card.data.tags) if tag != "base_model:adapter:"]  # for no base model
+    card.data.tags = list(dict.fromkeys([*known, *tags]))
+    if not card.data.base_model:
+        card.data.base_model = config.base_model_name_or_path or None
+    rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
+    section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, rows=rows)
+    card.text = _with_section(card.text, section)
+    with replacing(path) as partial:
+        card.save(partial)
+
+
+def _with_section(text: str, section: str) -> str:
+    before, *rest = text.split(_MARK, 2)
+    if len(rest) == 2:
+        return f"{before}{section}{rest[1]}"
+    return f"{section}\n\n{''.join([before, *rest]).lstrip()}"
+
+
+def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
+    """Rows of the section's table; what is not known is left out."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+    module = sys.modules.get(tuner.tuner_layer_cls.delta_cls.__module__)
+    equation = getattr(module, "__doc__", None) or ""
+    reference = re.search(r"Reference:\s(.*)", type(config).__doc__ or "", re.DOTALL)
+    results = [
+        f"{result.metric_name or result.metric_type} {result.metric_value} ({result.dataset_name})"
+        for result in data.eval_results or []
+    ]
+    facts = {
+        "Method": equation.partition("\n\n")[0],
+        "Reference": reference.group(1) if reference else "",
+        "Base model": ", ".join(_listed(data.base_model)),
+        "Trained numbers of the update": f"{config.trained:,}" if config.trained else "",
+        "Data": ", ".join(_listed(data.datasets)),
+        "Results": ", ".join(results),
+        "As a LoRA, which needs no import": _lora_export(folder),
+    }
+    return {name: " ".join(text.split()) for name, text in facts.items() if text}
+
+
+def _listed(value: Any) -> list[str]:
+    """Entries of a field of the metadata, which may be one alone."""
+    return [value] if isinstance(value, str) else [str(entry) for entry in value or []]
+
+
+def _lora_export(folder: Path) -> str:
+    path = folder / LORA_FOLDER / CONFIG_NAME
+    if path.is_file() and json.loads(path.read_text()).get("peft_type") == "LORA":
+        return f'with `subfolder="{LORA_FOLDER}"` in the call above'
+    return "`peft_subspace.save_as_lora` writes it"
+
+
+def _new_data(config: SubspaceConfig) -> str:
+    return ModelCardData(base_model=config.base_model_name_or_path, library_name="peft").to_yaml()

@@ -1,0 +1,167 @@
+"""Exact export to LoRA: a chain split at its narrowest joint is a LoRA, no SVD needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_subspace.core.chain import split
+from peft_subspace.layers.embedding import EmbeddingOps
+from peft_subspace.layers.linear import Conv1DOps
+from peft_subspace.persistence.card import LORA_FOLDER, write_card
+from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.progress import progress
+from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.parameter_layer import ParameterLayer
+from peft_subspace.tuner.targets import weight_name
+
+
+def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Convert an adapter to an equal LoRA: `B A = s · ΔW`, with `lora_alpha = r`.
+
+    All modules get one rank, the largest that any of them needs; smaller ones are padded with zeros, because
+    some servers read a single rank from the config.
+
+    Args:
+        model: Model with the adapter, wrapped by PEFT or injected.
+        adapter_name: Adapter to convert.
+
+    Returns:
+        Configuration and state dict of a LoRA adapter, as PEFT saves it.
+
+    Raises:
+        ValueError: If the model has no such adapter of this package, or it adapts layers whose update is no
+            LoRA that PEFT runs: grouped or dilated convolutions, those with a `padding_mode` other than
+            `"zeros"`, and layers with a forward of their own.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SubspaceLayer) and adapter_name in layer.deltas
+    }
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
+    reasons = {name: reason for name, layer in sorted(layers.items()) if (reason := _no_lora_form(layer))}
+    if reasons:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        raise ValueError(
+            f"{len(reasons)} of the adapted layers have no LoRA form that PEFT runs: {listed}; leave them "
+            "out of target_modules, or serve the merged model (merge_and_unload)"
+        )
+    shown = progress(layers.items(), len(layers), "multiplying factors")
+    pairs = {name: _lora_pair(layer, adapter_name) for name, layer in shown}
+    rank = max(left.shape[1] for left, _ in pairs.values())
+    state = _other_state(model, adapter_name)
+    for name, (left, right) in pairs.items():
+        state.update(_lora_tensors(name, layers[name], _pad(left, 1, rank), _pad(right, 0, rank)))
+    return _lora_config(model, adapter_name, layers, rank), state
+
+
+def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter as a standard LoRA, for PEFT, vLLM, SGLang, llama.cpp and diffusers to serve.
+
+    Args:
+        model: Model with the adapter, wrapped by PEFT or injected.
+        directory: Folder for `adapter_config.json` and `adapter_model.safetensors`, made if need be.
+        adapter_name: Adapter to write.
+
+    Raises:
+        ValueError: As for `to_lora`; nothing is written then.
+    """
+    config, state = to_lora(model, adapter_name)
+    folder = Path(directory)
+    state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    with replacing(folder / CONFIG_NAME) as partial:
+        config.save_pretrained(str(partial.parent))
+    if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
+        write_card(folder.parent, model.peft_config[adapter_name])
+
+
+def _no_lora_form(layer: SubspaceLayer) -> str | None:
+    """Why PEFT's LoRA cannot stand for the layer's update, None if it can."""
+    if isinstance(layer, ParameterLayer):
+        return None
+    base: Any = layer.get_base_layer()
+    if layer.ops.shape.groups > 1:
+        return f"groups={base.groups}"
+    if layer.ops.shape.kernel_size:  # PEFT builds its convolution with the base's stride and padding only
+        if set(base.dilation) != {1}:
+            return f"dilation={base.dilation}"
+        if base.padding_mode != "zeros":
+            return f"padding_mode={base.padding_mode!r}"
+    return "a forward of its own" if layer.ops.calls_layer else None
+
+
+@torch.no_grad()
+def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Factors `(out, r)` and `(r, in, *kernel)` of the scaled update, in fp32."""
+    left, right = split([factor.float() for factor in layer.deltas[adapter_name]()])
+    return left * layer.scaling[adapter_name], right
+
+
+def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The pair under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
+    key = f"base_model.model.{name}"
+    if isinstance(layer.ops, EmbeddingOps):
+        return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
+    if isinstance(layer, ParameterLayer) and layer.ops.shape.kernel_size:
+        # PEFT keeps rank and experts in one axis, of A expert by expert, of B rank by rank.
+        left = left[..., None].expand(-1, -1, right.shape[-1]).flatten(1)
+        return {f"{key}.lora_A.weight": right.movedim(-1, 0).flatten(0, 1), f"{key}.lora_B.weight": left}
+    ones = (1,) * len(layer.ops.shape.kernel_size)
+    return {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
+
+
+def _other_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter saves besides its update: biases, modules_to_save, trained tokens."""
+    prefix = model.peft_config[adapter_name].peft_type.value.lower() + "_"
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key: tensor for key, tensor in state.items() if f".{prefix}" not in f".{key}"}
+
+
+def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[axis] = size - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis) if missing[axis] else tensor
+
+
+def _lora_config(
+    model: nn.Module, adapter_name: str, layers: dict[str, SubspaceLayer], rank: int
+) -> LoraConfig:
+    config = model.peft_config[adapter_name]
+    parameters = [weight_name(n, layer) for n, layer in layers.items() if isinstance(layer, ParameterLayer)]
+    modules = [name for name, layer in layers.items() if not isinstance(layer, ParameterLayer)]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_shortest_targets(model, modules),
+        target_parameters=parameters or None,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        bias="lora_only" if config.bias.endswith("_only") else config.bias,
+        fan_in_fan_out=any(isinstance(layer.ops, Conv1DOps) for layer in layers.values()),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _shortest_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Last parts of the names, such as `q_proj`, where they match these modules and no others."""
+    names = set(names)
+    suffixes = {name.rpartition(".")[2] for name in names}
+    everything = (name.removeprefix("base_model.model.") for name, _ in model.named_modules())
+    matched = {
+        name for name in everything if name.rpartition(".")[2] in suffixes and "base_layer" not in name
+    }
+    return sorted(suffixes if matched == names else names)

@@ -1,0 +1,1 @@
+"""Processes, progress bars and files: what knows nothing of adapters."""

@@ -1,0 +1,50 @@
+"""The processes that train together; one, where `torch.distributed` is not initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def failing_together(device: torch.device, action: str) -> Iterator[None]:
+    """Raise in all processes if the block raises in one, so that none waits for it in vain.
+
+    The block itself must not wait for other processes.
+
+    Args:
+        device: Device on which the processes exchange tensors.
+        action: What the block does, for the error.
+
+    Raises:
+        RuntimeError: If the block failed in another process.
+    """
+    try:
+        yield
+    except BaseException:
+        total(torch.ones((), device=device))
+        raise
+    failed = int(total(torch.zeros((), device=device)))
+    if failed:
+        raise RuntimeError(f"{action} failed in {failed} of {count()} processes; their own errors say why")

@@ -1,0 +1,54 @@
+"""Progress bars that stay silent where there is nothing to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+from peft_subspace.runtime import distributed as processes
+
+T = TypeVar("T")
+
+
+DELAY = 2.0
+
+"""Seconds after which a step shows its progress."""
+
+
+_counting: ContextVar[Any] = ContextVar("counting", default=None)
+
+
+def bar(total: int, description: str, *, hidden: bool = False) -> Any:
+    """Bar of `total` steps, shown by the first process only, and if they take more than two seconds."""
+    hidden = hidden or total < 2 or processes.rank() != 0
+    return tqdm(total=total, desc=description, delay=DELAY, disable=hidden)
+
+
+def progress(items: Iterable[T], total: int, description: str, *, hidden: bool = False) -> Iterator[T]:
+    """Go through some items, with a bar as above."""
+    with bar(total, description, hidden=hidden) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+@contextmanager
+def counting(total: int, description: str, *, hidden: bool = False) -> Iterator[None]:
+    """Show a bar as above for a loop that is not ours, whose steps call `count`."""
+    with bar(total, description, hidden=hidden) as shown:
+        token = _counting.set(shown)
+        try:
+            yield
+        finally:
+            _counting.reset(token)
+
+
+def count() -> None:
+    """Count one step of the loop that is being watched, if any is."""
+    shown = _counting.get()
+    if shown is not None:
+        shown.update()

@@ -1,0 +1,81 @@
+"""Pictures of an adapter: spectra of its updates, and their overlap with another adapter's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_subspace.tools.inspection import LayerUpdate, Overlap
+
+_SMALLEST = 1e-8
+
+"""Singular values below this part of the largest are rounding errors, and would stretch the picture."""
+
+
+def save_plot(
+    path: str | Path, updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap] | None = None
+) -> None:
+    """Draw the singular values of each module's update and, of two adapters, heat maps of their overlap.
+
+    Args:
+        path: File to write; its ending names the format, as in `"adapter.png"`.
+        updates: Updates by module name.
+        overlaps: Overlaps by module name, drawn as kinds of modules by blocks.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures are drawn with matplotlib, which is not installed; pip install matplotlib"
+        ) from error
+    maps = ("cosine", "outputs", "inputs") if overlaps else ()
+    figure = Figure(figsize=(7.0 + 4.5 * len(maps), 5.0), layout="constrained")
+    axes = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
+    _draw_spectra(axes[0], updates)
+    for part, chart in zip(maps, axes[1:], strict=True):
+        _draw_overlap(figure, chart, part, {name: getattr(o, part) for name, o in (overlaps or {}).items()})
+    figure.savefig(path)
+
+
+def _draw_spectra(chart: Any, updates: Mapping[str, LayerUpdate]) -> None:
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(map(_kind, updates)))}
+    labels = set(colours)
+    for name, update in updates.items():
+        kind, largest = _kind(name), float(update.singular_values[0])
+        values = [value for value in update.singular_values.tolist() if value > _SMALLEST * largest]
+        label = kind if kind in labels else None
+        labels.discard(kind)
+        chart.plot(range(1, len(values) + 1), values, color=colours[kind], label=label, linewidth=0.8)
+    chart.set(xlabel="index", ylabel="singular value of the update", title="spectra")
+    if any(update.norm > 0 for update in updates.values()):
+        chart.set_yscale("log")
+    chart.legend(fontsize="small")
+
+
+def _draw_overlap(figure: Any, chart: Any, title: str, values: Mapping[str, float]) -> None:
+    kinds = list(dict.fromkeys(_kind(name) for name in values))
+    blocks = list(dict.fromkeys(_block(name) for name in values))
+    grid = [[float("nan")] * len(blocks) for _ in kinds]
+    for name, value in values.items():
+        grid[kinds.index(_kind(name))][blocks.index(_block(name))] = value
+    limits = (-1.0, 1.0, "coolwarm") if title == "cosine" else (0.0, 1.0, "viridis")
+    image = chart.imshow(grid, vmin=limits[0], vmax=limits[1], cmap=limits[2], aspect="auto")
+    chart.set(xlabel="block", title=f"overlap: {title}")
+    chart.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize="small")
+    chart.set_yticks(range(len(kinds)), kinds, fontsize="small")
+    figure.colorbar(image, ax=chart)
+
+
+def _kind(name: str) -> str:
+    """Name of a module without its numbers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _block(name: str) -> str:
+    """Numbers in the name of a module."""
+    return ".".join(re.findall(r"(?<![^.])\d+(?![^.])", name)) or "-"

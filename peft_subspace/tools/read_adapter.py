@@ -1,0 +1,73 @@
+"""A saved adapter on a base model without weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from peft_subspace.persistence.loading import adapter_folder, check_adapter, read_config
+from peft_subspace.tools.skeleton import skeleton_from, wrap
+
+_ARCHITECTURES = {  # by PEFT's task types, as PEFT's own AutoPeftModel… classes choose
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+_HEADS = ("classifier", "score")
+
+
+def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
+    """Put a saved adapter on a base model without weights, which needs the base's config only.
+
+    Args:
+        path: Folder of the adapter, or its id on the Hub.
+        base: Folder or id of the base model; by default the one that the adapter's config names.
+
+    Raises:
+        FileNotFoundError: If the folder has no config or no safetensors file.
+        ValueError: If the adapter is broken, none of this package's, or does not fit the base; or the base
+            model's config cannot be read.
+    """
+    folder = adapter_folder(str(path), {})
+    config = read_config(folder / CONFIG_NAME)
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{path} does not name its base model; give it (--base)")
+    options = _labels(folder) | ({"revision": config.revision} if config.revision else {})
+    skeleton = skeleton_from(base, _architecture(config), **options)
+    model = wrap(skeleton, check_adapter(skeleton, folder))
+    model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    # Tensors take the places of those on the meta device; PEFT's own way would move them there.
+    setattr(model, "load_state_dict", partial(model.load_state_dict, assign=True))  # noqa: B010
+    set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    delattr(model, "load_state_dict")
+    return model.eval()
+
+
+def _architecture(config: Any) -> str | None:
+    """Class of the model that the adapter was trained on, as far as its config tells."""
+    if config.task_type in _ARCHITECTURES:
+        return _ARCHITECTURES[config.task_type]
+    return (config.auto_mapping or {}).get("base_model_class")
+
+
+def _labels(folder: Path) -> dict[str, Any]:
+    """Number of labels of a head in the file; a base model that was not trained for the task has another."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            heads = [key for key in list(file.keys()) if any(f".{head}." in key for head in _HEADS)]
+            sizes = [file.get_slice(key).get_shape()[0] for key in heads if "_delta." not in key]
+    except SafetensorError:  # what is wrong with the file is told when it is checked
+        sizes = []
+    return {"num_labels": min(sizes)} if sizes else {}

@@ -1,0 +1,1 @@
+"""The glue to PEFT: config, targets, tuner layer and tuner model."""
