@@ -22,8 +22,9 @@ from .persistence.hub import push_to_hub
 from .persistence.loading import load
 from .persistence.lora_export import save_as_lora, to_lora
 from .tools.estimate import Estimate, estimate
+from .training.callback import RegularizationCallback
 from .training.ddp import prepare_for_ddp
-from .training.penalties import RegularizationCallback, regularization_loss
+from .training.penalties import regularization_loss
 from .tuner import config as _config
 
 __version__ = _config.VERSION

@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WAVES = 4
+from peft_subspace.core.delta import FINGERPRINT
 
-
-FINGERPRINT = _WAVES + 2
-
-"""Numbers in a fingerprint: the weight's root mean square, its projections, and its dtype's precision."""
+_WAVES = FINGERPRINT - 2  # beside the root mean square of the weight and the precision of its dtype
 
 
 _SAME = 1e-4
-
 """Change, relative to the weight, below which two weights of one dtype are the same."""
 
 
@@ -44,6 +40,6 @@ def is_same(found: Tensor, expected: Tensor) -> bool:
 def _waves(size: int) -> Tensor:
     """Unit vectors `(size, waves)` that have nothing to do with the structure of a weight."""
     positions = torch.arange(1, size + 1, dtype=torch.float64)[:, None]
-    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64).sqrt()
+    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0][:_WAVES], dtype=torch.float64).sqrt()
     waves = torch.cos(positions * frequencies + frequencies)
     return waves / waves.norm(dim=0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.undisturbed import read_batches, undisturbed
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
-from peft_subspace.methods.continual_svd.model import ContinualSVDLayer, ContinualSVDModel
+from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.patterns import patterns_of
 
@@ -165,13 +165,13 @@ def _modules(model: nn.Module, target_modules: list[str] | str | None) -> dict[s
     adapted = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, ContinualSVDLayer)
+        if isinstance(module, ContinualSVDModel.tuner_layer_cls)
     }
     if target_modules is None and adapted:
         return adapted
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = ContinualSVDConfig(target_modules=target_modules or INCLUDE_LINEAR_LAYERS_SHORTHAND)
-    names = ContinualSVDModel.plan(base, config)
+    names = ContinualSVDModel.plan(base, config).modules
     if not names:
         raise ValueError(f"target_modules={target_modules!r} match no module of {type(base).__name__}")
     return {name: base.get_submodule(name) for name in names}

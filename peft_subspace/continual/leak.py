@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
-from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
+from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.methods.continual_svd.subspaces import singular_vectors
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.layer import adapted_layers
@@ -41,7 +41,7 @@ def subspace_leak(
     Raises:
         ValueError: If the model has no such adapter.
     """
-    layers = adapted_layers(model, adapter_name, ContinualSVDLayer)
+    layers = adapted_layers(model, adapter_name, ContinualSVDModel.tuner_layer_cls)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no Continual SVD adapter on this model")
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -49,10 +49,12 @@ def subspace_leak(
     for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
         heads = None
         if from_weight:
-            beneath = layer.beneath(config) if config is not None else []
+            beneath = (
+                [name for name in config.lower_adapters if name in layer.deltas] if config is not None else []
+            )
             weight = layer.with_updates(layer.get_base_weight(), beneath).flatten(1)
             heads = singular_vectors(weight, layer.deltas[adapter_name].directions)
-        update = layer.ops.to_layout(layer.get_delta_weight(adapter_name)).flatten(1).double()
+        update = layer.kind.from_layout(layer.get_delta_weight(adapter_name)).flatten(1).double()
         modules[name] = _leaks(layer.deltas[adapter_name], update, heads)
     return {"max": max(value for leaks in modules.values() for value in leaks.values()), "modules": modules}
 

@@ -17,9 +17,10 @@ from peft_subspace.continual.restart import parameter_names, restart_optimizer, 
 from peft_subspace.core.errors import naming
 from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
-from peft_subspace.methods.continual_svd.model import ContinualSVDLayer, ContinualSVDModel, stacked_tasks
+from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.merging import check_finite, merge_permanently
 
 
 def next_task(
@@ -63,7 +64,7 @@ def next_task(
     """
     tuner = _tuner(model)
     task = _current_task(tuner)
-    layers = adapted_layers(tuner, task, ContinualSVDLayer).values()
+    layers = adapted_layers(tuner, task, SubspaceLayer).values()
     keep = keep or ("stack" if any(layer.quantization_backend is not None for layer in layers) else "merge")
     _check_name(tuner, name)
     _check_keep(tuner, task, keep)
@@ -73,9 +74,9 @@ def next_task(
     names = parameter_names(model, optimizer)
     if keep == "merge":
         for layer in progress(layers, len(layers), "checking updates"):
-            layer._check_finite([task])
+            check_finite(layer, [task])
         for layer in progress(layers, len(layers), "merging"):
-            layer.absorb(task)
+            merge_permanently(layer, task)
     model.add_adapter(name, config)
     if not new_heads:
         _continue_heads(tuner, task, name)
@@ -95,7 +96,7 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
     tuner = _tuner(model)
     task = _current_task(tuner)
     names = parameter_names(model, optimizer)
-    for earlier in stacked_tasks(tuner.peft_config[name]):
+    for earlier in tuner.peft_config[name].lower_adapters:
         _freeze(tuner, earlier)
     model.set_adapter(name)
     restart_optimizer(optimizer, model, names, task, name, keep_state=True)
@@ -140,7 +141,7 @@ def _tuner(model: nn.Module) -> ContinualSVDModel:
 
 def _current_task(tuner: ContinualSVDModel) -> str:
     """The one active adapter that is not closed."""
-    layers = [module for module in tuner.modules() if isinstance(module, ContinualSVDLayer)]
+    layers = [module for module in tuner.modules() if isinstance(module, ContinualSVDModel.tuner_layer_cls)]
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
         raise ValueError(f"adapters {merged} are merged; call unmerge_adapter() first")
@@ -167,14 +168,14 @@ def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
     if keep not in HISTORIES:
         raise invalid("keep", keep, f"must be one of {HISTORIES}")
     config = tuner.peft_config[task]
-    stacked = [name for name in stacked_tasks(config) if name in tuner.peft_config]
+    stacked = [name for name in config.lower_adapters if name in tuner.peft_config]
     if keep == "merge" and stacked:
         raise ValueError(
             f"keep='merge' would change the base weights beneath the stacked tasks {stacked}; use "
             "keep='stack', or merge all with merge_and_unload()"
         )
     for module_name, layer in tuner.model.named_modules():
-        if isinstance(layer, ContinualSVDLayer) and task in layer.deltas:
+        if isinstance(layer, ContinualSVDModel.tuner_layer_cls) and task in layer.deltas:
             with naming(module_name):
                 if keep == "stack" and not layer.deltas[task].low_rank:
                     raise ValueError(
@@ -185,7 +186,7 @@ def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
                     raise ValueError("these quantised weights cannot be rewritten; use keep='stack'")
 
 
-def _can_merge(layer: ContinualSVDLayer) -> bool:
+def _can_merge(layer: SubspaceLayer) -> bool:
     return layer.quantization_backend is None or layer.quantization_backend.supports_merge
 
 
@@ -225,14 +226,14 @@ def _head_state(module: Any, name: str) -> dict[str, Tensor]:
 def _freeze(tuner: ContinualSVDModel, task: str) -> None:
     tuner.peft_config[task].closed = True
     for module in tuner.modules():
-        if isinstance(module, ContinualSVDLayer) and task in module.deltas:
-            module.deltas[task].closed = True
+        if isinstance(module, ContinualSVDModel.tuner_layer_cls) and task in module.deltas:
+            module.deltas[task].frozen = True
 
 
 def _reduce_to_heads(tuner: ContinualSVDModel, task: str) -> None:
     """Delete the update of a merged task; an adapter without any keeps its heads, if it has some."""
     for module in tuner.modules():
-        if isinstance(module, ContinualSVDLayer):
+        if isinstance(module, ContinualSVDModel.tuner_layer_cls):
             module.delete_adapter(task)
     config = tuner.peft_config[task]
     if not config.modules_to_save:

@@ -1,71 +1,105 @@
-"""The one abstraction: a weight update as a short chain of matrices, `ΔW = F1 F2 … Fn`."""
+"""The abstraction: an update of one weight, and the chain `ΔW = F1 F2 … Fn` that most updates are.
+
+A method is one subclass. What it must, should and may define is said in the two classes; all else (forward
+passes, merging, saving, LoRA export, sums, spectra) is derived from `update` or `factors` elsewhere:
+
+    class LoRA(Delta):
+        def __init__(self, config, spec):
+            super().__init__(config, spec)
+            self.B = nn.Parameter(torch.empty(spec.shape.out_features, spec.rank))
+            self.A = nn.Parameter(torch.empty(spec.rank, *spec.shape.dims[1:]))
+
+        def factors(self):
+            return self.B, self.A
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.chain import multiply
+from peft_subspace.core.precision import apply_keeping_fp32
+from peft_subspace.core.shapes import ModuleSpec
+
+FINGERPRINT = 6
+"""Numbers in the fingerprint of a base weight."""
+
+ReadWeight = Callable[[], Tensor]
+"""Returns the base weight, `(out, in, *kernel)` in fp32."""
 
 
-class Delta(nn.Module, ABC):
-    """Tensors of one adapter on one weight, and the equation that makes `ΔW` of them.
+class Update(nn.Module, ABC):
+    """Tensors of one adapter on one weight, and the update `ΔW` that they make of it.
 
-    Parameters train; buffers are frozen, persistent, and stay fp32 when the module is cast to less. A delta
-    knows nothing of adapter names, base layers, devices, quantisation or PEFT.
+    Parameters train; buffers are frozen, persistent, and stay fp32 when the module is cast to less. An update
+    knows nothing of adapter names, base layers, devices, quantization or PEFT.
 
     Args:
         config: Configuration of the method.
-        shape: Shape of the adapted weight.
-        rank: The config's `r`, or the entry of `rank_pattern` that applies to this module; of methods whose
-            modules depend on each other, what `SubspaceModel.ranks` gives this one.
+        spec: What the config asks for on this weight.
 
     Attributes:
-        reads_weight: Whether the start depends on the base weight; an instance may decide for itself.
-        needs_weight: Whether such a start has no substitute, so that a weight without one is an error.
+        reads_weight: Whether the initialization depends on the base weight; an instance may decide.
+        needs_weight: Whether nothing can take the weight's place there, so that a weight that cannot be read
+            is an error. Such an adapter belongs to its base weight: it carries a fingerprint of it.
         on_embeddings: Whether embeddings can be adapted.
         full_precision: Names of parameters that stay fp32 as well.
-        combinations: What `add_weighted_adapter` can make of several such deltas, exactly.
+        combinations: What `add_weighted_adapter` can make of several such updates, exactly.
+        shared_name: Name, in files, of the tensors that all layers of an adapter share.
         initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
+        frozen: Whether nothing trains even while the adapter is active.
+        penalty_weights: Weights of the loss terms by name.
+        penalized_at: Version of the parameters that a gradient of the loss terms has last reached, -1 once
+            the step after it is over, None if there never was one.
     """
 
     reads_weight: bool = False
     needs_weight: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = True
     full_precision: ClassVar[tuple[str, ...]] = ()
-    combinations: ClassVar[tuple[str, ...]] = ("cat",)
+    combinations: ClassVar[tuple[str, ...]] = ()
+    shared_name: ClassVar[str] = "shared"
+    fingerprint: Tensor
 
-    def __init__(self, config, shape: WeightShape, rank) -> None:
+    def __init__(self, config: Any, spec: ModuleSpec) -> None:
         super().__init__()
-        self.shape = shape
-        self.rank = rank
+        self.spec, self.shape = spec, spec.shape
         self.initialized: bool = config.initialized
+        self.frozen: bool = config.frozen
+        self.penalty_weights: dict[str, float] = config.penalty_weights
+        self.penalized_at: int | None = None
+        if self.needs_weight:
+            self.register_buffer("fingerprint", torch.zeros(FINGERPRINT, dtype=torch.float32))
+        # A tuple hides the module from torch: one place alone holds, moves and saves it.
+        self._shared: tuple[nn.Module, ...] = ()
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, ...]:
-        """Return the chain, left to right: first `(out, ·)`, last `(·, in)`.
+    def update(self, weight: ReadWeight) -> Tensor:
+        """Return `ΔW`, `(out, in, *kernel)`, for a base weight that `weight()` reads."""
 
-        Of a convolution's chain exactly one factor carries the kernel, `(·, ·, *kernel_size)`.
-        """
+    def chain(self, weight: ReadWeight) -> tuple[Tensor, ...]:
+        """`ΔW` as a chain of factors; here of one."""
+        return (self.update(weight),)
 
-    def forward(self) -> tuple[Tensor, ...]:
+    def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
         """The chain; called as a module, so that hooks which fetch the tensors from elsewhere run."""
-        return self.factors()
+        return self.chain(weight)
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Fill the parameters in place; `init_weights=False` asks for a start that changes the output."""
+        """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
         raise NotImplementedError
 
     def reset_from_weight(self, weight: Tensor) -> None:
-        """Initialise from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
+        """Initialize from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
 
-    def can_do_without_weight(self, config) -> bool:
-        """Whether a start may leave the base weight out: it has a substitute, and was not asked for."""
+    def can_do_without_weight(self, config: Any) -> bool:
+        """Whether the base weight may be left out: it has a substitute, and was not asked for."""
         return not self.needs_weight and config.init_weights is True
 
     def check_weight(self, weight: Tensor) -> None:
@@ -77,7 +111,7 @@ class Delta(nn.Module, ABC):
         if not torch.isfinite(weight).all():
             raise ValueError("the weight has NaN or infinite values; load a sound checkpoint, or exclude it")
 
-    def check_values(self, state: dict[str, Tensor]) -> None:
+    def check_values(self, state: Mapping[str, Tensor]) -> None:
         """Raise unless values that are about to be loaded are possible; shapes are right and all is finite.
 
         Raises:
@@ -87,36 +121,63 @@ class Delta(nn.Module, ABC):
     def state_from_gradient(
         self, gradient: Tensor, learning_rate: float, scaling: float
     ) -> dict[str, Tensor]:
-        """Return the state that starts from a mean gradient of the weight, `(out, in, *kernel)` in fp32.
+        """Return the state that a mean gradient of the weight, `(out, in, *kernel)` in fp32, leads to.
 
-        `gradient` may be overwritten; the delta itself is not changed.
+        `gradient` may be overwritten; the update itself is not changed.
 
         Raises:
             NotImplementedError: If the method does not start from gradients.
         """
         raise NotImplementedError
 
-    def copy_frozen(self, twin: Delta) -> None:
-        """Take over the frozen tensors of another delta of the same config."""
-        self.load_state_dict(dict(twin.named_buffers()), strict=False)
-        self.initialized = twin.initialized
+    def on_training_step(self, adapter_name: str) -> bool:
+        """Look at the adapter in a training step, on one of its layers; again in the next one if True."""
+        return False
+
+    def penalty(self, weight: ReadWeight) -> dict[str, Tensor]:
+        """Return the unweighted loss terms, by name, of those that have a weight above zero."""
+        return {}
 
     @classmethod
-    def concatenate(cls, deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[Any, dict[str, Tensor]]:
-        """Return rank and state of one delta whose update is `Σ weights[i] · deltas[i]`, exactly.
+    def shared(cls, config: Any, specs: Sequence[ModuleSpec]) -> nn.Module | None:
+        """Make the tensors that all layers of one adapter share, uninitialized; None if there are none.
+
+        The module has `reset_parameters(init_weights, generator_for)`, where `generator_for(name)` returns a
+        generator of its own for each name, and flat names for its parameters.
+        """
+        return None
+
+    def attach(self, shared: nn.Module) -> None:
+        """Set the tensors that this update shares with others."""
+        self._shared = (shared,)
+
+    def copy_frozen(self, source: Update) -> None:
+        """Take over the frozen tensors of another update of the same config."""
+        self.load_state_dict(dict(source.named_buffers()), strict=False)
+        self.initialized = source.initialized
+
+    @classmethod
+    def concatenate(
+        cls, deltas: Sequence[Any], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return config entries and state of one update that is `Σ weights[i] · deltas[i]`, exactly.
+
+        The entries are for the config's patterns, such as `{"rank_pattern": 8}`.
 
         Raises:
-            NotImplementedError: If the method's chains cannot be concatenated within the method.
+            NotImplementedError: If the method's updates cannot be concatenated within the method.
         """
         raise NotImplementedError
 
     @classmethod
-    def average(cls, deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[Any, dict[str, Tensor]]:
-        """Return rank and state of one delta of the same rank whose update is `Σ weights[i] · deltas[i]`.
+    def average(
+        cls, deltas: Sequence[Any], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the same for an update of the same rank.
 
         Raises:
-            ValueError: If these deltas have no such sum.
-            NotImplementedError: If no deltas of the method have.
+            ValueError: If these updates have no such sum.
+            NotImplementedError: If no updates of the method have.
         """
         raise NotImplementedError
 
@@ -125,28 +186,35 @@ class Delta(nn.Module, ABC):
         if any(key.startswith(prefix) for key in state_dict):
             self.initialized = True
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
-        """Apply `fn` (a move, a cast, …), but take no buffer and nothing in `full_precision` below fp32."""
-
-        def move(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype == tensor.dtype or result.dtype.itemsize >= 4 or tensor.is_meta:
-                return result
-            return tensor.to(result.device)
-
-        parameters, buffers = vars(self)["_parameters"], vars(self)["_buffers"]
-        kept = {name: parameters[name] for name in parameters if name in self.full_precision}
-        cast = {name: parameters[name] for name in parameters if name not in kept}
-        try:
-            self._parameters, self._buffers = kept, buffers
-            super()._apply(move, recurse)
-            self._parameters, self._buffers = cast, {}
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters, self._buffers = {n: {**kept, **cast}[n] for n in parameters}, buffers
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Update:
+        apply_keeping_fp32(self, super()._apply, fn, self.full_precision)
         return self
 
     def extra_repr(self) -> str:
-        """Shapes of the tensors, as a summary of the chain."""
+        """Shapes of the tensors, as a summary of the update."""
         tensors = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in tensors)
+
+
+class Delta(Update):
+    """An update that is a chain of matrices, `ΔW = F1 F2 … Fn`.
+
+    That gives it forward passes which never form `ΔW`, an exact LoRA export and exact spectra.
+    """
+
+    combinations: ClassVar[tuple[str, ...]] = ("cat",)
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the chain, left to right: first `(out, ·)`, last `(·, in)`.
+
+        In a convolution's chain exactly one factor carries the kernel, `(·, ·, *kernel_size)`.
+        """
+
+    def update(self, weight: ReadWeight) -> Tensor:
+        """Multiply the chain."""
+        return multiply(self.factors())
+
+    def chain(self, weight: ReadWeight) -> tuple[Tensor, ...]:
+        """The factors themselves."""
+        return self.factors()

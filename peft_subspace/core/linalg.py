@@ -74,6 +74,11 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
+def draw_orthonormal_(basis: Tensor, generator: torch.Generator) -> None:
+    """Fill a matrix `(m, r)`, in place, with random orthonormal columns."""
+    basis.copy_(orthonormal(torch.randn(basis.shape, generator=generator)))
+
+
 def smallest_triples(
     matrix: Tensor, rank: int, *, iterations: int = 16, tolerance: float = 1e-13
 ) -> tuple[Tensor, Tensor, Tensor]:

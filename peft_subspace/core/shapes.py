@@ -1,8 +1,8 @@
-"""Shapes of weights as the methods see them."""
+"""What a method is asked for on one weight: its shape, and the rank that the config gives it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -12,18 +12,19 @@ class WeightShape:
 
     Attributes:
         out_features: Rows of `ΔW`.
-        in_features: Columns of `ΔW`; of a convolution `in_channels / groups`.
+        in_features: Columns of `ΔW`; for a convolution `in_channels / groups`.
         kernel_size: Further axes: the kernel of a convolution, the number of experts in a stack of matrices;
             `()` for a matrix.
         groups: Groups of a convolution.
-        picked: Axis of `dims` of which an input picks one entry: 1 of an embedding, 2 of a stack of matrices.
+        lookup_axis: Axis of `dims` of which an input selects one entry: 1 for an embedding, 2 for a stack of
+            matrices.
     """
 
     out_features: int
     in_features: int
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
-    picked: int | None = None
+    lookup_axis: int | None = None
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -34,3 +35,29 @@ class WeightShape:
     def columns(self) -> int:
         """Columns of `ΔW` seen as a matrix, the kernel folded into the input axis."""
         return self.in_features * prod(self.kernel_size)
+
+    @property
+    def full_rank(self) -> int:
+        """Largest rank of `ΔW` seen as a matrix."""
+        return min(self.out_features, self.columns)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What a config asks for on one weight. A method that needs more than a rank adds fields in a subclass.
+
+    Attributes:
+        name: Name of the module, or of the parameter, in the base model.
+        shape: Shape of its weight.
+        rank: Rank of its update, as far as the weight can hold it; None where the method sets no rank.
+        lowered: Whether the config asks for a higher rank.
+    """
+
+    name: str
+    shape: WeightShape
+    rank: int | None
+    lowered: bool = False
+
+    def unnamed(self) -> ModuleSpec:
+        """The same for any module; updates of equal ones have equal shapes."""
+        return replace(self, name="")

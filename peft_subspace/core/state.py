@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import naming
-
 
 def check_shapes(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]]) -> None:
     """Raise unless every expected tensor is found in its shape.
@@ -57,15 +54,3 @@ def check_values_of(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{key} has NaN or infinite values in the file; the adapter is broken, train it again"
         )
-
-
-def check_values(deltas: dict[str, Delta], state: dict[str, Tensor]) -> None:
-    """Raise unless the tensors of `state` have values that the deltas, by the start of their keys, can take.
-
-    Raises:
-        ValueError: Naming the first delta with an unfit tensor.
-    """
-    for key, delta in deltas.items():
-        tensors = {name: state[f"{key}.{name}"] for name in delta.state_dict() if f"{key}.{name}" in state}
-        with naming(key):
-            delta.check_values(tensors)

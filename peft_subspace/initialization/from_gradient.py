@@ -73,7 +73,7 @@ def initialize_from_gradient(
         check_count("num_batches", num_batches)
     model = _unwrap(model)
     layers = _fresh_layers(model, adapter_name)
-    shapes = {name: layer.ops.shape.dims for name, layer in layers.items()}
+    shapes = {name: layer.kind.shape.dims for name, layer in layers.items()}
     if cache is not None and Path(cache).is_file():
         gradients = read_gradients(Path(cache), shapes)
     else:

@@ -65,7 +65,7 @@ class _GradientSum:
     """Sum of one layer's weight gradients; None until the first one."""
 
     def __init__(self, layer: SubspaceLayer, offload: bool) -> None:
-        self.ops, self.base, self.offload = layer.ops, layer.get_base_layer(), offload
+        self.kind, self.base, self.offload = layer.kind, layer.get_base_layer(), offload
         self.total: Tensor | None = None
         self.busy = False
 
@@ -82,13 +82,13 @@ class _GradientSum:
         """Add the gradient of one call of the layer."""
         device = grad_output.device
         if self.total is None:
-            self.total = torch.zeros(self.ops.shape.dims, device="cpu" if self.offload else device)
+            self.total = torch.zeros(self.kind.shape.dims, device="cpu" if self.offload else device)
         apart = self.total.device != device
         target = torch.zeros_like(self.total, device=device) if apart else self.total
         self.busy = True  # adding may call the layer once more
         try:
             with torch.autocast(device.type, enabled=False):
-                self.ops.add_weight_gradient(target, self.base, x.to(device), grad_output)
+                self.kind.add_weight_gradient(target, self.base, x.to(device), grad_output)
         finally:
             self.busy = False
         if apart:
@@ -166,7 +166,7 @@ class GradientEstimate:
     def _mean(self, gradient_sum: _GradientSum, device: torch.device, samples: int) -> Tensor:
         total = gradient_sum.total
         if total is None:
-            total = torch.zeros(gradient_sum.ops.shape.dims, device="cpu" if self.offload else device)
+            total = torch.zeros(gradient_sum.kind.shape.dims, device="cpu" if self.offload else device)
         if processes.count() > 1:
             total = processes.total(total.to(device)).to(total.device)
         return total.div_(samples)
@@ -180,7 +180,7 @@ class GradientEstimate:
             return [list(self.layers)]
         input_bytes = self._input_bytes(model, send_to_device(max(batches, key=_numel), device))
         budget = self.max_memory or 0
-        sums = {name: 4 * prod(layer.ops.shape.dims) for name, layer in self.layers.items()}
+        sums = {name: 4 * prod(layer.kind.shape.dims) for name, layer in self.layers.items()}
         results = sum(_bytes(layer.deltas[self.adapter_name]) for layer in self.layers.values())
         aside = results + max(sums[name] + 2 * input_bytes.get(name, 0) for name in sums)
         needed = {name: sums[name] + input_bytes.get(name, 0) for name in sums}

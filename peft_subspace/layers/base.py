@@ -40,14 +40,14 @@ class Branch:
         return self.dropout is not None and self.dropout.training
 
 
-class LayerOps:
+class LayerKind:
     """A chain in place of one kind of layer.
 
     Attributes:
         shape: Shape of the weight as the methods see it.
         linear: Whether `ΔW` is a matrix that acts on the last axis of the input.
         dropout_cls: Dropout that suits the branch's input, None where nothing can be dropped.
-        calls_layer: Whether the layer has a forward of its own. Only the layer itself then knows what an
+        has_custom_forward: Whether the layer has a forward of its own. Only the layer itself then knows what an
             updated weight does (it pads by the size of its input, standardises the weight, …), so it is
             called with one.
     """
@@ -55,13 +55,32 @@ class LayerOps:
     linear = False
     dropout_cls: type[nn.Module] | None = nn.Dropout
 
-    def __init__(self, shape: WeightShape, *, calls_layer: bool = False) -> None:
+    def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
         self.shape = shape
-        self.calls_layer = calls_layer
+        self.has_custom_forward = has_custom_forward
 
     def to_layout(self, delta: Tensor) -> Tensor:
         """Rearrange `ΔW`, `(out, in, *kernel)`, as the layer stores its weight (or back)."""
         return delta
+
+    def from_layout(self, weight):
+        return self.to_layout(weight)
+
+    def forward(self, base, branches, x, args, kwargs, *, whole, cast):
+        if whole:
+            result = self.merged_forward(base, branches, x, *args, **kwargs)
+            if result is not None:
+                return result
+        result = base(x, *args, **kwargs)
+        inner = base
+        while hasattr(inner, "base_layer"):
+            inner = inner.base_layer
+        for branch in branches:
+            result = self.add(result, inner, branch, cast(x, branch.factors[-1].dtype))
+        return result
+
+    def add_branch(self, result, base, branch, x):
+        return self.add(result, base, branch, x)
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Return the layer's `result` plus what the branch makes of its input `x`."""
@@ -71,7 +90,7 @@ class LayerOps:
         self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor | None:
         """Run the layer once with `W + ΔW`, or return None to ask for separate branches."""
-        if self.calls_layer and not any(branch.drops for branch in branches):
+        if self.has_custom_forward and not any(branch.drops for branch in branches):
             return _call_updated(base, self, branches, x, *args, **kwargs)
         return None
 
@@ -86,7 +105,7 @@ class LayerOps:
         It is made of the layer's input and the gradient of its output, and the weight need not be readable;
         only layers that do more than their kind are called once more, and differentiated.
         """
-        if not self.calls_layer:
+        if not self.has_custom_forward:
             return self._add_outer_products(total, base, x, grad_output)
         weight = base.weight.detach().requires_grad_()
         with torch.enable_grad():
@@ -111,7 +130,7 @@ def _sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> boo
     return dtypes <= {torch.float32} or dtypes <= {torch.float64}
 
 
-def updated_weight(weight: Tensor, ops: LayerOps, branches: Sequence[Branch]) -> Tensor:
+def updated_weight(weight: Tensor, ops: LayerKind, branches: Sequence[Branch]) -> Tensor:
     """`W + ΔW` of some branches, laid out as the layer stores `W`, in its dtype."""
     dtype = weight.dtype
     if weight.is_meta and not branches[0].factors[0].is_meta:
@@ -127,7 +146,7 @@ def updated_weight(weight: Tensor, ops: LayerOps, branches: Sequence[Branch]) ->
 
 
 def _call_updated(
-    base: nn.Module, ops: LayerOps, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+    base: nn.Module, ops: LayerKind, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     weight = updated_weight(base.weight, ops, branches)
     return functional_call(base, {"weight": weight}, (x, *args), kwargs)

@@ -6,9 +6,8 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_subspace.base_weights.quantization import linear_sizes
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.layers.base import LayerOps
+from peft_subspace.layers.base import LayerKind
 from peft_subspace.layers.convolution import ConvOps
 from peft_subspace.layers.embedding import EmbeddingOps
 from peft_subspace.layers.linear import Conv1DOps, LinearOps
@@ -16,7 +15,7 @@ from peft_subspace.layers.linear import Conv1DOps, LinearOps
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
+def kind_of(base: nn.Module, *, sizes=None) -> LayerKind:
     """Choose the operations for a base layer.
 
     Raises:
@@ -26,9 +25,9 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
     if getattr(base, "has_uninitialized_params", lambda: False)():
         raise ValueError(f"{type(base).__name__} has no weight yet; run one batch through the model first")
     if isinstance(base, nn.Embedding):
-        shape = WeightShape(base.embedding_dim, base.num_embeddings, picked=1)
-        calls_layer = _has_own_forward(base) and not hasattr(base, "embed_scale")
-        return EmbeddingOps(shape, calls_layer=calls_layer)
+        shape = WeightShape(base.embedding_dim, base.num_embeddings, lookup_axis=1)
+        has_custom_forward = _has_own_forward(base) and not hasattr(base, "embed_scale")
+        return EmbeddingOps(shape, has_custom_forward=has_custom_forward)
     if isinstance(base, _CONVOLUTIONS):
         channels = (base.in_channels, base.out_channels)
         if any(count % base.groups for count in channels):
@@ -38,13 +37,13 @@ def ops_for(base: nn.Module, *, quantized: bool) -> LayerOps:
             )
         per_group = base.in_channels // base.groups
         shape = WeightShape(base.out_channels, per_group, tuple(base.kernel_size), base.groups)
-        return ConvOps(shape, calls_layer=_has_own_forward(base))
-    if isinstance(base, nn.Linear | Conv1D) or quantized:
-        sizes = None if isinstance(base, nn.Linear | Conv1D) else linear_sizes(base)
+        return ConvOps(shape, has_custom_forward=_has_own_forward(base))
+    if isinstance(base, nn.Linear | Conv1D) or sizes:
+        quantized = sizes is not None
         in_features, out_features = (int(size or 0) for size in sizes or _get_in_out_features(base))
         ops = Conv1DOps if isinstance(base, Conv1D) else LinearOps
-        calls_layer = not quantized and base.weight.dtype.itemsize > 1 and _has_own_forward(base)
-        return ops(WeightShape(out_features, in_features), calls_layer=calls_layer)
+        has_custom_forward = not quantized and base.weight.dtype.itemsize > 1 and _has_own_forward(base)
+        return ops(WeightShape(out_features, in_features), has_custom_forward=has_custom_forward)
     raise TypeError(
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
         "Conv1d, Conv2d, Conv3d, their subclasses, and quantised linear layers"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import chain_cost, multiply, narrowest_rank, split
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.layers.base import Branch, LayerOps, _has_hooks, _sums_exactly, updated_weight
+from peft_subspace.layers.base import Branch, LayerKind, _has_hooks, _sums_exactly, updated_weight
 from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
 
 # Convolutions with few channels on one side are this much slower per multiplication than dense ones, and a
@@ -23,11 +23,11 @@ _THIN = 3.5
 _FEW = 64
 
 
-class ConvOps(LayerOps):
+class ConvOps(LayerKind):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
 
-    def __init__(self, shape: WeightShape, *, calls_layer: bool = False) -> None:
-        super().__init__(shape, calls_layer=calls_layer)
+    def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
+        super().__init__(shape, has_custom_forward=has_custom_forward)
         # Neighbouring pixels say the same: dropping single ones drops nothing, so whole channels are dropped.
         self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
 
@@ -35,7 +35,7 @@ class ConvOps(LayerOps):
         """Run 1×1 → kernel → 1×1, or one convolution with `ΔW` where that is cheaper."""
         if self._is_single(x):
             return self.add(result[None], base, branch, x[None])[0]
-        if self.calls_layer:
+        if self.has_custom_forward:
             return self._add_by_calling(result, base, branch, x)
         x = branch.drop(x)
         if self._prefers_factors(base, branch, x, dense_passes=3):
@@ -46,7 +46,7 @@ class ConvOps(LayerOps):
         self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor | None:
         """Convolve once with `W + ΔW`, where that is exact and no factored branch is cheaper."""
-        if self.calls_layer or any(branch.drops for branch in branches):
+        if self.has_custom_forward or any(branch.drops for branch in branches):
             return super().merged_forward(base, branches, x, *args, **kwargs)
         if not _sums_exactly(base, branches, x) or _has_hooks(base):
             return None

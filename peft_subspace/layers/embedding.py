@@ -20,7 +20,7 @@ class EmbeddingOps(_TransposedOps):
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Look the indices up in the last factor and apply the others."""
-        if self.calls_layer:
+        if self.has_custom_forward:
             return self._add_by_calling(result, base, branch, x)
         *rest, last = branch.factors
         rows = F.embedding(

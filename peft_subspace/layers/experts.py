@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.layers.base import LayerOps
+from peft_subspace.layers.base import LayerKind
 
 
-class ParameterOps(LayerOps):
+class ParameterOps(LayerKind):
     """A matrix `(out, in)`, or a stack of them, `(experts, out, in)`, or `(experts, in, out)` if transposed.
 
     A stack's update is `(out, in, experts)`: the experts are one more axis, like those of a kernel.
@@ -17,8 +17,13 @@ class ParameterOps(LayerOps):
     dropout_cls = None
 
     def __init__(self, shape: WeightShape, *, transposed: bool = False) -> None:
-        super().__init__(shape, calls_layer=True)
+        super().__init__(shape, has_custom_forward=True)
         self.transposed = transposed
+
+    def from_layout(self, weight):
+        if not self.shape.kernel_size:
+            return weight
+        return weight.permute(2, 1, 0) if self.transposed else weight.permute(1, 2, 0)
 
     def to_layout(self, delta: Tensor) -> Tensor:
         """Put the experts first; there is no way back."""
@@ -27,7 +32,7 @@ class ParameterOps(LayerOps):
         return delta.permute(2, 1, 0) if self.transposed else delta.permute(2, 0, 1)
 
 
-def parameter_ops(base: nn.Module, name: str) -> ParameterOps:
+def parameter_kind(base: nn.Module, name: str) -> ParameterOps:
     """Operations for a parameter; the module's `is_transposed`, if it has one, tells the order of a stack.
 
     Raises:
@@ -50,4 +55,4 @@ def parameter_ops(base: nn.Module, name: str) -> ParameterOps:
     transposed = bool(getattr(base, "is_transposed", False))
     experts, *sides = parameter.shape
     into, out = sides if transposed else reversed(sides)
-    return ParameterOps(WeightShape(out, into, (experts,), picked=2), transposed=transposed)
+    return ParameterOps(WeightShape(out, into, (experts,), lookup_axis=2), transposed=transposed)

@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import shorten, split
-from peft_subspace.layers.base import Branch, LayerOps, _has_hooks, _sums_exactly
+from peft_subspace.layers.base import Branch, LayerKind, _has_hooks, _sums_exactly
 from peft_subspace.layers.kernels.linear import update_linear, update_pays
 
 
-class LinearOps(LayerOps):
+class LinearOps(LayerKind):
     """`nn.Linear`, and quantised layers that stand for one."""
 
     linear = True
 
     def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         """Apply the factors from right to left."""
-        if self.calls_layer:
+        if self.has_custom_forward:
             return self._add_by_calling(result, base, branch, x)
         return _add_chain(result, branch.factors, branch.drop(x))
 
@@ -29,7 +29,7 @@ class LinearOps(LayerOps):
         self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor | None:
         """Multiply once by `W + ΔW`, where that is exact and cheaper to train than the factors."""
-        if self.calls_layer or not self.linear or any(branch.drops for branch in branches):
+        if self.has_custom_forward or not self.linear or any(branch.drops for branch in branches):
             return super().merged_forward(base, branches, x, *args, **kwargs)
         tokens = x.numel() // x.shape[-1]
         if not all(update_pays(branch.factors, tokens) for branch in branches):

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftType
@@ -14,13 +14,9 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
 
 from peft_subspace.runtime.files import replacing
-
-if TYPE_CHECKING:
-    from peft_subspace.tuner.config import SubspaceConfig
-
+from peft_subspace.tuner.config import SubspaceConfig
 
 LORA_FOLDER = "lora"
-
 """Folder, within that of an adapter, whose LoRA the card mentions."""
 
 
@@ -109,3 +105,6 @@ def _lora_export(folder: Path) -> str:
 
 def _new_data(config: SubspaceConfig) -> str:
     return ModelCardData(base_model=config.base_model_name_or_path, library_name="peft").to_yaml()
+
+
+SubspaceConfig.on_save.append(write_card)

@@ -20,9 +20,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_subspace.core.state import check_shapes, check_state, check_values
+from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.tuner.config import VERSION, SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
+from peft_subspace.tuner.state import check_updates, is_optional
 
 _MOST_CONFIG_BYTES = 2**24
 
@@ -83,7 +84,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
             "on the base model that it was trained on"
         )
     plan = tuner.plan(model, config)
-    expected = tuner.expected_state(model, plan)
+    expected = plan.expected_state(model)
     if not expected and config.target_modules != DUMMY_TARGET_MODULES:
         raise ValueError(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}; load the "
@@ -92,6 +93,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            expected = {key: t for key, t in expected.items() if key in found or not is_optional(key)}
             others = {key: shape for key, shape in found.items() if key not in expected}
             for key, tensor in _other_state(model, config, others).items():
                 if not ignore_mismatched_sizes or tuple(tensor.shape) == found[key]:
@@ -99,8 +101,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
             check_shapes(expected, found)
             state = {key: file.get_tensor(key) for key in expected}
             check_state(expected, state)
-            check_values(tuner.keyed(model, plan), state)
-            tuner.check_base(tuner.on_base(model, plan), state)
+            check_updates(plan, model, state)
     except SafetensorError as error:
         raise ValueError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is not a complete safetensors file ({error}); download or "

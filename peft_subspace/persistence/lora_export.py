@@ -91,33 +91,34 @@ def _no_lora_form(layer: SubspaceLayer) -> str | None:
     if isinstance(layer, ParameterLayer):
         return None
     base: Any = layer.get_base_layer()
-    if layer.ops.shape.groups > 1:
+    if layer.kind.shape.groups > 1:
         return f"groups={base.groups}"
-    if layer.ops.shape.kernel_size:  # PEFT builds its convolution with the base's stride and padding only
+    if layer.kind.shape.kernel_size:  # PEFT builds its convolution with the base's stride and padding only
         if set(base.dilation) != {1}:
             return f"dilation={base.dilation}"
         if base.padding_mode != "zeros":
             return f"padding_mode={base.padding_mode!r}"
-    return "a forward of its own" if layer.ops.calls_layer else None
+    return "a forward of its own" if layer.kind.has_custom_forward else None
 
 
 @torch.no_grad()
 def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Factors `(out, r)` and `(r, in, *kernel)` of the scaled update, in fp32."""
-    left, right = split([factor.float() for factor in layer.deltas[adapter_name]()])
+    factors = layer.initialized_delta(adapter_name)(layer.read_weight)
+    left, right = split([factor.float() for factor in factors])
     return left * layer.scaling[adapter_name], right
 
 
 def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     """The pair under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
     key = f"base_model.model.{name}"
-    if isinstance(layer.ops, EmbeddingOps):
+    if isinstance(layer.kind, EmbeddingOps):
         return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
-    if isinstance(layer, ParameterLayer) and layer.ops.shape.kernel_size:
+    if isinstance(layer, ParameterLayer) and layer.kind.shape.kernel_size:
         # PEFT keeps rank and experts in one axis, of A expert by expert, of B rank by rank.
         left = left[..., None].expand(-1, -1, right.shape[-1]).flatten(1)
         return {f"{key}.lora_A.weight": right.movedim(-1, 0).flatten(0, 1), f"{key}.lora_B.weight": left}
-    ones = (1,) * len(layer.ops.shape.kernel_size)
+    ones = (1,) * len(layer.kind.shape.kernel_size)
     return {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
 
 
@@ -148,7 +149,7 @@ def _lora_config(
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
-        fan_in_fan_out=any(isinstance(layer.ops, Conv1DOps) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer.kind, Conv1DOps) for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

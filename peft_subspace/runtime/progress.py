@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 
 DELAY = 2.0
-
 """Seconds after which a step shows its progress."""
 
 

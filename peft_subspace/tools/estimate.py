@@ -16,7 +16,6 @@ from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 
 _STEP_BYTES = 4
-
 """Bytes of the step counter that AdamW keeps for each tensor."""
 
 
@@ -126,7 +125,7 @@ def _rows(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Cost]:
     layers, rows = {}, dict[str, Cost]()
     for name, layer in wrapped.named_modules():
         if isinstance(layer, SubspaceLayer):
-            shape = "x".join(map(str, layer.ops.shape.dims))
+            shape = "x".join(map(str, layer.kind.shape.dims))
             layers[name] = f"{name.rpartition('.')[2]} {type(layer.get_base_layer()).__name__} {shape}"
             rows.setdefault(layers[name], Cost()).modules += 1
     for name, parameter in wrapped.named_parameters():

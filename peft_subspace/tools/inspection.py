@@ -13,7 +13,6 @@ from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
 
 _NEGLIGIBLE = 1e-6
-
 """Singular values below this part of the largest do not count as directions of an update."""
 
 
@@ -85,7 +84,7 @@ def layer_overlaps(
         raise ValueError(f"the adapters have no modules in common: one adapts {[*first]}, one {[*second]}")
     overlaps = {}
     for name in progress(shared, len(shared), "comparing updates"):
-        if first[name].ops.shape != second[name].ops.shape:
+        if first[name].kind.shape != second[name].kind.shape:
             raise ValueError(f"{name}: the adapters are for weights of different shapes")
         overlaps[name] = _overlap(_pair(first[name], adapter_name), _pair(second[name], other_name))
     return overlaps
@@ -101,7 +100,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
 @torch.no_grad()
 def _pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Factors `(m, r)` and `(r, n)` of `s · ΔW`, in double precision; a kernel is folded into `n`."""
-    left, right = split([factor.double() for factor in layer.started(adapter_name).factors()])
+    left, right = split([factor.double() for factor in layer.initialized_delta(adapter_name)(layer.read_weight)])
     return left * layer.scaling[adapter_name], right.flatten(1)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from peft_subspace.tools.inspection import LayerUpdate, Overlap
 
 _SMALLEST = 1e-8
-
 """Singular values below this part of the largest are rounding errors, and would stretch the picture."""
 
 

@@ -1,9 +1,10 @@
-"""Configuration fields that the methods share, and all validation that needs no layer."""
+"""Configuration fields that the methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,18 +12,23 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
-from peft_subspace.persistence.card import write_card
+from peft_subspace.core.errors import naming
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
+from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.runtime.files import replacing
-from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns, look_up
+from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
+from peft_subspace.tuner.patterns import look_up
 from peft_subspace.tuner.registry import peft_type
 
 VERSION = version("peft-subspace")
 
-
 FORMAT_VERSION = 1
-
 """Version of the files that the package writes; a reader refuses newer ones."""
+
+
+def written_by_library(default: Any) -> Any:
+    """Field that holds state of an adapter: last in the signature, and not shown."""
+    return field(default=default, kw_only=True, repr=False)
 
 
 @dataclass
@@ -38,20 +44,20 @@ class SubspaceConfig(PeftConfig):
             `["experts.gate_up_proj", "experts.down_proj"]`: the stacked weights of fused experts. Without
             `target_modules` nothing else is adapted. Not all methods can.
         layers_to_transform: Index, or indices, of the blocks to adapt; all if `None`.
-        layers_pattern: Name of the module list that holds the blocks, if it is not recognised.
+        layers_pattern: Name of the module list that holds the blocks, if it is not recognized.
         rank_pattern: Ranks of single modules, by name or regular expression, in place of `r`.
         modules_to_save: Modules besides the adapter that are trained in full and saved with it.
         trainable_token_indices: Token indices to train in the embedding, as a list, or by name of the
             embedding.
         bias: `"none"`, `"all"`, or the method's own `"…_only"` to train the biases of the adapted modules.
-        init_weights: `True` for the method's default start, the name of another one, or `False` for a start
-            that changes the output (useful in tests).
-        seed: Seed of this adapter's random initialisation; `None` follows `torch.manual_seed` without drawing
+        init_weights: `True` for the method's default initialization, the name of another one, or `False` for
+            one that changes the output (useful in tests).
+        seed: Seed of this adapter's random initialization; `None` follows `torch.manual_seed` without drawing
             from the global generator.
-        initialized: Whether the adapter's tensors come from a file, so that nothing is computed from the base
-            weight for them. Set in saved configs.
-        peft_subspace_version: Version of the package that made the config; filled in.
-        format_version: Version of the file format; filled in.
+        initialized: Written by the library, into files alone: the tensors are there, so that nothing is
+            computed from the base weight for them.
+        peft_subspace_version: Written by the library: version of the package that made the config.
+        format_version: Written by the library: version of the file format.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -61,7 +67,14 @@ class SubspaceConfig(PeftConfig):
     peft_type_name: ClassVar[str]
     adapts_parameters: ClassVar[bool] = False
     init_choices: ClassVar[tuple[str, ...]] = ()
-    trained = 0  # numbers that train, of the adapter that was made with this object; no field
+    bounded_rank: ClassVar[bool] = False
+    """Whether the rank of a weight limits `r`: the default is lowered to it, and others are errors."""
+    values_of_sums: ClassVar[Mapping[str, Any]] = {}
+    """Fields that the result of `add_weighted_adapter` has at a value of its own."""
+    on_save: ClassVar[list[Callable[[Path, SubspaceConfig], None]]] = []
+    """Called, with the folder, when a config has been saved."""
+
+    trained = 0  # trainable parameters of the adapter that was made with this object; no field
 
     r: Any = field(default=8)
     target_modules: list[str] | str | None = field(default=None)
@@ -75,35 +88,49 @@ class SubspaceConfig(PeftConfig):
     bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
     seed: int | None = field(default=None)
-    initialized: bool = field(default=False)
-    peft_subspace_version: str | None = field(default=None)
-    format_version: int = field(default=FORMAT_VERSION)
+    initialized: bool = field(default=False, kw_only=True, repr=False, compare=False)
+    peft_subspace_version: str | None = written_by_library(None)
+    format_version: int = written_by_library(FORMAT_VERSION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type(self.peft_type_name)
         self.peft_subspace_version = self.peft_subspace_version or VERSION
-        self._check_parameters()
-        for name in ("target_modules", "exclude_modules"):
-            names = getattr(self, name)
-            if isinstance(names, list | tuple) and all(isinstance(entry, Hashable) for entry in names):
-                setattr(self, name, set(names))
-        self._check_types()
-        self._check_format()
-        self._check_targets()
-        self._check_choices()
-        for key, rank in self._patterns("rank_pattern"):
+        check_common_fields(self, FORMAT_VERSION, VERSION)
+        for key, rank in check_patterned(self, "rank_pattern"):
             self.check_rank(f"rank_pattern[{key!r}]", rank)
         self.check_rank("r", self.r)
         if self.seed is not None:
             check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the adapter stays as it is even while it is active."""
+        return False
+
+    @property
+    def penalty_weights(self) -> dict[str, float]:
+        """Weights of the loss terms by name."""
+        return {}
+
+    @property
+    def lower_adapters(self) -> list[str]:
+        """Adapters whose updates are a part of the weight that this one starts from."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, but for the marker of a saved adapter, which files alone have."""
+        return {name: value for name, value in super().to_dict().items() if name != "initialized"}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config, marked as that of a finished adapter, and our part of the model card."""
-        finished = replace(self, initialized=True)
-        with replacing(Path(save_directory) / CONFIG_NAME) as partial:
-            super(SubspaceConfig, finished).save_pretrained(str(partial.parent), **kwargs)
-        write_card(Path(save_directory), self)
+        """Write the config, marked as that of an adapter whose tensors are there."""
+        folder = Path(save_directory)
+        with replacing(folder / CONFIG_NAME) as partial:
+            super().save_pretrained(str(partial.parent), **kwargs)
+            saved = json.loads(partial.read_text()) | {"initialized": True}
+            partial.write_text(json.dumps(saved, indent=2, sort_keys=True))
+        for call in self.on_save:
+            call(folder, self)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Raise unless `rank` is a rank that some layer could have."""
@@ -114,133 +141,50 @@ class SubspaceConfig(PeftConfig):
         return look_up(self.rank_pattern, module_name, self.r)
 
     def scaling_for(self, module_name: str) -> float:
-        """Factor before the chain of one module."""
+        """Factor before the update of one module."""
         return 1.0
 
-    def _patterns(self, name: str) -> list[tuple[str, Any]]:
-        patterns = getattr(self, name)
-        if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
-            raise invalid(name, patterns, "must map module names or regular expressions to values", TypeError)
-        if len(patterns) > MOST_ENTRIES:
-            raise ValueError(f"{name} must have at most {MOST_ENTRIES} entries, and has {len(patterns)}")
-        check_patterns(name, patterns)
-        return list(patterns.items())
+    def spec_for(self, module_name: str, shape: WeightShape) -> ModuleSpec:
+        """What the config asks for on one weight.
 
-    def _check_types(self) -> None:
-        """Check what has no rule of its own; PEFT hands these fields on as they are."""
-        for name in ("base_model_name_or_path", "revision", "peft_subspace_version", "peft_version"):
-            if not isinstance(getattr(self, name), str | None):
-                raise invalid(name, getattr(self, name), "must be text, or None", TypeError)
-        for name in ("initialized", "inference_mode"):
-            check_flag(name, getattr(self, name))
-        for name, kind in (("modules_to_save", str), ("layers_pattern", str), ("layers_to_transform", int)):
-            entries = getattr(self, name)
-            if isinstance(entries, kind | None) and name != "modules_to_save":
-                continue
-            self._check_entries(name, entries, kind)
-        tokens = self.trainable_token_indices
-        for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
-            self._check_entries(f"trainable_token_indices{f'[{name!r}]' if name else ''}", indices, int)
+        Raises:
+            ValueError: If the weight cannot hold it.
+        """
+        rank = self.rank_for(module_name)
+        if not self.bounded_rank or rank <= shape.full_rank:
+            return ModuleSpec(module_name, shape, rank)
+        if rank != type(self).r:
+            rule = f"exceeds {shape.full_rank}, the rank of a weight of shape {shape.dims}; lower r"
+            raise invalid("r", rank, rule)
+        return ModuleSpec(module_name, shape, shape.full_rank, lowered=True)
 
-    @staticmethod
-    def _check_entries(name: str, entries: Any, kind: type) -> None:
-        if entries is None:
-            return
-        if not isinstance(entries, list | tuple | set) or not all(type(entry) is kind for entry in entries):
-            raise invalid(name, entries, f"must be a list of {kind.__name__}", TypeError)
-        if len(entries) > MOST_ENTRIES:
-            raise ValueError(f"{name} must have at most {MOST_ENTRIES} entries, and has {len(entries)}")
-        if kind is int and min(entries, default=0) < 0:
-            raise invalid(name, min(entries), "must be at least 0")
+    def specs(self, shapes: Mapping[str, WeightShape]) -> dict[str, ModuleSpec]:
+        """What the config asks for on all targeted weights, of which each may depend on the others.
 
-    def _check_format(self) -> None:
-        check_count("format_version", self.format_version)
-        if self.format_version > FORMAT_VERSION:
-            raise invalid(
-                "format_version",
-                self.format_version,
-                f"is newer than {FORMAT_VERSION}, the newest that peft_subspace {VERSION} reads; "
-                "upgrade peft_subspace",
-            )
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            names = getattr(self, name)
-            if isinstance(names, str):
-                check_patterns(name, [names], embedded=False)
-            elif names is not None:
-                rule = "must be a list of module names, or one regular expression"
-                if not isinstance(names, set) or not all(isinstance(entry, str) for entry in names):
-                    raise invalid(name, names, rule, TypeError)
-                self._check_entries(name, names, str)
-        patterns = self.layers_pattern or []
-        check_patterns("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
-        check_patterns("modules_to_save", self.modules_to_save or [])
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise invalid(
-                "layers_to_transform",
-                self.layers_to_transform,
-                "needs target_modules as a list; name the layers in the regular expression instead",
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise invalid(
-                "layers_pattern", self.layers_pattern, "needs layers_to_transform as well; set both"
-            )
-
-    def _check_parameters(self) -> None:
-        names = self.target_parameters
-        if names is None:
-            return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise invalid(
-                "target_parameters",
-                names,
-                "must be a list, such as ['experts.down_proj']",
-                TypeError,
-            )
-        if names and not self.adapts_parameters:
-            raise invalid(
-                "target_parameters",
-                names,
-                f"cannot be adapted by {type(self).__name__}: its factors belong to one matrix, the weight "
-                "of a module, and a stack of experts is many matrices in one parameter; use FLoRAConfig, or "
-                "name modules in target_modules",
-            )
-        self.target_parameters = list(names)
-        if names and self.target_modules is None:
-            self.target_modules = []
-
-    def _check_choices(self) -> None:
-        biases = ("none", "all", f"{self.peft_type_name.lower()}_only")
-        if self.bias not in biases:
-            raise invalid("bias", self.bias, f"must be one of {biases}")
-        if not isinstance(self.init_weights, bool | str) or (
-            self.init_weights not in (True, False, *self.init_choices)
-        ):
-            raise invalid(
-                "init_weights", self.init_weights, f"must be one of {(True, False, *self.init_choices)}"
-            )
+        Raises:
+            ValueError: If a weight cannot hold it; the message names the module.
+        """
+        specs = {}
+        for name, shape in shapes.items():
+            with naming(name):
+                specs[name] = self.spec_for(name, shape)
+        return specs
 
 
 @dataclass
-class ScaledConfig(SubspaceConfig):
-    """Fields of methods whose branch has a tunable scaling and dropout.
+class DropoutConfig(SubspaceConfig):
+    """Fields of methods whose branch has dropout on its input.
 
     Args:
-        alpha: Numerator of the scaling `alpha / r`.
-        alpha_pattern: `alpha` of single modules, by name or regular expression.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
     """
 
-    alpha: float = field(default=8)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
+
     dropout: float = field(default=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("alpha", self.alpha)
-        for key, alpha in self._patterns("alpha_pattern"):
-            check_number(f"alpha_pattern[{key!r}]", alpha)
         check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
         if self.dropout and self.target_parameters:
             raise invalid(
@@ -249,8 +193,29 @@ class ScaledConfig(SubspaceConfig):
                 "needs the input of a layer, and target_parameters are updated without it; set dropout=0",
             )
 
+
+@dataclass
+class ScaledConfig(DropoutConfig):
+    """Fields of methods whose branch has a tunable scaling, too.
+
+    Args:
+        alpha: Numerator of the scaling `alpha / r`.
+        alpha_pattern: `alpha` of single modules, by name or regular expression.
+    """
+
+    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "alpha_pattern": {}}
+
+    alpha: float = field(default=8)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alpha", self.alpha)
+        for key, alpha in check_patterned(self, "alpha_pattern"):
+            check_number(f"alpha_pattern[{key!r}]", alpha)
+
     def scaling_for(self, module_name: str) -> float:
-        """`alpha / r` of one module, patterns applied; `r` as configured, before any clamping."""
+        """`alpha / r` of one module, patterns applied; `r` as configured, before any lowering."""
         rank = self.rank_for(module_name)
         rank = rank if isinstance(rank, int) else rank[0]
         return look_up(self.alpha_pattern, module_name, self.alpha) / rank

@@ -2,197 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from peft_subspace.base_weights.quantization import (
-    can_compute_in,
-    is_readable,
-    quantization_of,
-    stored_tensor,
-    unmergeable,
-    unreadable,
-)
-from peft_subspace.base_weights.weight import KeptWeight, keep_codes, offload_hook, unpack_codes, write_weight
+from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor, unmergeable
+from peft_subspace.base_weights.weight import BaseWeight, keep_codes, offload_hook
 from peft_subspace.core.chain import multiply
-from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import naming
-from peft_subspace.core.linalg import local_generator
-from peft_subspace.layers.base import Branch, LayerOps
-from peft_subspace.layers.choose import ops_for
-from peft_subspace.runtime.progress import count
+from peft_subspace.core.delta import Update
+from peft_subspace.core.names import in_base
+from peft_subspace.core.shapes import ModuleSpec
+from peft_subspace.layers.base import Branch
+from peft_subspace.tuner import merging
 from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.creation import create_adapter, initialize_deferred
+from peft_subspace.tuner.mixed_batch import forward_mixed_batch
+from peft_subspace.tuner.scaling import ScaledAdapters
+from peft_subspace.tuner.shared import SharedTensors
+from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
 
 LayerT = TypeVar("LayerT", bound="SubspaceLayer")
 
+Watcher = Callable[[Update, str], bool]
+"""Called in each training step with an update and its adapter's name, until it returns False."""
 
-class SubspaceLayer(nn.Module, BaseTunerLayer):
+
+class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
     """A base layer with adapters: `y = base(x) + Σ s · ΔW x`, summed over the active adapters.
 
-    Subclasses set `prefix` and `delta_cls`; the rest follows from the chain that a `Delta` defines.
+    The classes of a method are made by `tuner.registry.method_classes`; the rest follows from its `Update`.
 
     Args:
-        base_layer: The layer to adapt, quantised or not.
-        backend_kwargs: What `quantization_of` needs besides the layer.
-
-    Attributes:
-        tied: Whether other modules have the same weight, so that merging must not change it in place.
-
-    Raises:
-        TypeError: If layers of this type cannot be adapted.
-        ValueError: If the layer has no weight yet, or groups that do not divide its channels.
+        base_layer: The layer to adapt, quantized or not, or another tuner layer around one.
+        target: Its weight, as `analyze_module` sees it; by default it is analyzed here.
     """
 
     prefix: ClassVar[str]
-    delta_cls: ClassVar[type[Delta]]
-    parameter_name: str = "weight"
+    delta_cls: ClassVar[type[Update]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "prefix"):  # of a kind of layer, not yet of a method
+        if not hasattr(cls, "prefix"):  # a kind of layer, not yet one of a method
             return
         cls.adapter_layer_names = (f"{cls.prefix}delta",)
         cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
+        if cls.delta_cls.shared.__func__ is not Update.shared.__func__:
+            # By this name PEFT switches, counts and reports shared tensors with the others of the adapter.
+            attribute = f"{cls.prefix}{cls.delta_cls.shared_name}"
+            cls.adapter_layer_names = (*cls.adapter_layer_names, attribute)
+            setattr(cls, attribute, property(SubspaceLayer._shared_here))
 
-    def __init__(self, base_layer: nn.Module, **backend_kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, target: Target | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        base = self.get_base_layer()
-        keep_codes(base)
-        self.quantization_backend = quantization_of(base, **backend_kwargs)
-        self.ops = self._ops_for(base)
-        for name in getattr(base, "__constants__", ()):  # models read some, such as a convolution's stride
-            setattr(self, name, getattr(base, name))
-        self.in_features = self.ops.shape.in_features * self.ops.shape.groups
-        self.out_features = self.ops.shape.out_features
+        target = target or analyze_module(base_layer)
+        self.kind = target.kind
+        self.parameter_name = target.parameter_name
+        self.quantization_backend = target.backend
+        self.base_weight = BaseWeight(self, target.parameter_name, target.backend)
+        keep_codes(target.module)
+        for name in getattr(target.module, "__constants__", ()):  # models read some, such as a stride
+            setattr(self, name, getattr(target.module, name))
+        self.in_features = self.kind.shape.in_features * self.kind.shape.groups
+        self.out_features = self.kind.shape.out_features
         self.add_module(f"{self.prefix}delta", nn.ModuleDict())
         self.add_module(f"{self.prefix}dropout", nn.ModuleDict())
-        self.scaling: dict[str, float] = {}
-        self.initial_scaling: dict[str, float] = {}
+        self.scaling, self.initial_scaling = {}, {}
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.tied = False
         self._disable_adapters = False
-        self._kept: KeptWeight | None = None
         self._deferred: dict[str, tuple[SubspaceConfig, str]] = {}
-
-    def _ops_for(self, base: nn.Module) -> LayerOps:
-        return ops_for(base, quantized=self.quantization_backend is not None)
-
-    @property
-    def base_parameter(self) -> Tensor:
-        """Parameter of the base layer that is adapted, as it is stored; of a quantised one its codes."""
-        base = self.get_base_layer()
-        return stored_tensor(base) if self.quantization_backend else getattr(base, self.parameter_name)
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        """Set the weight; of a tied one, this layer's alone: the others have no adapter to be merged."""
-        if self.quantization_backend is not None:
-            super().set_base_weight(weight_data)
-        elif self.tied:
-            parameter = nn.Parameter(weight_data, requires_grad=self.base_parameter.requires_grad)
-            setattr(self.get_base_layer(), self.parameter_name, parameter)
-        else:
-            self.base_parameter.data = weight_data
+        self._watchers: dict[str, list[Watcher]] = {}
+        # A tuple hides the container from torch: its holder alone moves and saves it.
+        self._shared: tuple[SharedTensors, ...] = ()
 
     @property
     def deltas(self) -> nn.ModuleDict:
-        """Deltas by adapter name."""
+        """Updates by adapter name."""
         return getattr(self, f"{self.prefix}delta")
 
     @property
     def dropouts(self) -> nn.ModuleDict:
-        """Dropout on the branch's input by adapter name, of those adapters that have any."""
+        """Dropout on the branch's input by adapter name, for those adapters that have any."""
         return getattr(self, f"{self.prefix}dropout")
+
+    def _shared_here(self) -> nn.ModuleDict:
+        """Shared tensors of the adapters that this layer has."""
+        held = self._shared[0] if self._shared else {}
+        return nn.ModuleDict({name: held[name] for name in self.deltas if name in held})
 
     def update_layer(
         self,
         adapter_name: str,
         config: SubspaceConfig,
-        module_name: str,
-        rank: Any,
-        twin: str | None = None,
+        spec: ModuleSpec,
+        source: str | None = None,
         starts: WeightStarts | None = None,
+        shared: SharedTensors | None = None,
     ) -> None:
-        """Create an adapter, initialise it and put it where the base layer is.
+        """Create an adapter, initialize it and put it where the base layer is.
 
         Args:
             adapter_name: Name of the new adapter.
             config: Its configuration.
-            module_name: Name of this module in the model.
-            rank: What the delta takes as its rank.
-            twin: Existing adapter of the same config object, whose frozen tensors the new one copies.
-            starts: Starts from base weights that the same adapter has had on other layers.
+            spec: What it asks for here.
+            source: Existing adapter of the same config object, whose frozen tensors the new one copies.
+            starts: Initializations from base weights that the same adapter has had on other layers.
+            shared: Tensors that the adapter shares with other layers, by adapter.
         """
-        delta = self.delta_cls(config, self.ops.shape, rank)
-        started = not any(parameter.is_meta for parameter in delta.parameters())
-        if started:
-            self._reset(delta, adapter_name, config, module_name)
-            if twin is not None and twin in self.deltas:
-                delta.copy_frozen(self.deltas[twin])
-            elif delta.reads_weight and not config.initialized:
-                with naming(module_name):
-                    started = (starts or WeightStarts()).start(delta, self, config)
-        self._deferred.pop(adapter_name, None)
-        if not started and delta.needs_weight and delta.reads_weight:
-            self._deferred[adapter_name] = (config, module_name)
-        self.deltas[adapter_name] = delta
-        dropout = getattr(config, "dropout", 0.0)
-        if dropout and self.ops.dropout_cls is not None:
-            self.dropouts[adapter_name] = self.ops.dropout_cls(dropout)
-        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scaling_for(module_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        create_adapter(self, adapter_name, config, spec, source, starts, shared)
 
-    def _reset(self, delta: Delta, adapter_name: str, config: SubspaceConfig, module_name: str) -> None:
-        generator = local_generator(config.seed, module_name, adapter_name)
-        delta.reset_parameters(config.init_weights, generator)
-
-    def started(self, adapter_name: str) -> Delta:
-        """Delta of an adapter; one that was added while the base weight was on the meta device starts now.
+    def initialized_delta(self, adapter_name: str) -> Update:
+        """Update of an adapter; one that was added while the base weight was on meta is initialized now.
 
         Raises:
-            RuntimeError: If the base weight still is.
+            RuntimeError: If the base weight still is on the meta device.
         """
-        delta = self.deltas[adapter_name]
-        if adapter_name not in self._deferred or delta.initialized:
-            self._deferred.pop(adapter_name, None)
-            return delta
-        readable = self.quantization_backend is None
-        if (self.get_base_weight() if readable else self.base_parameter).is_meta:
-            raise RuntimeError(
-                f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
-                "the base model first"
-            )
-        config, module_name = self._deferred.pop(adapter_name)
-        delta.to_empty(device="cpu")
-        self._reset(delta, adapter_name, config, module_name)
-        with naming(module_name):
-            WeightStarts().start(delta, self, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        return delta
+        if self._deferred:
+            initialize_deferred(self, adapter_name)
+        return self.deltas[adapter_name]
 
-    def beneath(self, config: Any) -> list[str]:
-        """Adapters whose updates are a part of the weight that a new adapter starts from."""
-        return []
+    def watch(self, adapter_name: str, watcher: Watcher) -> None:
+        """Have a function look at an adapter in training steps, until it returns False."""
+        self._watchers.setdefault(adapter_name, []).append(watcher)
 
-    def with_updates(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
-        """A base weight plus the updates of some adapters, `(out, in, *kernel)` in fp32."""
-        updates = (self.ops.to_layout(self.get_delta_weight(name)) for name in adapters)
-        return sum(updates, start=self.ops.to_layout(weight).float())
+    def _watch(self) -> None:
+        for name in [name for name in self.active_here() if name in self._watchers]:
+            self._watchers[name] = [look for look in self._watchers[name] if look(self.deltas[name], name)]
+            if not self._watchers[name]:
+                del self._watchers[name]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; those that are frozen do not train."""
+        super().set_adapter(adapter_names, inference_mode)
+        for delta in self.deltas.values():
+            if delta.frozen:
+                delta.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with what it shares: the other layers are about to lose it too."""
+        if self._shared and adapter_name in self._shared[0]:
+            del self._shared[0][adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def requires_grad_(self, requires_grad: bool = True) -> SubspaceLayer:
+        """Let all that belongs to the layer train, or freeze it."""
+        super().requires_grad_(requires_grad)
+        if self._shared:
+            self._shared_here().requires_grad_(requires_grad)
+        return self
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move one adapter to where the base layer works; its parameters also take a floating dtype.
 
-        A weight on the meta device takes no adapter with it: it may be offloaded.
+        A weight on the meta device takes no adapter with it: it may be offloaded. What layers share leaves
+        the host if one of them does.
         """
         if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
             return
@@ -202,93 +173,95 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if target.type == "meta":
             target = getattr(offload_hook(base), "execution_device", None)
         self.deltas[adapter_name].to(device=target, dtype=dtype)
+        if self._shared and target is not None and target.type != "cpu":
+            for parameter in self._shared[0][adapter_name].parameters():
+                if parameter.device.type == "cpu":
+                    parameter.data = parameter.data.to(target)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device, torch.dtype | None]:
-        """Device and dtype that an adapter takes from the base layer; no dtype where that holds codes."""
+        """Device and dtype that an adapter takes from the base layer; no dtype from packed values."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         device = device or stored_tensor(base_layer).device
         return device, dtype if dtype is not None and can_compute_in(dtype) else None
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and add the active adapters, or one adapter per sample with `adapter_names`."""
+        if adapter_names is not None and not self.disable_adapters:
+            return forward_mixed_batch(self, x, args, adapter_names, kwargs)
+        branches = self._branches()
+        if not branches:
+            return self.base_layer(x, *args, **kwargs)
+        return self.kind.forward(
+            self.base_layer, branches, x, args, kwargs, whole=self._whole, cast=self.cast
+        )
+
+    def _branches(self) -> list[Branch]:
+        """Active adapters at work; none where only the base layer is to run."""
+        if self._watchers and self.takes_training_step:
+            self._watch()
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        active = [n for n in self.active_adapters if n in self.deltas and n not in self.merged_adapters]
-        if not active:
-            return self.base_layer(x, *args, **kwargs)
-        branches = [self._branch(name) for name in active]
-        if self.quantization_backend is None and not isinstance(self.base_layer, BaseTunerLayer):
-            result = self.ops.merged_forward(self.base_layer, branches, x, *args, **kwargs)
-            if result is not None:
-                return result
-        result = self.base_layer(x, *args, **kwargs)
-        for branch in branches:
-            result = self._add(result, branch, x)
-        return result
+            return []
+        return [self.branch(name) for name in self.active_here() if name not in self.merged_adapters]
 
-    def _branch(self, adapter_name: str) -> Branch:
+    @property
+    def _whole(self) -> bool:
+        """Whether the base layer can be run with another weight."""
+        return self.quantization_backend is None and not isinstance(self.base_layer, BaseTunerLayer)
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Input of a branch in the dtype of its factors, unless PEFT is asked not to cast."""
+        return self._cast_input_dtype(x, dtype) if x.is_floating_point() else x
+
+    def branch(self, adapter_name: str) -> Branch:
+        """One adapter at work."""
         dropouts = self.dropouts
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
-        delta = self.started(adapter_name)
+        delta = self.initialized_delta(adapter_name)
         if torch.is_grad_enabled() and offload_hook(delta) is not None:
             _check_trainable(delta, adapter_name)
-        return Branch.scaled(delta(), self.scaling[adapter_name], dropout)
+        return Branch.scaled(delta(self.read_weight), self.scaling[adapter_name], dropout)
 
-    def _add(self, result: Tensor, branch: Branch, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            x = self._cast_input_dtype(x, branch.factors[-1].dtype)
-        return self.ops.add(result, self.get_base_layer(), branch, x)
-
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Run the base layer once, and each sample's adapter on its rows."""
-        if self.merged:
-            raise ValueError(
-                "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
-            )
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per "
-                "sample"
-            )
-        result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name in self.deltas:
-                rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-                part = self._add(result[rows], self._branch(name), x[rows])
-                result = result.index_copy(0, rows, part)
-        return result
+    @property
+    def takes_training_step(self) -> bool:
+        """Whether this forward pass is one of training, and none that is being compiled."""
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def get_base_weight(self) -> Tensor:
-        """Weight of the base layer as it stores it, dequantised, or read from where it is offloaded.
+        """Weight of the base layer as it stores it, dequantized, or read from where it is offloaded.
 
         Raises:
-            NotImplementedError: If its codes can only be run.
+            NotImplementedError: If its packed values can only be run.
         """
-        base = self.get_base_layer()
-        if self.quantization_backend is None:
-            hook = offload_hook(base) if self.base_parameter.is_meta else None
-            return self.base_parameter.data if hook is None else hook.weights_map[self.parameter_name]
-        if not is_readable(self.quantization_backend):
-            raise NotImplementedError(unreadable(base))
-        unpack_codes(base)
-        return super().get_base_weight()
+        return self.base_weight.read()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Set the weight; for a tied one, this layer's alone."""
+        self.base_weight.set(weight_data)
+
+    @torch.no_grad()
+    def read_weight(self) -> Tensor:
+        """Base weight before any merge, `(out, in, *kernel)` in fp32."""
+        return self.kind.from_layout(self.base_weight.original().detach()).float()
+
+    def with_updates(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
+        """A base weight plus the updates of some adapters, `(out, in, *kernel)` in fp32."""
+        updates = (self.kind.from_layout(self.get_delta_weight(name)) for name in adapters)
+        return sum(updates, start=self.kind.from_layout(weight).float())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
-        delta = self.started(adapter)
+        delta = self.initialized_delta(adapter)
         with torch.no_grad():
-            product = multiply([factor.float() for factor in delta()])
-        return self.ops.to_layout(product * self.scaling[adapter])
+            product = multiply([factor.float() for factor in delta(self.read_weight)])
+        return self.kind.to_layout(product * self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's own conversion can handle the layer; `peft_subspace.to_lora` is exact, too."""
-        return self.ops.linear
+        """Whether PEFT's own conversion can handle the layer; `lora_state_dict` is exact, too."""
+        return self.kind.linear
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add `ΔW` of the given (default: all active) adapters to the base weight.
@@ -297,88 +270,38 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` and the update is not finite.
-            TypeError: If the base layer's quantisation cannot be written. The layer is then unmerged.
+            TypeError: If the base layer's quantization cannot be written. The layer is then unmerged.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas]
-        if not names:
-            return
-        self.check_merge()
-        if safe_merge:
-            self._check_finite(names)
-        kept = self._kept or KeptWeight(self)
-        if self.merged:
-            kept.restore(self)
-        weight = self.get_base_weight()
-        total = sum(
-            (self.get_delta_weight(name) for name in [*self.merged_adapters, *names]), start=weight.float()
-        )
-        self._kept = kept
-        try:
-            write_weight(self, total.to(weight.dtype))
-        except Exception:
-            self.unmerge()
-            raise
-        self.merged_adapters.extend(names)
-        count()
+        merging.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        merging.unmerge(self)
 
     def check_merge(self) -> None:
         """Raise unless adapters can be merged into the base weight.
 
         Raises:
-            TypeError: If the base layer's quantisation cannot be written.
+            TypeError: If the base layer's quantization cannot be written.
         """
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise TypeError(unmergeable(self.quantization_backend))
 
-    def _check_finite(self, names: Iterable[str]) -> None:
-        for name in names:
-            if not torch.isfinite(self.get_delta_weight(name)).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )
-
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if self._kept is not None:
-            self._kept.restore(self)
-        self._kept = None
-        self.merged_adapters.clear()
-
     @property
     def kept_bytes(self) -> int:
         """Bytes that a merged layer keeps to be able to unmerge."""
-        return 0 if self._kept is None else self._kept.nbytes()
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set one adapter's scaling to its initial value times `scale`."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.initial_scaling[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters by `scale`."""
-        for name in self.active_here():
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters by `scale`, or put it back to the start."""
-        for name in self.active_here():
-            self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+        return self.base_weight.kept_bytes
 
     def active_here(self) -> list[str]:
         """Active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.deltas]
 
     def extra_repr(self) -> str:
-        """Name the quantisation of the base layer, if it has any."""
+        """Name the quantization of the base layer, if it has any."""
         return quantization_extra_repr(self)
 
-    @property
-    def takes_training_step(self) -> bool:
-        """Whether this forward pass is one of training, and none that is being compiled."""
-        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
-
-def _check_trainable(delta: Delta, adapter_name: str) -> None:
+def _check_trainable(delta: Update, adapter_name: str) -> None:
     if any(parameter.requires_grad for parameter in delta.parameters()):
         raise RuntimeError(
             f"adapter {adapter_name!r} is offloaded with its base layer, so it cannot be trained; give the "
@@ -389,7 +312,7 @@ def _check_trainable(delta: Delta, adapter_name: str) -> None:
 def adapted_layers(model: nn.Module, adapter_name: str, kind: type[LayerT]) -> dict[str, LayerT]:
     """Layers of a kind that have an adapter, by their names in the base model."""
     return {
-        name.removeprefix("base_model.model."): module
+        in_base(name): module
         for name, module in model.named_modules()
         if isinstance(module, kind) and adapter_name in module.deltas
     }

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def check_adapter_names(adapter_names: Any, known: Collection[str], *, training: bool) -> None:
@@ -22,6 +23,33 @@ def check_adapter_names(adapter_names: Any, known: Collection[str], *, training:
             f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)}, and '__base__' "
             "for none"
         )
+
+
+def forward_mixed_batch(
+    layer: Any, x: Tensor, args: tuple, adapter_names: Sequence[str], kwargs: dict[str, Any]
+) -> Tensor:
+    """Run the base layer of a tuner layer once, and each sample's adapter on its rows.
+
+    Raises:
+        ValueError: If adapters are merged, or there is not one name for each sample.
+    """
+    if layer.merged:
+        raise ValueError(
+            "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
+        )
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per sample"
+        )
+    result = layer.base_layer(x, *args, **kwargs)
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.deltas:
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+            branch = layer.branch(name)
+            inputs = layer.cast(x[rows], branch.factors[-1].dtype)
+            part = layer.kind.add_branch(result[rows], layer.get_base_layer(), branch, inputs)
+            result = result.index_copy(0, rows, part)
+    return result
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Adapters on a parameter that is no layer's weight, such as the stacked weights of fused experts.
 
-PEFT finds such parameters by `target_parameters` and has the module that owns one wrapped; of several in one
-module, each wrapper wraps the one before. The module's forward is its own: it is called with `W + ΔW` in the
-place of the parameter.
+PEFT finds such parameters by `target_parameters` and has the module that owns one wrapped; if several are in
+one module, each wrapper wraps the one before. The module's forward is its own: it is called with `W + ΔW` in
+the place of the parameter.
 """
 
 from __future__ import annotations
@@ -13,25 +13,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from peft_subspace.layers.base import LayerOps, updated_weight
-from peft_subspace.layers.experts import parameter_ops
+from peft_subspace.layers.base import updated_weight
 from peft_subspace.tuner.layer import SubspaceLayer
 
 
 class ParameterLayer(SubspaceLayer):
-    """A module with adapters on one of its parameters.
-
-    Args:
-        base_layer: The module, or a wrapper of this kind for another of its parameters.
-        parameter_name: Name of the parameter in the module.
-    """
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
-        self.parameter_name = parameter_name
-        super().__init__(base_layer)
-
-    def _ops_for(self, base: nn.Module) -> LayerOps:
-        return parameter_ops(base, self.parameter_name)
+    """A module with adapters on one of its parameters, the `target`'s."""
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Call the module with the updated parameter.
@@ -40,20 +27,15 @@ class ParameterLayer(SubspaceLayer):
             ValueError: If `adapter_names` are given: the samples share one call of the module.
             RuntimeError: If the parameter is offloaded: its module fetches it too late to be updated.
         """
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             raise ValueError(
                 f"adapter_names cannot be used with target_parameters: {self.parameter_name!r} is one weight "
                 "for all samples of a batch; run the samples of each adapter by themselves"
             )
-        active = [name for name in self.active_here() if name not in self.merged_adapters]
-        if not active:
+        branches = self._branches()
+        if not branches:
             return self.base_layer(*args, **kwargs)
-        branches = [self._branch(name) for name in active]
-        weight = updated_weight(self.base_parameter, self.ops, branches)
+        weight = updated_weight(self.base_weight.stored, self.kind, branches)
         return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
 
     @property
@@ -65,12 +47,12 @@ class ParameterLayer(SubspaceLayer):
         return "base_layer." * depth + self.parameter_name
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.base_parameter.device, self.base_parameter.dtype
+        return self.base_weight.stored.device, self.base_weight.stored.dtype
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Take this wrapper and those beneath it off the module."""
+        """Take this wrapper and those inside it off the module."""
         layer: Any = self
         while isinstance(layer, SubspaceLayer):
             if merge:

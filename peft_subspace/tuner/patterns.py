@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import Any
 
 MOST_ENTRIES = 100_000
-
 """Entries that a list or mapping of names may have."""
 
 

@@ -118,3 +118,23 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
         yield name, module
+
+
+def refuse_unreachable(model: nn.Module, name: str) -> None:
+    """Raise if adapters of a module would have no effect, or get in the way of others.
+
+    Raises:
+        TypeError: If the module's parent never calls it.
+        ValueError: If one of its parameters is adapted.
+    """
+    if isinstance(model.get_submodule(name), ParameterLayer):
+        raise ValueError(
+            "another adapter adapts a parameter of it; load the adapters into separate models, or leave the "
+            "module out of target_modules"
+        )
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would have "
+            "no effect; exclude it with exclude_modules"
+        )

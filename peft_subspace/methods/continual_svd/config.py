@@ -5,14 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
-from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.config import DropoutConfig, written_by_library
+from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.patterns import look_up
 
-CONSTRAINTS = ("both", "core", "input", "output")
-
+PROTECTED = {"both": "UV", "core": "UV", "input": "V", "output": "U"}
+"""Sides of which directions are protected, by constraint: outputs, `U`, and inputs, `V`."""
 
 HISTORIES = ("merge", "stack")
+
+
+@dataclass(frozen=True)
+class ContinualSVDSpec(ModuleSpec):
+    """What Continual SVD is asked for on one weight.
+
+    Attributes:
+        directions: Number `k` of directions to protect.
+    """
+
+    directions: int = 0
 
 
 def check_preserve(name: str, value: Any) -> None:
@@ -24,7 +37,7 @@ def check_preserve(name: str, value: Any) -> None:
 
 
 @dataclass
-class ContinualSVDConfig(SubspaceConfig):
+class ContinualSVDConfig(DropoutConfig):
     """Configuration of `ContinualSVDModel`: updates that leave the leading singular directions alone.
 
     The SVD of each weight gives the `k` directions to protect on either side, and the update is confined to
@@ -51,9 +64,9 @@ class ContinualSVDConfig(SubspaceConfig):
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input; for a
             given `r` only.
         init_weights: `True`: start at the base model. `False`: start at a random update of the allowed kind.
-        earlier_tasks: Tasks that this one follows, with how each was kept. Filled in by `next_task`.
-        closed: Whether the task is finished, so that the adapter stays frozen when active. Filled in by
-            `next_task`.
+        earlier_tasks: Written by the library: tasks that this one follows, with how each was kept.
+        closed: Written by the library: whether the task is finished, so that the adapter stays frozen when
+            active.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -70,22 +83,20 @@ class ContinualSVDConfig(SubspaceConfig):
     preserve: float = field(default=0.5)
     preserve_pattern: dict[str, float] = field(default_factory=dict)
     constraint: str = field(default="both")
-    dropout: float = field(default=0.0)
-    earlier_tasks: dict[str, str] = field(default_factory=dict)
-    closed: bool = field(default=False)
+    earlier_tasks: dict[str, str] = field(default_factory=dict, kw_only=True, repr=False)
+    closed: bool = written_by_library(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_preserve("preserve", self.preserve)
-        for key, preserve in self._patterns("preserve_pattern"):
+        for key, preserve in check_patterned(self, "preserve_pattern"):
             check_preserve(f"preserve_pattern[{key!r}]", preserve)
         check_flag("closed", self.closed)
-        if self.constraint not in CONSTRAINTS:
-            raise invalid("constraint", self.constraint, f"must be one of {CONSTRAINTS}")
-        check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
+        if self.constraint not in PROTECTED:
+            raise invalid("constraint", self.constraint, f"must be one of {tuple(PROTECTED)}")
         if self.dropout and self.r is None:
             raise invalid("dropout", self.dropout, "needs a rank; set r, such as r=16, or dropout=0.0")
-        for task, history in self._patterns("earlier_tasks"):
+        for task, history in check_patterned(self, "earlier_tasks"):
             if history not in HISTORIES:
                 raise invalid(f"earlier_tasks[{task!r}]", history, f"must be one of {HISTORIES}")
 
@@ -94,7 +105,29 @@ class ContinualSVDConfig(SubspaceConfig):
         if rank is not None:
             check_count(name, rank)
 
-    def rank_for(self, module_name: str) -> tuple[int | None, float]:
-        """Rank of one module, and what to preserve of its weight."""
-        preserve = look_up(self.preserve_pattern, module_name, self.preserve)
-        return super().rank_for(module_name), preserve
+    @property
+    def frozen(self) -> bool:
+        """Whether the task is finished."""
+        return self.closed
+
+    @property
+    def lower_adapters(self) -> list[str]:
+        """Earlier tasks whose adapters lie beneath this one."""
+        return [task for task, history in self.earlier_tasks.items() if history == "stack"]
+
+    def spec_for(self, module_name: str, shape: WeightShape) -> ContinualSVDSpec:
+        """Rank and protected directions of one module.
+
+        Raises:
+            ValueError: If nothing would be left to train.
+        """
+        preserve, limit = look_up(self.preserve_pattern, module_name, self.preserve), shape.full_rank
+        if isinstance(preserve, int) and preserve >= limit:
+            raise invalid(
+                "preserve",
+                preserve,
+                f"must be below {limit}, the smaller dimension of the weight, to leave something to train; "
+                "lower it, or give a fraction such as preserve=0.5",
+            )
+        count = preserve if isinstance(preserve, int) else int(preserve * limit + 1e-9)
+        return ContinualSVDSpec(module_name, shape, self.rank_for(module_name), directions=count)

@@ -11,6 +11,7 @@ Reference:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,48 @@ from torch import Tensor
 from peft_subspace.core.linalg import orthonormal
 
 _SMALLEST = 1e-6
-
 """Singular values below this part of the largest are lost in the Gram matrix, which squares them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Protected directions on one side of a weight, kept in the narrower of two forms, `(d, min(k, d − k))`.
+
+    Attributes:
+        size: Dimension `d` of the side.
+        count: Number `k` of protected directions.
+        reflects: Whether the kept basis, of the directions or of their complement, is kept as a reflection.
+    """
+
+    size: int
+    count: int
+    reflects: bool
+
+    @property
+    def by_complement(self) -> bool:
+        """Whether the complement is kept, which is narrower then."""
+        return 2 * self.count >= self.size
+
+    def keep(self, directions: Tensor) -> Tensor:
+        """Tensor to keep, given the orthonormal directions `(d, k)` to protect."""
+        basis = complement(directions) if self.by_complement else directions
+        return reflection(basis) if self.reflects else basis
+
+    def outside(self, kept: Tensor, matrix: Tensor) -> Tensor:
+        """`(I − P) M` for a matrix `(d, c)`; not for reflections."""
+        return project(matrix, kept, self.by_complement)
+
+    def lift(self, kept: Tensor, coordinates: Tensor) -> Tensor:
+        """Vectors `(d, c)` with the given coordinates `(d − k, c)` in the complement."""
+        return kept @ coordinates if self.by_complement else lift(kept, coordinates)
+
+    def leading(self, kept: Tensor, matrix: Tensor) -> Tensor:
+        """`P M` in double precision for a matrix `(d, c)`."""
+        kept, matrix = kept.double(), matrix.double()
+        if self.reflects:
+            kept = reflect(kept, torch.eye(len(kept), kept.shape[1], dtype=kept.dtype, device=kept.device))
+        inside = kept @ (kept.T @ matrix)
+        return matrix - inside if self.by_complement else inside
 
 
 def singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """Effort: the smallest singular triples of a weight train, all larger ones stay."""
 
-from peft_subspace.tuner.registry import register
+from peft_subspace.tuner.model import SubspaceModel
 
 from .config import EffortConfig
 from .delta import EffortDelta
-from .model import EffortLayer, EffortModel
 
-register("EFFORT", EffortConfig, EffortModel)
 
-__all__ = ["EffortConfig", "EffortDelta", "EffortLayer", "EffortModel"]
+class EffortModel(SubspaceModel, config=EffortConfig, update=EffortDelta):
+    """Model with Effort adapters, whose regularizers are added to the loss that the model returns."""
+
+
+__all__ = ["EffortConfig", "EffortDelta", "EffortModel"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_subspace.core.validation import check_number
 from peft_subspace.tuner.config import SubspaceConfig
@@ -39,6 +40,8 @@ class EffortConfig(SubspaceConfig):
     """
 
     peft_type_name: ClassVar[str] = "EFFORT"
+    bounded_rank: ClassVar[bool] = True
+    values_of_sums: ClassVar[Mapping[str, Any]] = {"orthogonality_weight": 0.0}
 
     r: int = field(default=1)
     orthogonality_weight: float = field(default=0.0)
@@ -50,6 +53,6 @@ class EffortConfig(SubspaceConfig):
         check_number("energy_weight", self.energy_weight, minimum=0.0)
 
     @property
-    def regularized(self) -> bool:
-        """Whether training has anything to add to the loss."""
-        return self.orthogonality_weight > 0 or self.energy_weight > 0
+    def penalty_weights(self) -> dict[str, float]:
+        """`λ1` and `λ2` by the names of their losses."""
+        return {"orthogonality": self.orthogonality_weight, "energy": self.energy_weight}

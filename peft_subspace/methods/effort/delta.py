@@ -12,18 +12,17 @@ A convolution's kernel is part of the input axis: `Vh (r, in / groups, *kernel)`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply
-from peft_subspace.core.delta import Delta
-from peft_subspace.core.linalg import orthonormal, smallest_triples
-from peft_subspace.core.shapes import WeightShape
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.delta import Delta, ReadWeight
+from peft_subspace.core.linalg import draw_orthonormal_, smallest_triples
+from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.effort.config import EffortConfig
 
 
@@ -32,13 +31,6 @@ class EffortDelta(Delta):
 
     The buffers `U0`, `S0` and `Vh0` hold the triples at the start. They are saved with the adapter, because
     the smallest singular vectors differ between machines.
-
-    Attributes:
-        penalized_at: Version of the parameters that a gradient of the regularisers has last reached, -1 once
-            the step after it is over, None if there never was one.
-
-    Raises:
-        ValueError: If the weight has no such rank.
 
     Reference:
         Yan et al. (arXiv 2411.15633).
@@ -55,17 +47,11 @@ class EffortDelta(Delta):
     S0: Tensor
     Vh0: Tensor
 
-    def __init__(self, config: EffortConfig, shape: WeightShape, rank: int) -> None:
-        super().__init__(config, shape, rank)
-        limit = min(shape.out_features, shape.columns)
-        if rank > limit and rank != type(config).r:
-            raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
-        rank = min(rank, limit)
+    def __init__(self, config: EffortConfig, spec: ModuleSpec) -> None:
+        super().__init__(config, spec)
+        shape, rank = spec.shape, spec.rank
         self.reads_weight = config.init_weights is True
         self._range: Range | None = None
-        self.orthogonality_weight = config.orthogonality_weight
-        self.energy_weight = config.energy_weight
-        self.penalized_at: int | None = None
         sizes = {"U": (shape.out_features, rank), "S": (rank,), "Vh": (rank, *shape.dims[1:])}
         for name, size in sizes.items():
             self.register_parameter(f"{name}_change", nn.Parameter(torch.empty(size, dtype=torch.float32)))
@@ -88,9 +74,8 @@ class EffortDelta(Delta):
             tensor.data.zero_()
         if init_weights is not False:
             return
-        rank = len(self.S0)
-        for basis, size in ((self.U0, len(self.U0)), (self.Vh0.flatten(1).T, self.shape.columns)):
-            basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
+        draw_orthonormal_(self.U0, generator)
+        draw_orthonormal_(self.Vh0.flatten(1).T, generator)
         self.S0.fill_(1.0)
         for parameter in self.parameters():
             parameter.data.normal_(generator=generator)
@@ -119,7 +104,23 @@ class EffortDelta(Delta):
         self.Vh0.copy_(Vh.view_as(self.Vh0))
         self._range = None
 
-    def orthogonality_loss(self, weight: Callable[[], Tensor]) -> Tensor:
+    def penalty(self, weight: ReadWeight) -> dict[str, Tensor]:
+        """Both losses by name, those that have a weight.
+
+        Raises:
+            RuntimeError: If the tensors are sharded.
+        """
+        if self.U_change.shape != self.U0.shape or hasattr(self.U_change, "device_mesh"):
+            raise RuntimeError(
+                "orthogonality_weight and energy_weight need whole tensors, and these are sharded; set both "
+                "to 0 or train with DDP"
+            )
+        losses = {"orthogonality": self.orthogonality_loss, "energy": self.energy_loss}
+        return {
+            name: losses[name](lambda: weight().flatten(1)) for name, w in self.penalty_weights.items() if w
+        }
+
+    def orthogonality_loss(self, weight: ReadWeight) -> Tensor:
         """`‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` with `Û = [U_head, U]` and `V̂` likewise, `min(m, n)` columns each.
 
         `weight` returns the base weight `(m, n)`, the kernel folded into `n`. It is called once, and only
@@ -135,15 +136,15 @@ class EffortDelta(Delta):
         start, change = self.Vh0.flatten(1).T, self.Vh_change.flatten(1).T
         return left + _departure(start, change, self._range if rows < columns else None)
 
-    def energy_loss(self, weight: Tensor) -> Tensor:
-        """`|‖W + ΔW‖² − ‖W‖²| = |2 ⟨W, ΔW⟩ + ‖ΔW‖²|` for a base weight `(m, n)`.
+    def energy_loss(self, weight: ReadWeight) -> Tensor:
+        """`|‖W + ΔW‖² − ‖W‖²| = |2 ⟨W, ΔW⟩ + ‖ΔW‖²|`, where `weight` returns the base weight `(m, n)`.
 
         At the kink, where `ΔW` changes nothing, as at the start, the subgradient is zero.
         """
         L, R = (factor.flatten(1) for factor in self.factors())
         with torch.no_grad():
-            weight = weight.to(L.dtype)
-            WR, LW = weight @ R.T, L.T @ weight
+            W = weight().to(L.dtype)
+            WR, LW = W @ R.T, L.T @ W
         # The value is ⟨L, W Rᵀ⟩, its gradients W Rᵀ and Lᵀ W; the weight itself need not stay for backward.
         inner = (L * WR).sum() + (R * LW).sum() - (L * WR).sum().detach()
         return (2 * inner + ((L.T @ L) * (R @ R.T)).sum()).abs()
@@ -151,41 +152,38 @@ class EffortDelta(Delta):
     @classmethod
     def concatenate(
         cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
-    ) -> tuple[int, dict[str, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Put the triples side by side, `S` and `S0` weighted.
 
         If there are more than the weight has singular values, an SVD of the sum brings them down to that.
         """
-        rows, columns = deltas[0].shape.out_features, deltas[0].shape.columns
         total = sum(len(delta.S0) for delta in deltas)
-        if total > min(rows, columns):
+        if total > deltas[0].shape.full_rank:
             return cls._compress(deltas, weights)
-        state = {name: torch.cat([getattr(d, name) for d in deltas], dim=1) for name in ("U_change", "U0")}
-        state |= {name: torch.cat([getattr(d, name) for d in deltas]) for name in ("Vh_change", "Vh0")}
-        for name in ("S_change", "S0"):
-            state[name] = torch.cat([w * getattr(d, name) for d, w in zip(deltas, weights, strict=True)])
-        return total, state
+        state = {}
+        for name in ("U_change", "U0", "S_change", "S0", "Vh_change", "Vh0"):
+            parts = [getattr(delta, name) for delta in deltas]
+            if name[0] == "S":
+                parts = [weight * part for weight, part in zip(weights, parts, strict=True)]
+            state[name] = torch.cat(parts, dim=int(name[0] == "U"))
+        return {"rank_pattern": total}, state
 
     @classmethod
     def _compress(
         cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
-    ) -> tuple[int, dict[str, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Triples of the summed update, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
         update = sum(
             w * multiply(d.factors()).flatten(1).double() for d, w in zip(deltas, weights, strict=True)
         )
         U, S, Vh = (t.float() for t in torch.linalg.svd(update, full_matrices=False))
-        Vh = Vh.reshape(-1, *deltas[0].shape.dims[1:])
-        zeros = torch.zeros_like
-        state = {
-            "U_change": zeros(U),
-            "U0": U,
+        state = {"U0": U, "S0": torch.zeros_like(S), "Vh0": Vh.reshape(-1, *deltas[0].shape.dims[1:])}
+        changes = {
+            "U_change": torch.zeros_like(U),
             "S_change": S,
-            "S0": zeros(S),
-            "Vh_change": zeros(Vh),
-            "Vh0": Vh,
+            "Vh_change": torch.zeros_like(state["Vh0"]),
         }
-        return len(S), state
+        return {"rank_pattern": len(S)}, {**state, **changes}
 
 
 @dataclass

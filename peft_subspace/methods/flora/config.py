@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.tuner.config import ScaledConfig
+
+
+@dataclass(frozen=True)
+class FLoRASpec(ModuleSpec):
+    """What FLoRA is asked for on one weight.
+
+    Attributes:
+        mode_ranks: Ranks of the modes `in, out, *kernel`.
+    """
+
+    mode_ranks: tuple[int, ...] = ()
 
 
 @dataclass
@@ -22,8 +35,8 @@ class FLoRAConfig(ScaledConfig):
         alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
         scale: The scaling itself, in place of `alpha / r`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
-        init_weights: Start of the factors and of the core, of which one is zero, so that the update is.
-            The three starts of the authors have a core of zeros, and factors from U(-1/√rank, 1/√rank)
+        init_weights: Initialization of the factors and of the core, of which one is zero, so that the update
+            is. The three of the authors have a core of zeros, and factors from U(-1/√rank, 1/√rank)
             (`"kaiming_uniform"`, the default, `True`), N(0, 1/(2 · rank)) (`"kaiming_normal"`) or N(0, 0.02²)
             (`"normal"`, for AdamW at a learning rate of about 1e-2: its gradients, products of all other
             factors, are too small for SGD and for bf16 adapters). `"zero_output"` starts the output's factor
@@ -43,6 +56,7 @@ class FLoRAConfig(ScaledConfig):
     peft_type_name: ClassVar[str] = "FLORA"
     adapts_parameters: ClassVar[bool] = True
     init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal", "zero_output")
+    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "alpha_pattern": {}, "scale": 1.0}
 
     r: int | list[int] = field(default=8)
     kernel_r: int | list[int] | None = field(default=None)
@@ -50,22 +64,48 @@ class FLoRAConfig(ScaledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel_r is not None:
-            for rank in self.kernel_r if isinstance(self.kernel_r, list) else [self.kernel_r]:
+        for rank in self.kernel_r if isinstance(self.kernel_r, list) else [self.kernel_r]:
+            if rank is not None:
                 check_count("kernel_r", rank)
         if self.scale is not None:
             check_number("scale", self.scale)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Accept a whole number, or a list of at least two."""
-        if not isinstance(rank, list | tuple):
-            check_count(name, rank)
-            return
-        if len(rank) < 2:
+        ranks = rank if isinstance(rank, list | tuple) else [rank, rank]
+        if len(ranks) < 2:
             raise invalid(name, rank, "must have a rank for each mode, [in, out, *kernel], or be one number")
-        for entry in rank:
+        for entry in ranks:
             check_count(name, entry)
 
     def scaling_for(self, module_name: str) -> float:
         """`scale` if set, else `alpha / r` of one module."""
         return super().scaling_for(module_name) if self.scale is None else self.scale
+
+    def spec_for(self, module_name: str, shape: WeightShape) -> FLoRASpec:
+        """Ranks of all modes, none above its dimension.
+
+        Raises:
+            ValueError: If the number of ranks does not fit the number of modes.
+        """
+        dims = (shape.in_features, shape.out_features, *shape.kernel_size)
+        wanted = self._mode_ranks(self.rank_for(module_name), dims)
+        ranks = tuple(min(r, dim) for r, dim in zip(wanted, dims, strict=True))
+        return FLoRASpec(module_name, shape, None, lowered=ranks != tuple(wanted), mode_ranks=ranks)
+
+    def _mode_ranks(self, rank: int | Sequence[int], dims: Sequence[int]) -> list[int]:
+        """Ranks of all modes from what is given: of the first two, of all, or one for both."""
+        given = [rank, rank] if isinstance(rank, int) else list(rank)
+        kernel_r, kernel = self.kernel_r, dims[2:]
+        if len(given) == 2 < len(dims):
+            if kernel_r is None:
+                return [*given, *kernel]
+            given += [kernel_r] * len(kernel) if isinstance(kernel_r, int) else kernel_r
+        if len(given) != len(dims):
+            raise invalid(
+                "r",
+                rank,
+                f"with kernel_r={kernel_r!r} gives {len(given)} ranks for a weight of {len(dims)} modes "
+                f"{tuple(dims)} (in, out, *kernel); give {len(dims)} ranks, or one number",
+            )
+        return given

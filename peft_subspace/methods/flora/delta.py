@@ -1,23 +1,23 @@
 r"""FLoRA: `ΔW = s · G ×₁ A⁽¹⁾ ×₂ A⁽²⁾ … ×_N A⁽ᴺ⁾`, a Tucker decomposition over the weight's own axes.
 
-Of a linear layer this is `ΔW = s · A⁽²⁾ Gᵀ A⁽¹⁾ᵀ` with `A⁽¹⁾ (in, r1)`, `A⁽²⁾ (out, r2)`, `G (r1, r2)`; of a
-convolution `ΔW[o, i, u, v] = s · Σ_abcd G[a, b, c, d] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[u, c] A⁽⁴⁾[v, d]`. Groups of
-a grouped convolution share the input factor, of size `in_channels / groups`. Of stacked experts the stack is
+For a linear layer this is `ΔW = s · A⁽²⁾ Gᵀ A⁽¹⁾ᵀ` with `A⁽¹⁾ (in, r1)`, `A⁽²⁾ (out, r2)`, `G (r1, r2)`;
+for a convolution `ΔW[o, i, u, v] = s · Σ_abcd G[a, b, c, d] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[u, c] A⁽⁴⁾[v, d]`. Groups of
+a grouped convolution share the input factor, of size `in_channels / groups`. For stacked experts the stack is
 the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[e, c]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.linalg import block_diagonal, mode_product
-from peft_subspace.core.shapes import WeightShape
-from peft_subspace.core.validation import invalid
-from peft_subspace.methods.flora.config import FLoRAConfig
+
+from .config import FLoRAConfig, FLoRASpec
 
 
 class FLoRADelta(Delta):
@@ -25,22 +25,17 @@ class FLoRADelta(Delta):
 
     Modes are numbered `in, out, *kernel`, as in the paper.
 
-    Raises:
-        ValueError: If the number of ranks does not fit the number of modes.
-
     Reference:
         Si et al. (arXiv 2405.14739), the Tucker form of the update.
     """
 
-    def __init__(self, config: FLoRAConfig, shape: WeightShape, rank: int | Sequence[int]) -> None:
-        super().__init__(config, shape, rank)
+    def __init__(self, config: FLoRAConfig, spec: FLoRASpec) -> None:
+        super().__init__(config, spec)
+        shape = spec.shape
         dims = (shape.in_features, shape.out_features, *shape.kernel_size)
-        wanted = _mode_ranks(rank, config.kernel_r, dims)
-        ranks = [min(r, dim) for r, dim in zip(wanted, dims, strict=True)]
-        self.lowered = any(r > dim for r, dim in zip(wanted, dims, strict=True))
-        self.core = nn.Parameter(torch.empty(ranks))
-        for mode, (dim, r) in enumerate(zip(dims, ranks, strict=True)):
-            self.register_parameter(f"mode_factor_{mode}", nn.Parameter(torch.empty(dim, r)))
+        self.core = nn.Parameter(torch.empty(spec.mode_ranks))
+        for mode, sizes in enumerate(zip(dims, spec.mode_ranks, strict=True)):
+            self.register_parameter(f"mode_factor_{mode}", nn.Parameter(torch.empty(sizes)))
 
     @property
     def mode_factors(self) -> list[Tensor]:
@@ -63,7 +58,7 @@ class FLoRADelta(Delta):
             if init_weights in ("kaiming_uniform", True):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
-                keeping = 1.0 if axis == self.shape.picked else dim**-0.5
+                keeping = 1.0 if axis == self.shape.lookup_axis else dim**-0.5
                 stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
                 factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
         if init_weights == "zero_output":
@@ -78,7 +73,7 @@ class FLoRADelta(Delta):
     @classmethod
     def concatenate(
         cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]
-    ) -> tuple[int | list[int], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Put the factors side by side and the weighted cores on a block diagonal.
 
         A mode whose ranks add up to more than its dimension gets the identity for its factor, and the
@@ -93,24 +88,4 @@ class FLoRADelta(Delta):
                 core = mode_product(core, factor, mode)
                 factor = torch.eye(dim, dtype=factor.dtype, device=factor.device)
             state[f"mode_factor_{mode}"] = factor
-        return list(core.shape), {"core": core, **state}
-
-
-def _mode_ranks(
-    rank: int | Sequence[int], kernel_r: int | list[int] | None, dims: Sequence[int]
-) -> list[int]:
-    """Ranks of all modes from what the config gives: of the first two, of all, or one for both."""
-    given = [rank, rank] if isinstance(rank, int) else list(rank)
-    kernel = dims[2:]
-    if len(given) == 2 < len(dims):
-        if kernel_r is None:
-            return [*given, *kernel]
-        given += [kernel_r] * len(kernel) if isinstance(kernel_r, int) else kernel_r
-    if len(given) != len(dims):
-        raise invalid(
-            "r",
-            rank,
-            f"with kernel_r={kernel_r!r} gives {len(given)} ranks for a weight of {len(dims)} modes "
-            f"{tuple(dims)} (in, out, *kernel); give {len(dims)} ranks, or one number",
-        )
-    return given
+        return {"rank_pattern": list(core.shape)}, {"core": core, **state}

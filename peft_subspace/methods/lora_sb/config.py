@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peft_subspace.core.validation import check_flag, check_number
-from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.core.validation import check_flag
+from peft_subspace.tuner.config import DropoutConfig
 
 
 @dataclass
-class LoRASBConfig(SubspaceConfig):
+class LoRASBConfig(DropoutConfig):
     """Configuration of `LoRASBModel`: `r²` trained numbers between two frozen orthonormal bases.
 
     The bases are meant to come from the first gradients of full fine-tuning:
@@ -38,12 +38,11 @@ class LoRASBConfig(SubspaceConfig):
 
     peft_type_name: ClassVar[str] = "LORASB"
     init_choices: ClassVar[tuple[str, ...]] = ("svd",)
+    bounded_rank: ClassVar[bool] = True
 
     r: int = field(default=32)
-    dropout: float = field(default=0.0)
     exact_svd: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
         check_flag("exact_svd", self.exact_svd)

@@ -10,16 +10,16 @@ A convolution's kernel is part of the input axis: `A (r, in / groups, *kernel)`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.linalg import block_diagonal, orthonormal, truncated_svd
-from peft_subspace.core.shapes import WeightShape
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.linalg import block_diagonal, draw_orthonormal_, truncated_svd
+from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.lora_sb.config import LoRASBConfig
 
 
@@ -27,9 +27,6 @@ class LoRASBDelta(Delta):
     """Update in fixed subspaces: buffers `B` `(out, r)` and `A` `(r, in, *kernel)`, parameter `R` `(r, r)`.
 
     All are fp32: in bf16 the bases would not be orthonormal, and a small step of `R` would be rounded away.
-
-    Raises:
-        ValueError: If the weight has no such rank.
 
     Reference:
         Ponkshe et al. (arXiv 2411.19557), the update approximation; Bałazy et al. (arXiv 2405.17604) for
@@ -43,14 +40,11 @@ class LoRASBDelta(Delta):
     A: Tensor
     B: Tensor
 
-    def __init__(self, config: LoRASBConfig, shape: WeightShape, rank: int) -> None:
-        super().__init__(config, shape, rank)
-        limit = min(shape.out_features, shape.columns)
-        self.lowered = rank > limit
-        if self.lowered and rank != type(config).r:
-            raise invalid("r", rank, f"exceeds {limit}, the rank of a weight of shape {shape.dims}; lower r")
-        rank = min(rank, limit)
+    def __init__(self, config: LoRASBConfig, spec: ModuleSpec) -> None:
+        super().__init__(config, spec)
+        shape, rank = spec.shape, spec.rank
         self.reads_weight = config.init_weights is not False
+        self.expects_gradient = config.init_weights is True
         self.exact_svd = config.exact_svd
         self.R = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32))
         self.register_buffer("A", torch.empty(rank, *shape.dims[1:], dtype=torch.float32))
@@ -62,9 +56,8 @@ class LoRASBDelta(Delta):
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw orthonormal bases; start `R` at zero, or at random if `init_weights` is False."""
-        rank = len(self.R)
-        for basis, size in ((self.B, len(self.B)), (self.A.flatten(1).T, self.shape.columns)):
-            basis.copy_(orthonormal(torch.randn(size, rank, generator=generator)))
+        draw_orthonormal_(self.B, generator)
+        draw_orthonormal_(self.A.flatten(1).T, generator)
         if init_weights is False:
             self.R.data.normal_(generator=generator)
         else:
@@ -75,6 +68,18 @@ class LoRASBDelta(Delta):
         U, _, Vh = truncated_svd(weight.flatten(1), len(self.R), exact=self.exact_svd)
         self.B.copy_(U)
         self.A.copy_(Vh.view_as(self.A))
+
+    def on_training_step(self, adapter_name: str) -> bool:
+        """Warn if no gradient has been taken, though the config expects that."""
+        if self.expects_gradient and not self.initialized:
+            warnings.warn(
+                f"adapter {adapter_name!r} trains in bases taken from the base weight, because no gradient "
+                "initialization has run; call peft_subspace.initialize_from_gradient before training, add "
+                "peft_subspace.GradientInitCallback to the Trainer, or choose these bases with "
+                'init_weights="svd"',
+                stacklevel=5,
+            )
+        return False
 
     def state_from_gradient(
         self, gradient: Tensor, learning_rate: float, scaling: float
@@ -87,7 +92,7 @@ class LoRASBDelta(Delta):
     @classmethod
     def average(
         cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
-    ) -> tuple[int, dict[str, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Average `R`, which is exact where all bases are equal.
 
         Raises:
@@ -105,12 +110,12 @@ class LoRASBDelta(Delta):
             (weight * delta.R for delta, weight in zip(deltas, weights, strict=True)),
             start=torch.zeros_like(first.R),
         )
-        return len(total), {"R": total, "A": first.A, "B": first.B}
+        return {"rank_pattern": len(total)}, {"R": total, "A": first.A, "B": first.B}
 
     @classmethod
     def concatenate(
         cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
-    ) -> tuple[int, dict[str, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Put the bases side by side and orthonormalise them again; the triangles go into `R`.
 
         `[B1 B2] = Q_B T_B` and `[A1; A2] = T_Aᵀ Q_Aᵀ` give `Q_B (T_B diag(R1, R2) T_Aᵀ) Q_Aᵀ`. If the ranks
@@ -124,4 +129,4 @@ class LoRASBDelta(Delta):
             U, S, Vh = torch.linalg.svd(core, full_matrices=False)
             Q_B, core, Q_A = Q_B @ U, torch.diag(S), Q_A @ Vh.T
         A = Q_A.T.reshape(-1, *deltas[0].A.shape[1:])
-        return len(core), {"R": core.float(), "A": A.float(), "B": Q_B.float()}
+        return {"rank_pattern": len(core)}, {"R": core.float(), "A": A.float(), "B": Q_B.float()}

@@ -1,11 +1,13 @@
-"""MoS: low-rank updates assembled from shards of pools that modules share."""
+"""MoS: low-rank matrices assembled from shards of pools that modules share."""
 
-from peft_subspace.tuner.registry import register
+from peft_subspace.tuner.model import SubspaceModel
 
 from .config import MoSConfig
 from .delta import MoSDelta
-from .model import MoSLayer, MoSModel
 
-register("MOSHARDS", MoSConfig, MoSModel)
 
-__all__ = ["MoSConfig", "MoSDelta", "MoSLayer", "MoSModel"]
+class MoSModel(SubspaceModel, config=MoSConfig, update=MoSDelta):
+    """Model with MoS adapters."""
+
+
+__all__ = ["MoSConfig", "MoSDelta", "MoSModel"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_flag, invalid
 from peft_subspace.tuner.config import ScaledConfig
+from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.patterns import look_up
+
+from .sharing import assign_slices
 
 
 @dataclass
@@ -69,10 +74,14 @@ class MoSConfig(ScaledConfig):
             self._check_private()
         for name in ("subset_selection", "pair_dissociation"):
             check_flag(name, getattr(self, name))
-        for key, group in self._patterns("group_pattern"):
+        for key, group in check_patterned(self, "group_pattern"):
             if not isinstance(group, str) or not group.isidentifier():
                 rule = "must be made of letters, digits and underscores, like 'qk'"
                 raise invalid(f"group_pattern[{key!r}]", group, rule)
+
+    def specs(self, shapes: Mapping[str, WeightShape]) -> dict[str, ModuleSpec]:
+        """Form groups among the targeted modules and give each module its slice of the pools."""
+        return dict(assign_slices(self, shapes))
 
     def group_for(self, module_name: str) -> str | None:
         """Group that `group_pattern` gives one module, `None` if it gives none."""

@@ -1,13 +1,13 @@
-"""The pools: parameters that all modules of a group share, held once by the root of the adapted model."""
+"""The pools: parameters that all modules of a group share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peft_subspace.methods.mos.sharing import Share
+from .sharing import MoSSpec
 
 
 class Pools(nn.Module):
@@ -17,41 +17,31 @@ class Pools(nn.Module):
     They are created in fp32, whatever the base model's dtype.
 
     Args:
-        shares: Shares of all modules.
+        specs: Slices of all modules.
     """
 
-    def __init__(self, shares: Iterable[Share]) -> None:
+    def __init__(self, specs: Iterable[MoSSpec]) -> None:
         super().__init__()
-        self.input_widths = {share.group: share.widths[0] for share in shares}
-        for share in shares:
-            for side, shape in zip("AB", share.pool_shapes, strict=True):
-                name = pool_name(share.group, side)
-                if name not in self._parameters:
-                    self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.input_widths: dict[str, int] = {}
+        for spec in specs:
+            if spec.group not in self.input_widths:
+                self.input_widths[spec.group] = spec.shape.columns
+                for side, shape in zip("AB", spec.pool_shapes, strict=True):
+                    pool = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+                    self.register_parameter(f"{spec.group}__{side}", pool)
 
     def pair(self, group: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Pools A and B of one group, as they are now: parameters get replaced."""
-        return getattr(self, pool_name(group, "A")), getattr(self, pool_name(group, "B"))
+        return getattr(self, f"{group}__A"), getattr(self, f"{group}__B")
 
-    def reset_parameters(self, group: str, init_weights: bool | str, generator: torch.Generator) -> None:
+    def reset_parameters(
+        self, init_weights: bool | str, generator_for: Callable[[str], torch.Generator]
+    ) -> None:
         """Draw pool A from U(±1/√in), with the whole vector's width; zero pool B, or draw it from U(±1)."""
-        bound = self.input_widths[group] ** -0.5
-        pool_a, pool_b = self.pair(group)
-        pool_a.data.uniform_(-bound, bound, generator=generator)
-        if init_weights is False:
-            pool_b.data.uniform_(-1.0, 1.0, generator=generator)
-        else:
-            pool_b.data.zero_()
-
-
-class PoolDict(nn.ModuleDict):
-    """Pools by adapter name, a child of the adapted model's root module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input, so that a root which runs its children in turn (`nn.Sequential`) still works."""
-        return x
-
-
-def pool_name(group: str, side: str) -> str:
-    """Name of a pool's parameter."""
-    return f"{group}__{side}"
+        for group, width in self.input_widths.items():
+            generator, (pool_a, pool_b) = generator_for(group), self.pair(group)
+            pool_a.data.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+            if init_weights is False:
+                pool_b.data.uniform_(-1.0, 1.0, generator=generator)
+            else:
+                pool_b.data.zero_()

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
-from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import invalid
-from peft_subspace.methods.mos.config import MoSConfig
 
 Kind = tuple[tuple[str, ...], tuple[int, ...]]
-
 """What makes modules a group: their type, as parts of a name, and the axes of their weight."""
 
 
 @dataclass(frozen=True)
-class Share:
+class MoSSpec(ModuleSpec):
     """What one module gets of its group's pools.
 
     Attributes:
-        module: Name of the module.
         group: Name of its group.
         members: Modules in the group, `L`.
         position: The module's place among them, `k`.
-        rank: Rank of its update, `r`.
         equivalent_r: Vectors that each member adds to the pools, `e`.
         private_r: Vectors that no other member uses, `p`.
         shards: Shards per vector, `l`, of the pools A and B.
-        widths: Widths of a vector of A and B: columns and rows of `ΔW`.
     """
 
-    module: str
-    group: str
-    members: int
-    position: int
     rank: int
-    equivalent_r: int
-    private_r: int
-    shards: tuple[int, int]
-    widths: tuple[int, int]
+    group: str = ""
+    members: int = 1
+    position: int = 0
+    equivalent_r: int = 1
+    private_r: int = 0
+    shards: tuple[int, int] = (1, 1)
 
     @property
     def shared_vectors(self) -> int:
@@ -49,14 +43,11 @@ class Share:
     @property
     def pool_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the pools A and B, `(e · L · l, width / l)`."""
-        a, b = (
-            (self.equivalent_r * self.members * shards, width // shards)
-            for shards, width in zip(self.shards, self.widths, strict=True)
-        )
-        return a, b
+        (a, b), vectors = self.shards, self.equivalent_r * self.members
+        return (vectors * a, self.shape.columns // a), (vectors * b, self.shape.out_features // b)
 
 
-def allot(config: MoSConfig, shapes: dict[str, WeightShape]) -> dict[str, Share]:
+def assign_slices(config: Any, shapes: Mapping[str, WeightShape]) -> dict[str, MoSSpec]:
     """Form groups and give every module its share.
 
     Raises:
@@ -67,13 +58,13 @@ def allot(config: MoSConfig, shapes: dict[str, WeightShape]) -> dict[str, Share]
     for name, group in _groups(config, shapes).items():
         groups.setdefault(group, []).append(name)
     return {
-        name: _share(config, name, shapes[name], group, members)
+        name: _slice(config, name, shapes[name], group, members)
         for group, members in groups.items()
         for name in members
     }
 
 
-def _groups(config: MoSConfig, shapes: dict[str, WeightShape]) -> dict[str, str]:
+def _groups(config: Any, shapes: Mapping[str, WeightShape]) -> dict[str, str]:
     """Name of each module's group."""
     kinds: dict[str, Kind] = {}
     for name, shape in shapes.items():
@@ -94,23 +85,14 @@ def _label(kind: Kind, kinds: Collection[Kind]) -> str:
     return "_".join(path) + "_" + "x".join(str(dim) for dim in dims)
 
 
-def _share(config: MoSConfig, name: str, shape: WeightShape, group: str, members: list[str]) -> Share:
+def _slice(config: Any, name: str, shape: WeightShape, group: str, members: list[str]) -> MoSSpec:
     rank, private_r = _ranks(config, name, group, len(members))
-    widths = (shape.columns, shape.out_features)
-    return Share(
-        module=name,
-        group=group,
-        members=len(members),
-        position=members.index(name),
-        rank=rank,
-        equivalent_r=config.equivalent_r,
-        private_r=private_r,
-        shards=_shards(config, name, widths),
-        widths=widths,
-    )
+    shards = _shards(config, name, (shape.columns, shape.out_features))
+    place = (group, len(members), members.index(name))
+    return MoSSpec(name, shape, rank, False, *place, config.equivalent_r, private_r, shards)
 
 
-def _ranks(config: MoSConfig, name: str, group: str, members: int) -> tuple[int, int]:
+def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int]:
     """Rank and private rank of one module; a default is made to fit its group."""
     e, p, wanted = config.equivalent_r, config.private_r, config.rank_for(name)
     given = wanted != type(config).r
@@ -132,7 +114,7 @@ def _ranks(config: MoSConfig, name: str, group: str, members: int) -> tuple[int,
     return wanted, p
 
 
-def _shards(config: MoSConfig, name: str, widths: tuple[int, int]) -> tuple[int, int]:
+def _shards(config: Any, name: str, widths: tuple[int, int]) -> tuple[int, int]:
     common = gcd(*widths)
     if config.shards_per_vector is None:
         # Without pair dissociation both factors take the same rows, so they are cut alike.

@@ -1,0 +1,124 @@
+"""One adapter on its way into a model: what was planned, what was checked, what its layers share."""
+
+from __future__ import annotations
+
+from logging import getLogger
+from typing import Any
+
+from peft.utils import get_quantization_kwargs
+from torch import nn
+
+from peft_subspace.base_weights.quantization import is_readable, unreadable
+from peft_subspace.base_weights.weight import BaseWeight, tied_parameters
+from peft_subspace.core.errors import naming
+from peft_subspace.core.linalg import local_generator
+from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.plan import Plan, Planned, plan_module
+from peft_subspace.tuner.shared import SharedTensors, hold
+from peft_subspace.tuner.weight_start import WeightStarts
+
+logger = getLogger("peft_subspace")
+
+
+class Injection:
+    """What is known of an adapter before the first module is replaced, after checking every one.
+
+    Args:
+        tuner: The tuner model.
+        plan: What the config creates.
+        config: The config.
+        holder: Module that holds the tensors which layers share.
+
+    Attributes:
+        starts: Initializations from base weights.
+
+    Raises:
+        ValueError: If the model is split by tensor parallelism, or a weight cannot be started from.
+    """
+
+    def __init__(self, tuner: Any, plan: Plan, config: SubspaceConfig, holder: nn.Module) -> None:
+        self.tuner, self.plan, self.config, self.holder = tuner, plan, config, holder
+        _refuse_tensor_parallel(tuner.model)
+        reading = [
+            n for n, item in plan.modules.items() if item.update.reads_weight and not config.initialized
+        ]
+        for name in reading:
+            with naming(name):
+                _check_start(plan.modules[name], config)
+        self.starts = WeightStarts(len(reading))
+        self.tied = tied_parameters(tuner.model)
+        lowered = [name for name, item in plan.modules.items() if item.spec.lowered]
+        if lowered and config.r != type(config).r:
+            logger.warning(
+                "r=%s exceeds a dimension in %d of the adapted modules, such as %r, and is lowered to it "
+                "there",
+                *(config.r, len(lowered), lowered[0]),
+            )
+
+    def planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:
+        """What is planned for a target; injecting by a state dict's keys reaches others as well.
+
+        Raises:
+            ValueError: If such a target cannot be adapted by itself.
+        """
+        if name in self.plan.modules:
+            return self.plan.modules[name]
+        if parameter_name is not None:
+            raise ValueError(f"{name}: parametrized parameters cannot be adapted; leave it out")
+        if self.plan.shared is not None:
+            raise ValueError(
+                f"{name} is in the state dict but not among target_modules, and tensors are shared by all of "
+                "these; make target_modules match the state dict"
+            )
+        update_cls = self.tuner.tuner_layer_cls.delta_cls
+        return plan_module(module, name, self.config, update_cls, **get_quantization_kwargs(self.tuner.model))
+
+    def wrap(self, module: nn.Module, planned: Planned) -> SubspaceLayer:
+        """Make the tuner layer for a target."""
+        target = planned.target
+        if target.is_parameter:
+            layer_cls = self.tuner.parameter_layer_cls
+        else:
+            layer_cls = self.tuner.linear_layer_cls if target.kind.linear else self.tuner.tuner_layer_cls
+        layer = layer_cls(module, target)
+        if target.backend is None:
+            layer.base_weight.tied = id(layer.base_weight.stored) in self.tied
+        return layer
+
+    def shared_tensors(self, adapter_name: str) -> SharedTensors | None:
+        """Tensors that the layers of each adapter share, those of the new one among them."""
+        if self.plan.shared is None:
+            return None
+        container = hold(self.holder, self.tuner.shared_attribute())
+        if adapter_name not in container:
+            specs = [item.spec for item in self.plan.modules.values()]
+            shared: Any = self.tuner.tuner_layer_cls.delta_cls.shared(self.config, specs)
+            seed = self.config.seed
+            shared.reset_parameters(
+                self.config.init_weights, lambda name: local_generator(seed, name, adapter_name)
+            )
+            container[adapter_name] = shared
+        return container
+
+
+def _refuse_tensor_parallel(model: nn.Module) -> None:
+    size = getattr(model, "_tp_size", None)  # as transformers notes it
+    if size is not None and size > 1:
+        raise ValueError(
+            f"the model's weights are split over {size} devices (tensor parallelism), for which PEFT shards "
+            "adapters of LoRA only; load the model without tp_plan, or use FSDP"
+        )
+
+
+def _check_start(planned: Planned, config: SubspaceConfig) -> None:
+    """Look, before anything is replaced, for a weight that no initialization is possible from."""
+    target = planned.target
+    weight = BaseWeight(target, target.parameter_name, target.backend)
+    if target.backend is None:
+        with weight.whole():
+            stored = weight.stored.detach()
+            if not stored.is_meta and stored.dtype.itemsize > 1:
+                planned.update.check_weight(stored)
+    elif not is_readable(target.backend) and not planned.update.can_do_without_weight(config):
+        raise ValueError(unreadable(target.module))

@@ -1,0 +1,143 @@
+"""Keys of an adapter's tensors in a model and in a file, and checks of tensors that PEFT is about to load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.base_weights.fingerprint import is_same
+from peft_subspace.base_weights.weight import BaseWeight
+from peft_subspace.core.delta import Update
+from peft_subspace.core.errors import naming
+from peft_subspace.core.names import IN_BASE, in_base
+from peft_subspace.core.state import check_state
+from peft_subspace.layers.base import LayerKind
+from peft_subspace.runtime.progress import progress
+from peft_subspace.tuner.declared import check_declared
+from peft_subspace.tuner.plan import Plan
+from peft_subspace.tuner.shared import shared_containers
+
+already_checked: ContextVar[bool] = ContextVar("already_checked", default=False)
+"""Whether the tensors that PEFT loads have been checked before the model was touched."""
+
+
+def check_loaded(
+    model: nn.Module, config: Any, adapter_name: str, layer_cls: type, state: Mapping[str, Tensor]
+) -> None:
+    """Raise unless tensors, by their keys in the model, may be loaded into an adapter.
+
+    Raises:
+        ValueError: Naming the first tensor that is unfit.
+    """
+    own = model.state_dict()
+    prefix = layer_cls.prefix
+    here = [key for key in state if key in own]
+    layers = {
+        f"{name}.{prefix}delta.{adapter_name}": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, layer_cls) and adapter_name in layer.deltas
+    }
+    check_declared(model, config, [key for key in here if prefix not in key])
+    check_state({key: own[key] for key in here if prefix in key}, dict(state))
+    check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, state)
+    check_base({key: (layer.base_weight, layer.kind) for key, layer in layers.items()}, state, prefix)
+
+
+def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors of a file may be loaded into the updates of a plan for `model`.
+
+    Raises:
+        ValueError: Naming the first update with an unfit tensor.
+    """
+    planned = plan.by_key(model)
+    check_values({key: item.update for key, item in planned.items()}, state)
+    weights = {}
+    for key, item in planned.items():
+        target = item.target
+        weights[key] = BaseWeight(target, target.parameter_name, target.backend), target.kind
+    check_base(weights, state, plan.prefix)
+
+
+def is_optional(key: str) -> bool:
+    """Whether a file may leave out a tensor: files of version 0.1 have no fingerprints for most methods."""
+    return key.endswith(".fingerprint")
+
+
+def missing_fingerprints(
+    model: nn.Module, adapter_name: str, layer_cls: type, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Fingerprints of no weight, for those that a file leaves out."""
+    missing = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, layer_cls) and adapter_name in layer.deltas:
+            start = f"{name}.{layer_cls.prefix}delta.{adapter_name}"
+            for key, tensor in layer.deltas[adapter_name].named_buffers(start):
+                if is_optional(key) and key not in state and any(k.startswith(f"{start}.") for k in state):
+                    missing[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return missing
+
+
+def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> None:
+    """Raise unless the tensors of `state` have values that the updates, by the start of their keys, can take.
+
+    Raises:
+        ValueError: Naming the first update with an unfit tensor.
+    """
+    for key, update in updates.items():
+        tensors = {name: state[f"{key}.{name}"] for name in update.state_dict() if f"{key}.{name}" in state}
+        with naming(key):
+            update.check_values(tensors)
+
+
+def check_base(
+    weights: Mapping[str, tuple[BaseWeight, LayerKind]], state: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Raise unless the base weights are those that the adapter was made for.
+
+    Args:
+        weights: Base weights and kinds of their layers, by the start of a key in `state`.
+        state: Tensors of the adapter.
+        prefix: Prefix of the method.
+
+    Raises:
+        ValueError: Naming the module.
+    """
+    noted = {key: state[f"{key}.fingerprint"] for key in weights if f"{key}.fingerprint" in state}
+    for key, expected in progress(noted.items(), len(noted), "checking base weights"):
+        weight, kind = weights[key]
+        found = weight.fingerprint(kind.from_layout) if expected.any() else None
+        if found is not None and not is_same(found, expected):
+            with naming(in_base(key.partition(f".{prefix}")[0])):
+                raise ValueError(
+                    "the base weight is not the one whose directions the adapter was made from; load it on "
+                    "the model that it was trained on, with the tasks that were merged before it "
+                    "(peft_subspace.continual.next_task says how to save that model)"
+                )
+
+
+def shared_state(
+    model: nn.Module, attribute: str, adapter_name: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those entries of a model's state that are shared tensors of an adapter."""
+    starts = tuple(f"{name}.{adapter_name}." for name, _ in shared_containers(model, attribute))
+    return {key: tensor for key, tensor in state.items() if key.startswith(starts)}
+
+
+def shared_keys(model: nn.Module, attribute: str, adapter_name: str) -> dict[str, str]:
+    """Keys of an adapter's shared tensors in the model by their keys in a file, with and without `IN_BASE`."""
+    keys = {}
+    for name, container in shared_containers(model, attribute):
+        for tensor in container[adapter_name].state_dict() if adapter_name in container else ():
+            key = f"{name}.{adapter_name}.{tensor}"
+            keys[f"{attribute}.{tensor}"] = keys[f"{IN_BASE}{attribute}.{tensor}"] = key
+    return keys
+
+
+def saved_key(key: str, attribute: str) -> str:
+    """Key in a file, given that in the model without the adapter's name."""
+    held_by_tuner = key.startswith(f"base_model.{attribute}.")
+    return f"{IN_BASE}{key.removeprefix('base_model.')}" if held_by_tuner else key

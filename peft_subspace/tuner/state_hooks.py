@@ -1,0 +1,74 @@
+"""The hooks by which PEFT finds an adapter's tensors in a model, and hands over those that it has read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from peft_subspace.tuner import state
+from peft_subspace.tuner.layer import SubspaceLayer
+
+
+class StateHooks(BaseTuner):
+    """Tuner whose adapters are checked before they are loaded, wherever their tensors are held."""
+
+    prefix: str
+    tuner_layer_cls: type[SubspaceLayer]
+
+    @classmethod
+    def shared_attribute(cls) -> str:
+        """Name, in the model and in files, of the container of tensors that layers share."""
+        return f"{cls.prefix}{cls.tuner_layer_cls.delta_cls.shared_name}"
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Tensors of an adapter under their keys in the model, shared ones wherever they are held."""
+        own = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names=unwanted_adapter_names
+        )
+        return own | state.shared_state(model, cls.shared_attribute(), adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Key in a file: without the name, and of shared tensors that of the base model's root."""
+        return state.saved_key(
+            super()._remove_adapter_name_from_key(key, adapter_name), cls.shared_attribute()
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check the tensors that PEFT is about to load; if they are unfit, remove the new adapter again."""
+        keys = state.shared_keys(model, cls.shared_attribute(), adapter_name)
+        renamed = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
+        if state.already_checked.get():
+            return remapped
+        try:
+            state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
+        except ValueError:
+            _discard(model, adapter_name, cls)
+            raise
+        return remapped
+
+
+def _discard(model: nn.Module, adapter_name: str, cls: type[StateHooks]) -> None:
+    """Take an unfit adapter off a wrapped model; if it was the only one, restore the base model."""
+    tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+    if tuner is None:  # injected into a plain model, before and apart from loading
+        return
+    if set(tuner.peft_config) == {adapter_name}:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)

@@ -1,0 +1,136 @@
+"""Adapters that version 0.1 saved load with every bit, and do what they did then.
+
+What is read from a file, and written again, is compared bit for bit. Results of matrix products can differ
+from one CPU to another, so they may be off by `TOLERANCE`; with `EQUAL_BITS=1` in the environment, on the
+machine that wrote `tests/data`, they may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from layers import distance
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from saved_adapters import (
+    BASE,
+    CASES,
+    DATA,
+    EXPECTED,
+    lora_export,
+    lora_settings,
+    read_expected,
+    results,
+)
+
+import peft_subspace
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TOLERANCE = 0.0 if os.environ.get("EQUAL_BITS") else 1e-6
+BF16_TOLERANCE = 0.0 if os.environ.get("EQUAL_BITS") else 1e-2  # one rounding is 4e-3
+LATER = (".fingerprint",)  # names of tensors that later versions write, and do without
+WRITTEN = {"peft_version", "auto_mapping", "peft_subspace_version"}  # by PEFT, or the version that saves
+
+# PEFT looks for the patterns' targets among modules only.
+pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+saved_and_loaded = pytest.mark.parametrize(
+    ("saved", "load"),
+    [
+        pytest.param(case, load, id=f"{case}-{name}")
+        for case in CASES
+        for name, load in (("peft", PeftModel.from_pretrained), ("own", peft_subspace.load))
+    ],
+)
+
+
+def same_bits(a, b):
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(as_bytes(a), as_bytes(b))
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def assert_as_expected(found, expected):
+    """Equal bits, or as close as the BLAS of another machine comes."""
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        tolerance = BF16_TOLERANCE if tensor.dtype == torch.bfloat16 else TOLERANCE
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor, expected[key]) or distance(tensor, expected[key]) <= tolerance, key
+
+
+@saved_and_loaded
+def test_every_tensor_of_the_file_is_in_the_model_bit_for_bit(saved, load):
+    model = saved.load(load)
+    for adapter in saved.adapters:
+        file = load_file(saved.adapter_folder(adapter) / WEIGHTS)
+        state = get_peft_model_state_dict(model, adapter_name=adapter)
+        assert file.keys() == {key for key in state if not key.endswith(LATER) or key in file}
+        assert not [key for key in file if not same_bits(state[key], file[key])]
+
+
+@saved_and_loaded
+def test_config_is_saved_again_as_it_was(saved, load, tmp_path):
+    saved.load(load).save_pretrained(tmp_path)
+    for adapter in saved.adapters:
+        folder = saved.adapter_folder(adapter)
+        file = read_config(folder)
+        again = read_config(tmp_path / folder.relative_to(saved.folder))
+        assert {key: again.get(key) for key in file} == file
+
+
+def read_config(folder):
+    """Fields that the library has to preserve; PEFT saves sets of names in any order."""
+    fields = json.loads((folder / CONFIG).read_text())
+    names = {key: value for key, value in fields.items() if key in ("target_modules", "exclude_modules")}
+    fields |= {key: sorted(value) for key, value in names.items() if isinstance(value, list)}
+    return {key: value for key, value in fields.items() if key not in WRITTEN}
+
+
+@saved_and_loaded
+def test_outputs_and_updates_are_what_they_were(saved, load):
+    model = saved.load(load)
+    for adapter in saved.adapters:
+        expected, _, _ = read_expected(saved, adapter)
+        assert_as_expected(results(model, saved, adapter), expected)
+
+
+@saved_and_loaded
+def test_lora_export_is_what_it_was(saved, load):
+    model = saved.load(load)
+    for adapter in saved.adapters:
+        _, expected, settings = read_expected(saved, adapter)
+        if adapter in saved.refusals:
+            assert not expected
+            with pytest.raises(ValueError, match=saved.refusals[adapter]):
+                lora_export(model, adapter)
+            continue
+        config, state = lora_export(model, adapter)
+        assert_as_expected(state, expected)
+        assert lora_settings(config) == settings
+
+
+def test_every_adapter_of_the_folder_changes_every_weight():
+    for case in CASES:
+        base = case.base()(**case.inputs())
+        for adapter in case.adapters:
+            expected, _, _ = read_expected(case, adapter)
+            assert all(tensor.any() for key, tensor in expected.items() if key.startswith("delta:"))
+            assert not torch.equal(expected["output:loss"], base["loss"])
+
+
+def test_folder_holds_the_cases_and_nothing_else():
+    files = {
+        case.adapter_folder(adapter) / name
+        for case in CASES
+        for adapter in case.adapters
+        for name in (WEIGHTS, CONFIG, EXPECTED)
+    }
+    assert {path for path in DATA.rglob("*") if path.is_file()} - files == {
+        DATA / "continual_svd-merged" / BASE
+    }
+    assert all(path.is_file() for path in files)
