@@ -244,11 +244,11 @@ def test_merging_into_a_tied_embedding_leaves_the_head_alone(method, record_prop
 @pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merging_keeps_the_parameter_of_a_weight_that_is_not_tied(method):
     model = get_peft_model(llama(), method.config(target_modules=TARGETS, init_weights=False))
-    before = {name: layer.base_parameter for name, layer in layers(model).items()}
+    before = {name: layer.base_weight.stored for name, layer in layers(model).items()}
     for change in (model.merge_adapter, model.unmerge_adapter):
         change()
         for name, layer in layers(model).items():
-            assert layer.base_parameter is before[name]
+            assert layer.base_weight.stored is before[name]
 
 
 # ------------------------------------------------------------------------- device_map, offloaded weights

@@ -22,6 +22,7 @@ from peft_subspace import (
     subspace_leak,
 )
 from peft_subspace.continual import METRIC
+from peft_subspace.core.shapes import WeightShape
 from peft_subspace.methods.continual_svd import delta, subspaces
 from peft_subspace.tuner.layer import SubspaceLayer
 
@@ -171,8 +172,8 @@ def test_other_kinds_of_layers_are_confined_as_well(build, r):
     found = layers(model)
     assert len(found) > 2
     for layer in found.values():
-        weight = layer.ops.to_layout(layer.get_base_layer().weight)
-        update = layer.ops.to_layout(layer.get_delta_weight("default"))
+        weight = layer.kind.to_layout(layer.get_base_layer().weight)
+        update = layer.kind.to_layout(layer.get_delta_weight("default"))
         assert oracle_leaks(weight, update, layer.deltas["default"].directions, "both") < 1e-6
 
 
@@ -524,7 +525,7 @@ def test_pattern_from_importance_is_the_papers_formula_clamped():
     assert list(pattern) == [r"a\.1\.query\.b", r"a\.0\.query", r"a\.1\.query", "c"]
     assert list(pattern.values()) == pytest.approx([0.45, 0.1, 0.8, 0.99])
     config = ContinualSVDConfig(preserve_pattern=pattern)
-    assert [config.rank_for(name)[1] for name in names] == pytest.approx([0.1, 0.8, 0.45, 0.99])
+    assert [config.spec_for(name, WeightShape(100, 100)).directions / 100 for name in names] == pytest.approx([0.1, 0.8, 0.45, 0.99])
     with pytest.raises(ValueError, match=r"minimum=0\.9 must be at most target=0\.8"):
         preserve_pattern({"a": 1.0}, minimum=0.9)
     with pytest.raises(ValueError, match=r"target=1\.0"):

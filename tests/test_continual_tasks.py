@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import peft_subspace
 from peft_subspace import ContinualSVDConfig, NextTaskCallback, list_tasks, next_task, subspace_leak
-from peft_subspace.methods.continual_svd import ContinualSVDLayer
+from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
 
 TARGETS = ["query", "dense"]
 LABELS = torch.tensor([0, 1, 2, 0])

@@ -287,12 +287,12 @@ def test_merged_weights_are_the_sums_and_unmerge_restores_every_bit(moe, dtype):
         for name, update in updates(model).items():
             layer = wrappers(model)[name]
             expected = (plain[name].double() + update).to(dtype)
-            assert distance(layer.base_parameter, expected) < (1e-6 if dtype == torch.float32 else 2e-3)
-            assert layer.base_parameter.dtype == dtype
+            assert distance(layer.base_weight.stored, expected) < (1e-6 if dtype == torch.float32 else 2e-3)
+            assert layer.base_weight.stored.dtype == dtype
         assert distance(logits(model), before) < (1e-5 if dtype == torch.float32 else 2e-2)
         model.unmerge_adapter()
         for name, layer in wrappers(model).items():
-            assert torch.equal(layer.base_parameter, plain[name])
+            assert torch.equal(layer.base_weight.stored, plain[name])
     assert torch.equal(logits(model), before)
 
 

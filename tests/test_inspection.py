@@ -52,7 +52,7 @@ def saved(method, name, folder, seed=1, **options):
 
 def dense(model):
     return {
-        name: layer.ops.to_layout(layer.get_delta_weight("default")).flatten(1).double()
+        name: layer.kind.to_layout(layer.get_delta_weight("default")).flatten(1).double()
         for name, layer in adapted_layers(model, "default", SubspaceLayer).items()
     }
 

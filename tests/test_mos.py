@@ -92,13 +92,17 @@ def delta_of(model, suffix, adapter="default"):
     return next(m.deltas[adapter] for name, m in layers_of(model).items() if name.endswith(suffix))
 
 
+def pools_under(delta):
+    return delta._shared[0].pair(delta.spec.group)
+
+
 def pools_of(model, adapter="default"):
     return {n: p for n, p in model.named_parameters() if f"moshards_pools.{adapter}." in n}
 
 
 def by_loops(delta, scaling):
     """ΔW entry by entry, the shards looked up one number at a time."""
-    pool_a, pool_b = (pool.tolist() for pool in delta.pool_parameters())
+    pool_a, pool_b = (pool.tolist() for pool in pools_under(delta))
     index_a, index_b = delta.index_A.tolist(), delta.index_B.tolist()
     out, *rest = delta.shape.dims
     columns = torch.Size(rest).numel()
@@ -150,7 +154,7 @@ def test_indices_are_a_draw_of_shared_rows_and_the_modules_own(e, p, r, shards):
     own = []
     for k in range(3):
         delta = delta_of(model, f"layers.{k}.self_attn.k_proj")
-        for side, pool in zip("AB", delta.pool_parameters(), strict=True):
+        for side, pool in zip("AB", pools_under(delta), strict=True):
             assert len(pool) == e * 3 * shards
             index = delta.get_buffer(f"index_{side}").tolist()
             shared, private = index[: (r - p) * shards], index[(r - p) * shards :]
@@ -174,7 +178,7 @@ def test_both_factors_and_all_modules_choose_on_their_own():
 
 def test_with_all_ranks_private_it_is_plain_lora():
     model = adapted(r=3, private_r=3, equivalent_r=3, shards_per_vector=1, alpha=6)
-    pool_a, pool_b = delta_of(model, "0.self_attn.q_proj").pool_parameters()
+    pool_a, pool_b = pools_under(delta_of(model, "0.self_attn.q_proj"))
     for k in range(3):
         own = slice(3 * k, 3 * k + 3)
         layer = next(m for n, m in layers_of(model).items() if n.endswith(f"{k}.self_attn.q_proj"))
@@ -184,7 +188,7 @@ def test_with_all_ranks_private_it_is_plain_lora():
 def test_pure_sharing_gives_all_modules_of_a_group_one_update():
     options = {"private_r": 0, "equivalent_r": 2, "shards_per_vector": 1, "pair_dissociation": False}
     for model in (adapted(r=6, **options), adapted(subset_selection=False, alpha=16, **options)):
-        pool_a, pool_b = delta_of(model, "0.mlp.up_proj").pool_parameters()
+        pool_a, pool_b = pools_under(delta_of(model, "0.mlp.up_proj"))
         scaling = 16 / model.peft_config["default"].r
         for name, layer in layers_of(model).items():
             if name.endswith("up_proj"):
@@ -197,14 +201,14 @@ def test_pair_dissociation_off_takes_the_same_rows_of_both_pools():
     for layer in layers_of(model).values():
         delta = layer.deltas["default"]
         assert torch.equal(delta.index_A, delta.index_B)
-        assert len(delta.pool_parameters()[0]) == len(delta.pool_parameters()[1])
+        assert len(pools_under(delta)[0]) == len(pools_under(delta)[1])
 
 
 def test_subset_selection_off_uses_every_shared_row_and_keeps_private_ones():
     model = adapted(subset_selection=False, private_r=2, equivalent_r=8, shards_per_vector=2)
     for k in range(3):
         delta = delta_of(model, f"{k}.mlp.up_proj")
-        assert delta.share.rank == 2 + 6 * 3  # more than the default
+        assert delta.spec.rank == 2 + 6 * 3  # more than the default
         assert sorted(delta.index_A.tolist()) == [*range(36), *range(36 + 4 * k, 40 + 4 * k)]
 
 
@@ -227,7 +231,7 @@ def test_groups_are_formed_by_type_and_shape():
     model = adapted()
     names = {name.rpartition(".")[2] for name in pools_of(model)}
     assert names == {f"{linear}__{side}" for linear in LINEARS for side in "AB"}
-    assert delta_of(model, "k_proj").pool_parameters()[1].shape[1] == 8 // 4  # narrower than q_proj's
+    assert pools_under(delta_of(model, "k_proj"))[1].shape[1] == 8 // 4  # narrower than q_proj's
     bart = BartForConditionalGeneration(
         BartConfig(
             d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, vocab_size=32,
@@ -239,7 +243,7 @@ def test_groups_are_formed_by_type_and_shape():
     assert names == {
         "encoder_layers_self_attn_q_proj__A", "decoder_layers_self_attn_q_proj__A", "encoder_attn_q_proj__A"
     }  # fmt: skip
-    assert delta_of(wrapped, "encoder.layers.1.self_attn.q_proj").share.members == 2
+    assert delta_of(wrapped, "encoder.layers.1.self_attn.q_proj").spec.members == 2
 
 
 def test_layers_of_one_type_and_several_shapes_are_kept_apart():
@@ -249,15 +253,15 @@ def test_layers_of_one_type_and_several_shapes_are_kept_apart():
     assert {name.rpartition(".")[2] for name in pools_of(model)} == {
         f"layers_{size}__{side}" for size in ("8x8", "16x8") for side in "AB"
     }
-    assert delta_of(model, "layers.2").share.position == 1
+    assert delta_of(model, "layers.2").spec.position == 1
 
 
 def test_group_pattern_overrides_the_grouping():
     model = adapted(group_pattern={"q_proj|o_proj": "square", r"0\.self_attn\.v_proj": "first"})
     names = {name.rpartition(".")[2].removesuffix("__A") for name in pools_of(model) if name.endswith("__A")}
     assert names == {"square", "first", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
-    assert delta_of(model, "2.self_attn.o_proj").share.members == 6
-    assert delta_of(model, "1.self_attn.v_proj").share.members == 2
+    assert delta_of(model, "2.self_attn.o_proj").spec.members == 6
+    assert delta_of(model, "1.self_attn.v_proj").spec.members == 2
 
 
 SIZES = {
@@ -303,17 +307,17 @@ def test_defaults_fit_a_single_small_layer(width, height):
     before = net(x)
     model = get_peft_model(net, MoSConfig(target_modules=["0"]))
     assert model.get_nb_trainable_parameters()[0] == 4 * (width + height)
-    assert delta_of(model, "0").share.rank == 4
+    assert delta_of(model, "0").spec.rank == 4
     assert torch.equal(model(x), before)
 
 
 def test_unset_shards_are_the_largest_divisor_of_each_width_up_to_4():
     for width, height, shards in [(12, 10, (4, 2)), (9, 4, (3, 4)), (7, 25, (1, 1)), (6, 15, (3, 3))]:
         model = get_peft_model(nn.Sequential(nn.Linear(width, height)), MoSConfig(target_modules=["0"]))
-        assert delta_of(model, "0").share.shards == shards
+        assert delta_of(model, "0").spec.shards == shards
     options = {"target_modules": ["0"], "pair_dissociation": False}  # the same rows of both need the same cut
     model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), MoSConfig(**options))
-    assert delta_of(model, "0").share.shards == (2, 2)
+    assert delta_of(model, "0").spec.shards == (2, 2)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -771,7 +775,7 @@ def test_training_is_deterministic():
 def test_gradient_of_a_pool_is_the_sum_over_the_modules_that_use_its_rows():
     model = adapted(equivalent_r=2, r=4, private_r=1, shards_per_vector=2)
     model(IDS, labels=IDS).loss.backward()
-    pool_a, _ = delta_of(model, "v_proj").pool_parameters()
+    pool_a, _ = pools_under(delta_of(model, "v_proj"))
     expected = torch.zeros_like(pool_a)
     for name, layer in layers_of(copy.deepcopy(model)).items():
         if not name.endswith("v_proj"):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peft_subspace import EffortConfig
 from peft_subspace.core.linalg import smallest_triples
-from peft_subspace.core.shapes import WeightShape
+from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.methods.effort import EffortDelta
 
 Triples = tuple[Tensor, Tensor, Tensor]
@@ -66,7 +66,7 @@ def penalty(width: int, repeats: int) -> dict[str, Any]:
     left, values, right = torch.linalg.svd(weight)
     energy = weight.square().sum()
     for rank in (1, 16):
-        delta = EffortDelta(EffortConfig(r=rank), WeightShape(width, width), rank)
+        delta = EffortDelta(EffortConfig(r=rank), ModuleSpec("", WeightShape(width, width), rank))
         delta.reset_parameters(True, torch.Generator())
         delta.reset_from_weight(weight)
         for parameter in delta.parameters():
@@ -74,7 +74,7 @@ def penalty(width: int, repeats: int) -> dict[str, Any]:
         head = left[:, :-rank], values[:-rank], right[:-rank]
 
         def effort(delta: EffortDelta = delta) -> None:
-            loss = delta.orthogonality_loss(lambda: weight) + delta.energy_loss(weight)
+            loss = delta.orthogonality_loss(lambda: weight) + delta.energy_loss(lambda: weight)
             torch.autograd.grad(loss, list(delta.parameters()))
 
         def literal(delta: EffortDelta = delta, head: Triples = head) -> None:

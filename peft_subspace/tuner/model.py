@@ -167,6 +167,14 @@ class SubspaceModel(StateHooks):
         """
         setattr(parent, child_name, new_module)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the base model, but not tensors that layers share and its root holds."""
+        held = [container for _, container in shared_containers(model, self.shared_attribute())]
+        trained = [p for container in held for p in container.parameters() if p.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep shared tensors in fp32, or give them the base model's dtype if PEFT is asked not to cast."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -194,7 +202,8 @@ class SubspaceModel(StateHooks):
     ) -> nn.Module:
         with counting(self._count_layers(), "merging", hidden=progressbar or not merge):
             model = super()._unload_and_optionally_merge(merge, progressbar, *args, **kwargs)
-        model._modules.pop(self.shared_attribute(), None)
+        for holder in (self, model):
+            holder._modules.pop(self.shared_attribute(), None)
         for handle in self.handles:
             handle.remove()
         return model
