@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from .persistence.lora_export import save_as_lora
+from .persistence.lora_export import export_lora
 from .tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
 from .tools.plots import save_plot
 from .tools.read_adapter import read_adapter
@@ -68,7 +68,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    save_as_lora(read_adapter(options.adapter, options.base), options.lora)
+    export_lora(read_adapter(options.adapter, options.base), options.lora)
     print(f"LoRA: {options.lora}")
 
 

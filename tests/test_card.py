@@ -146,7 +146,7 @@ def test_lora_export_beside_the_adapter_is_mentioned(method, tmp_path):
     model = adapted(method)
     model.save_pretrained(tmp_path)
     assert 'subfolder="lora"' not in card_of(tmp_path).text
-    peft_subspace.save_as_lora(model, tmp_path / "lora")
+    peft_subspace.export_lora(model, tmp_path / "lora")
     assert_complete(card_of(tmp_path), method)
     assert 'subfolder="lora"' in card_of(tmp_path).text
 

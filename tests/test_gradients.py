@@ -447,7 +447,7 @@ def test_the_loader_is_left_as_if_nobody_had_read_it():
     dataset = list(range(20))
     generator = torch.Generator().manual_seed(0)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, generator=generator)
-    from peft_subspace.initialization.undisturbed import read_batches
+    from peft_subspace.initialization.evaluating import read_batches
 
     first = [batch.tolist() for batch in read_batches(loader, None)]
     assert [batch.tolist() for batch in read_batches(loader, 3)] == first[:3]

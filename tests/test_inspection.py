@@ -258,7 +258,7 @@ def test_missing_matplotlib_is_explained(tmp_path, capsys, monkeypatch):
 
 def test_library_and_command_line_agree_on_the_lora(tmp_path):
     model = saved(FLORA, "llama", tmp_path / "adapter", target_modules=["q_proj"])
-    _, state = peft_subspace.to_lora(model)
-    _, read = peft_subspace.to_lora(read_adapter(tmp_path / "adapter"))
+    _, state = peft_subspace.lora_state_dict(model)
+    _, read = peft_subspace.lora_state_dict(read_adapter(tmp_path / "adapter"))
     assert state.keys() == read.keys()
     assert all(torch.equal(state[key], read[key]) for key in state)

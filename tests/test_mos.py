@@ -691,7 +691,7 @@ def test_exported_lora_is_the_same_model(tmp_path):
         adapted(r=5, equivalent_r=3),
         inject_adapter_in_model(config(r=5, equivalent_r=3), llama()),
     ):
-        peft_subspace.save_as_lora(model, tmp_path)
+        peft_subspace.export_lora(model, tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
@@ -705,7 +705,7 @@ def test_weighted_adapters_are_refused_before_anything_changes():
     model = adapted()
     model.add_adapter("b", config(seed=4))
     before = {*model.state_dict()}
-    with pytest.raises(ValueError, match=r"cannot be concatenated.*peft_subspace\.to_lora"):
+    with pytest.raises(ValueError, match=r"cannot be concatenated.*peft_subspace\.lora_state_dict"):
         model.base_model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "sum")
     assert {*model.state_dict()} == before
     assert set(model.peft_config) == {"default", "b"}

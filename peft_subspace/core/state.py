@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 
 
 def check_shapes(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]]) -> None:
@@ -67,5 +67,5 @@ def check_values(deltas: dict[str, Delta], state: dict[str, Tensor]) -> None:
     """
     for key, delta in deltas.items():
         tensors = {name: state[f"{key}.{name}"] for name in delta.state_dict() if f"{key}.{name}" in state}
-        with naming(key):
+        with error_context(key):
             delta.check_values(tensors)

@@ -141,12 +141,12 @@ def _start_states(
         layer = layers[name]
         delta = layer.deltas[adapter_name]
         gradient = gradient.to(next(delta.parameters()).device)
-        owner = number % processes.count()
+        owner = number % processes.world_size()
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
         else:
             states[name] = {key: torch.empty_like(_local(t)) for key, t in delta.state_dict().items()}
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             for tensor in states[name].values():
                 dist.broadcast(tensor, owner)
     if not states:

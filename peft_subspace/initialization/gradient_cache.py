@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from peft_subspace.core.state import check_shapes
 from peft_subspace.initialization.gradients import Gradients
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 
 
 def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradients:
@@ -41,7 +41,7 @@ def write_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]], gradients
 
     The file appears when the last one is written, so that an interruption leaves none.
     """
-    with closing(gradients), replacing(path) as partial, partial.open("wb") as file:
+    with closing(gradients), atomic_write(path) as partial, partial.open("wb") as file:
         file.write(_header(shapes))
         for name, gradient in gradients:
             file.write(gradient.contiguous().cpu().numpy().astype("<f4", copy=False).data)

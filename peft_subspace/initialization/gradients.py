@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.validation import invalid
-from peft_subspace.initialization.undisturbed import read_batches, undisturbed
+from peft_subspace.initialization.evaluating import evaluating, read_batches
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.progress import bar
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -121,9 +121,9 @@ class GradientEstimate:
         self, model: nn.Module, dataloader: Iterable[Any], num_batches: int | None, *, progress: bool
     ) -> Gradients:
         """Yield name and mean gradient, `(out, in, *kernel)` in fp32, of each layer; zeros if unreached."""
-        with undisturbed(model, list(self.layers.values()), self.adapter_name):
+        with evaluating(model, list(self.layers.values()), self.adapter_name):
             device = next(model.parameters()).device
-            with processes.failing_together(device, "reading the batches"):
+            with processes.raise_in_all_processes(device, "reading the batches"):
                 batches = read_batches(dataloader, num_batches)
                 sizes = [find_batch_size(batch) or 1 for batch in batches]
             samples = int(processes.total(torch.tensor(float(sum(sizes)), device=device)))
@@ -131,12 +131,12 @@ class GradientEstimate:
                 raise ValueError("the dataloader is empty; give it at least one batch")
             groups = [list(self.layers)]
             if self.max_memory is not None:
-                with processes.failing_together(device, "planning the passes"):
+                with processes.raise_in_all_processes(device, "planning the passes"):
                     groups = self._groups(model, batches, device)
             with bar(len(groups) * len(batches), "gradients", hidden=not progress) as shown:
                 for group in groups:
                     sums = {name: _GradientSum(self.layers[name], self.offload) for name in group}
-                    with processes.failing_together(device, "taking gradients"):
+                    with processes.raise_in_all_processes(device, "taking gradients"):
                         self._run(model, sums.values(), batches, sizes, device, shown)
                     for name in group:
                         yield name, self._mean(sums.pop(name), device, samples)
@@ -167,7 +167,7 @@ class GradientEstimate:
         total = gradient_sum.total
         if total is None:
             total = torch.zeros(gradient_sum.ops.shape.dims, device="cpu" if self.offload else device)
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             total = processes.total(total.to(device)).to(total.device)
         return total.div_(samples)
 

@@ -13,7 +13,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
 
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from peft_subspace.tuner.config import SubspaceConfig
@@ -62,7 +62,7 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
     rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
     section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, rows=rows)
     card.text = _with_section(card.text, section)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         card.save(partial)
 
 
@@ -104,7 +104,7 @@ def _lora_export(folder: Path) -> str:
     path = folder / LORA_FOLDER / CONFIG_NAME
     if path.is_file() and json.loads(path.read_text()).get("peft_type") == "LORA":
         return f'with `subfolder="{LORA_FOLDER}"` in the call above'
-    return "`peft_subspace.save_as_lora` writes it"
+    return "`peft_subspace.export_lora` writes it"
 
 
 def _new_data(config: SubspaceConfig) -> str:

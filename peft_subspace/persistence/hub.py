@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from peft_subspace.persistence.card import LORA_FOLDER
-from peft_subspace.persistence.lora_export import save_as_lora
+from peft_subspace.persistence.lora_export import export_lora
 
 
 def push_to_hub(
@@ -43,12 +43,12 @@ def push_to_hub(
         What the Hub says of the commit.
 
     Raises:
-        ValueError: If `lora` is asked for and `save_as_lora` cannot do it. Nothing has been uploaded then.
+        ValueError: If `lora` is asked for and `export_lora` cannot do it. Nothing has been uploaded then.
     """
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         if lora:
-            save_as_lora(model, Path(folder) / LORA_FOLDER)
+            export_lora(model, Path(folder) / LORA_FOLDER)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

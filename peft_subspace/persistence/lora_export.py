@@ -16,14 +16,14 @@ from peft_subspace.core.chain import split
 from peft_subspace.layers.embedding import EmbeddingOps
 from peft_subspace.layers.linear import Conv1DOps
 from peft_subspace.persistence.card import LORA_FOLDER, write_card
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
 from peft_subspace.tuner.targets import weight_name
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert an adapter to an equal LoRA: `B A = s · ΔW`, with `lora_alpha = r`.
 
     All modules get one rank, the largest that any of them needs; smaller ones are padded with zeros, because
@@ -64,23 +64,23 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     return _lora_config(model, adapter_name, layers, rank), state
 
 
-def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str = "default") -> None:
     """Write an adapter as a standard LoRA, for PEFT, vLLM, SGLang, llama.cpp and diffusers to serve.
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
-        directory: Folder for `adapter_config.json` and `adapter_model.safetensors`, made if need be.
+        save_directory: Folder for `adapter_config.json` and `adapter_model.safetensors`, made if need be.
         adapter_name: Adapter to write.
 
     Raises:
-        ValueError: As for `to_lora`; nothing is written then.
+        ValueError: As for `lora_state_dict`; nothing is written then.
     """
-    config, state = to_lora(model, adapter_name)
-    folder = Path(directory)
+    config, state = lora_state_dict(model, adapter_name)
+    folder = Path(save_directory)
     state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+    with atomic_write(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
         save_file(state, partial, metadata={"format": "pt"})
-    with replacing(folder / CONFIG_NAME) as partial:
+    with atomic_write(folder / CONFIG_NAME) as partial:
         config.save_pretrained(str(partial.parent))
     if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
         write_card(folder.parent, model.peft_config[adapter_name])

@@ -10,25 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def total(tensor: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 @contextmanager
-def failing_together(device: torch.device, action: str) -> Iterator[None]:
+def raise_in_all_processes(device: torch.device, action: str) -> Iterator[None]:
     """Raise in all processes if the block raises in one, so that none waits for it in vain.
 
     The block itself must not wait for other processes.
@@ -47,4 +47,6 @@ def failing_together(device: torch.device, action: str) -> Iterator[None]:
         raise
     failed = int(total(torch.zeros((), device=device)))
     if failed:
-        raise RuntimeError(f"{action} failed in {failed} of {count()} processes; their own errors say why")
+        raise RuntimeError(
+            f"{action} failed in {failed} of {world_size()} processes; their own errors say why"
+        )

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a path of the same name to write to; at the end, what is there takes the place of `path`.
 
     An interruption, or an error in the block, leaves `path` as it was. Processes that write the same file do

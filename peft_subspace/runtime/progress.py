@@ -38,7 +38,7 @@ def progress(items: Iterable[T], total: int, description: str, *, hidden: bool =
 
 @contextmanager
 def counting(total: int, description: str, *, hidden: bool = False) -> Iterator[None]:
-    """Show a bar as above for a loop that is not ours, whose steps call `count`."""
+    """Show a bar as above for a loop that is not ours, whose steps call `count_step`."""
     with bar(total, description, hidden=hidden) as shown:
         token = _counting.set(shown)
         try:
@@ -47,7 +47,7 @@ def counting(total: int, description: str, *, hidden: bool = False) -> Iterator[
             _counting.reset(token)
 
 
-def count() -> None:
+def count_step() -> None:
     """Count one step of the loop that is being watched, if any is."""
     shown = _counting.get()
     if shown is not None:

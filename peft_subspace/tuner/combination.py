@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.patterns import patterns_of
@@ -54,7 +54,7 @@ class CombiningTuner(BaseTuner):
         combined = {}
         for name, layer in progress(layers.items(), len(layers), "combining adapters"):
             present = [adapter for adapter in adapters if adapter in layer.deltas]
-            with torch.no_grad(), naming(f"{name}: adapters {present}"):
+            with torch.no_grad(), error_context(f"{name}: adapters {present}"):
                 combined[name] = combine(
                     [layer.deltas[a] for a in present],
                     [scale[a] * layer.initial_scaling[a] for a in present],
@@ -91,7 +91,10 @@ class CombiningTuner(BaseTuner):
             )
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose a new name")
-        remedy = "merge the adapters one by one, or export each with peft_subspace.to_lora and combine those"
+        remedy = (
+            "merge the adapters one by one, or export each with peft_subspace.lora_state_dict and combine "
+            "those"
+        )
         if combination_type not in self.tuner_layer_cls.delta_cls.combinations:
             raise ValueError(
                 f"combination_type={combination_type!r} is not exact for {type(self).__name__}; use 'cat', "

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 
 from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
 from peft_subspace.persistence.card import write_card
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns, look_up
 from peft_subspace.tuner.registry import peft_type
 
@@ -101,7 +101,7 @@ class SubspaceConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, marked as that of a finished adapter, and our part of the model card."""
         finished = replace(self, initialized=True)
-        with replacing(Path(save_directory) / CONFIG_NAME) as partial:
+        with atomic_write(Path(save_directory) / CONFIG_NAME) as partial:
             super(SubspaceConfig, finished).save_pretrained(str(partial.parent), **kwargs)
         write_card(Path(save_directory), self)
 

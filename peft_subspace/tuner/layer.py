@@ -21,11 +21,11 @@ from peft_subspace.base_weights.quantization import (
 from peft_subspace.base_weights.weight import KeptWeight, keep_codes, offload_hook, unpack_codes, write_weight
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.layers.base import Branch, LayerOps
 from peft_subspace.layers.choose import ops_for
-from peft_subspace.runtime.progress import count
+from peft_subspace.runtime.progress import count_step
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.weight_start import WeightStarts
 
@@ -137,7 +137,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             if twin is not None and twin in self.deltas:
                 delta.copy_frozen(self.deltas[twin])
             elif delta.reads_weight and not config.initialized:
-                with naming(module_name):
+                with error_context(module_name):
                     started = (starts or WeightStarts()).start(delta, self, config)
         self._deferred.pop(adapter_name, None)
         if not started and delta.needs_weight and delta.reads_weight:
@@ -173,7 +173,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         config, module_name = self._deferred.pop(adapter_name)
         delta.to_empty(device="cpu")
         self._reset(delta, adapter_name, config, module_name)
-        with naming(module_name):
+        with error_context(module_name):
             WeightStarts().start(delta, self, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         return delta
@@ -287,7 +287,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return self.ops.to_layout(product * self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's own conversion can handle the layer; `peft_subspace.to_lora` is exact, too."""
+        """Whether PEFT's own conversion can handle the layer; `export_lora` is exact, too."""
         return self.ops.linear
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -319,7 +319,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             raise
         self.merged_adapters.extend(names)
-        count()
+        count_step()
 
     def check_merge(self) -> None:
         """Raise unless adapters can be merged into the base weight.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_subspace.base_weights.quantization import is_readable, quantization_of, unreadable
 from peft_subspace.base_weights.weight import keep_codes, tied_parameters, whole_weight
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.core.state import check_state, check_values
 from peft_subspace.layers.choose import ops_for
@@ -108,7 +108,7 @@ class SubspaceModel(CombiningTuner):
         self._ranks = {name: delta.rank for name, delta in plan.items()}
         reading = [name for name, d in plan.items() if d.reads_weight and not peft_config.initialized]
         for name in reading:
-            with naming(name):
+            with error_context(name):
                 _check_start(model.get_submodule(name), plan[name], peft_config)
         self._starts = WeightStarts(len(reading))
         self._tied = tied_parameters(model)
@@ -132,7 +132,7 @@ class SubspaceModel(CombiningTuner):
         backend_kwargs = get_quantization_kwargs(model)
         shapes = {}
         for name, module in targets(model, config):
-            with naming(name):
+            with error_context(name):
                 _refuse_unreachable(model, name)
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 quantized = quantization_of(base, **backend_kwargs) is not None
@@ -141,14 +141,14 @@ class SubspaceModel(CombiningTuner):
                     raise TypeError(f"{cls.__name__} adapts no embeddings; exclude it with exclude_modules")
                 shapes[name] = ops.shape
         for name, owner, parameter_name in targeted_parameters(model, config):
-            with naming(name):
+            with error_context(name):
                 shapes[name] = parameter_ops(owner, parameter_name).shape
         known: dict[Any, Delta] = {}
         plan = {}
         for name, rank in cls.ranks(config, shapes).items():
             key = (shapes[name], str(rank))
             if key not in known:
-                with naming(name), torch.device("meta"):
+                with error_context(name), torch.device("meta"):
                     known[key] = cls.tuner_layer_cls.delta_cls(config, shapes[name], rank)
             plan[name] = known[key]
         cls._check_size(model, config, plan, shapes)
@@ -256,7 +256,7 @@ class SubspaceModel(CombiningTuner):
         super()._check_merge_allowed()
         for name, layer in self.model.named_modules():
             if isinstance(layer, self.tuner_layer_cls) and layer.active_here():
-                with naming(name):
+                with error_context(name):
                     layer.check_merge()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:

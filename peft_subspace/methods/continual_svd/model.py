@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_subspace.base_weights.fingerprint import fingerprint, is_same
 from peft_subspace.base_weights.weight import whole_weight
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import SubspaceConfig
@@ -151,7 +151,7 @@ class ContinualSVDModel(SubspaceModel):
         if lost:
             warnings.warn(
                 f"unload() drops the updates of the tasks {lost}; keep them with merge_and_unload(), with "
-                "peft_subspace.next_task, or with save_pretrained before",
+                "peft_subspace.continual.next_task, or with save_pretrained before",
                 stacklevel=2,
             )
         return super().unload()
@@ -184,7 +184,7 @@ class ContinualSVDModel(SubspaceModel):
             found = None if expected is None or not expected.any() else layer.base_fingerprint()
             if expected is None or found is None or is_same(found, expected):
                 continue
-            with naming(key.partition(f".{cls.prefix}")[0].removeprefix("base_model.model.")):
+            with error_context(key.partition(f".{cls.prefix}")[0].removeprefix("base_model.model.")):
                 raise ValueError(
                     "the base weight is not the one whose directions the adapter protects; load it on the "
                     "model that it was trained on, with the tasks that were merged before it (next_task says "

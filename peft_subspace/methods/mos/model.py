@@ -225,7 +225,7 @@ class MoSModel(SubspaceModel):
         super()._check_combination(adapters, *args)
         raise ValueError(
             f"adapters={list(adapters)} of {type(self).__name__} cannot be concatenated: their pools belong "
-            "to all modules at once; export each with peft_subspace.to_lora and combine those"
+            "to all modules at once; export each with peft_subspace.lora_state_dict and combine those"
         )
 
 

@@ -31,7 +31,7 @@ def read_batches(dataloader: Iterable[Any], num_batches: int | None) -> list[Any
 
 
 @contextmanager
-def undisturbed(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: str) -> Iterator[None]:
+def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: str) -> Iterator[None]:
     """Evaluate a model without one adapter and with nothing trained; everything is put back after."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
