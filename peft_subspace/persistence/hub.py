@@ -31,16 +31,16 @@ def push_to_hub(
 
     Args:
         model: Model with adapters, wrapped by PEFT or with adapters added by transformers.
-        repo_id: Repository, made if need be.
+        repo_id: Repository, created if it does not exist.
         lora: Whether the adapter `"default"` is uploaded as a plain LoRA, too, in the folder `lora`;
             an older one is deleted in any case.
         private: Whether a new repository is private.
-        token: Token with the right to write; the one that is logged in if `None`.
-        revision: Branch, made if need be.
+        token: Token with the right to write; by default the token of the logged-in user.
+        revision: Branch, created if it does not exist.
         commit_message: First line of the commit's message.
 
     Returns:
-        What the Hub says of the commit.
+        The Hub's information on the commit.
 
     Raises:
         ValueError: If `lora` is asked for and `export_lora` cannot do it. Nothing has been uploaded then.
@@ -63,5 +63,5 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=f"{LORA_FOLDER}/*",  # a LoRA of other weights, unless it is uploaded anew
+            delete_patterns=f"{LORA_FOLDER}/*",  # a LoRA of other weights, unless a new one is uploaded
         )

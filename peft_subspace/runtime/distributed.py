@@ -1,4 +1,4 @@
-"""The processes that train together; one, where `torch.distributed` is not initialised."""
+"""The processes that train together; a single one if `torch.distributed` is not initialized."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def total(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def raise_in_all_processes(device: torch.device, action: str) -> Iterator[None]:
-    """Raise in all processes if the block raises in one, so that none waits for it in vain.
+    """Context manager that raises in all processes if the block raises in one, so that none waits in vain.
 
     The block itself must not wait for other processes.
 
     Args:
         device: Device on which the processes exchange tensors.
-        action: What the block does, for the error.
+        action: Description of the block in the error.
 
     Raises:
         RuntimeError: If the block failed in another process.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,6 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
-from peft_subspace.persistence.card import write_card
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns, look_up
 from peft_subspace.tuner.registry import peft_type
@@ -61,6 +60,7 @@ class SubspaceConfig(PeftConfig):
     peft_type_name: ClassVar[str]
     adapts_parameters: ClassVar[bool] = False
     init_choices: ClassVar[tuple[str, ...]] = ()
+    on_save: ClassVar[list[Callable[[Path, SubspaceConfig], None]]] = []
     trained = 0  # numbers that train, of the adapter that was made with this object; no field
 
     r: Any = field(default=8)
@@ -99,11 +99,15 @@ class SubspaceConfig(PeftConfig):
             check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config, marked as that of a finished adapter, and our part of the model card."""
+        """Write the config, marked as that of a finished adapter, and call the functions in `on_save`.
+
+        PEFT writes the config last, so that all other files of the adapter are there when they are called.
+        """
         finished = replace(self, initialized=True)
         with atomic_write(Path(save_directory) / CONFIG_NAME) as partial:
             super(SubspaceConfig, finished).save_pretrained(str(partial.parent), **kwargs)
-        write_card(Path(save_directory), self)
+        for function in self.on_save:
+            function(Path(save_directory), self)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Raise unless `rank` is a rank that some layer could have."""
