@@ -14,7 +14,8 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from peft_subspace.core.validation import check_count, check_number, invalid
-from peft_subspace.initialization.evaluating import evaluating, read_batches
+from peft_subspace.initialization.batches import read_batches
+from peft_subspace.initialization.evaluating import evaluating
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer, ContinualSVDModel
 from peft_subspace.runtime.progress import progress

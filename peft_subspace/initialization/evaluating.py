@@ -1,12 +1,10 @@
-"""Run a model on a loader's batches and leave both as they were."""
+"""Evaluation of a model without one of its adapters, after which the model is as it was."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +14,17 @@ from peft_subspace.base_weights.weight import unpack_codes
 from peft_subspace.tuner.layer import SubspaceLayer
 
 
-def read_batches(dataloader: Iterable[Any], num_batches: int | None) -> list[Any]:
-    """First batches of a loader, which is left as if nobody had read it."""
-    with _restored_loader(dataloader):
-        iterator = iter(dataloader)
-        batches = list(islice(iterator, num_batches))
-        if hasattr(iterator, "close"):
-            iterator.close()
-        # accelerate's loaders sign off when they are read to the end, and only then
-        active = getattr(getattr(dataloader, "gradient_state", None), "dataloader_references", ())
-        if any(loader is dataloader for loader in active):
-            getattr(dataloader, "end", lambda: None)()
-    return batches
-
-
 @contextmanager
 def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: str) -> Iterator[None]:
-    """Evaluate a model without one adapter and with nothing trained; everything is put back after."""
+    """Context manager in which a model is in evaluation mode, without one adapter and with nothing to train.
+
+    Modes, flags, active adapters and global random generators are restored at the end.
+
+    Args:
+        model: The model.
+        layers: Layers in which the adapter is switched off.
+        adapter_name: The adapter.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = [(layer, layer._active_adapter) for layer in layers]
@@ -40,7 +32,7 @@ def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: 
         for module, training in modes:
             # Gradient checkpointing works in training mode only, which its module alone may keep.
             module.training = training and getattr(module, "gradient_checkpointing", False) is True
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # evaluating, it would repack its weight
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # in evaluation mode it would repack its weight
                 unpack_codes(module)
                 module.training = True
         for parameter, _ in flags:
@@ -61,7 +53,7 @@ def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: 
 
 @contextmanager
 def restored_generators() -> Iterator[None]:
-    """Put the global random generators of torch, numpy and Python back."""
+    """Context manager that restores the global random generators of torch, numpy and Python."""
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     accelerator = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -72,36 +64,3 @@ def restored_generators() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
         if accelerator:
             torch.cuda.set_rng_state_all(accelerator)
-
-
-@contextmanager
-def _restored_loader(dataloader: Any) -> Iterator[None]:
-    """Put back a loader's generators, and the counters from which it seeds itself."""
-    parts = list(_parts(dataloader))
-    counters = [
-        (part, name, vars(part)[name])
-        for part in parts
-        for name in ("epoch", "iteration")
-        if isinstance(vars(part).get(name), int)
-    ]
-    generators = {vars(part).get("generator") for part in parts}
-    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    try:
-        with restored_generators():
-            yield
-    finally:
-        for part, name, value in counters:
-            setattr(part, name, value)
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _parts(dataloader: Any) -> Iterator[Any]:
-    """A loader, its samplers, and the loaders and samplers inside them."""
-    found, seen = [dataloader], set()
-    while found:
-        part = found.pop()
-        if hasattr(part, "__dict__") and id(part) not in seen:
-            seen.add(id(part))
-            found += [vars(part).get(name) for name in ("base_dataloader", "sampler", "batch_sampler")]
-            yield part

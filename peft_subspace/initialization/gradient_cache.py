@@ -1,4 +1,4 @@
-"""Mean gradients in a safetensors file, written and read one module at a time."""
+"""Cache of mean gradients in a safetensors file, which is written and read one module at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradien
     """Yield the gradients of the named modules, after checking that all are there.
 
     Raises:
-        ValueError: If the file is damaged, or lacks a module or has it in another shape.
+        ValueError: If the file is damaged, lacks a module, or has a gradient of another shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -37,9 +37,9 @@ def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradien
 
 
 def write_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]], gradients: Gradients) -> Gradients:
-    """Pass gradients on and write them; they must come in the order of `shapes`.
+    """Yield the gradients and write them to a file; they must come in the order of `shapes`.
 
-    The file appears when the last one is written, so that an interruption leaves none.
+    The file appears when the last gradient is written, so that an interruption leaves no file.
     """
     with closing(gradients), atomic_write(path) as partial, partial.open("wb") as file:
         file.write(_header(shapes))
