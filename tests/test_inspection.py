@@ -180,7 +180,7 @@ def test_inspection_from_the_command_line_shows_tables_and_draws(method, tmp_pat
     text = capsys.readouterr().out
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert text.startswith(f"{tmp_path / 'one'}: {method.config_cls.peft_type_name}, r=")
-    assert f"{count:,} trained numbers" in text
+    assert f"{count:,} trainable parameters" in text
     for name, update in dense(model).items():
         line = next(line for line in text.splitlines() if line.startswith(name))
         assert f"{float(update.norm()):.4g}" in line.split()
