@@ -31,7 +31,7 @@ def read_config(path: Path) -> SubspaceConfig:
 def _json_object(path: Path) -> dict[str, Any]:
     """Content of a file that must hold one JSON object of sensible size."""
     if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes; no config of an adapter is as long")
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes; no config of an adapter is that large")
     try:
         attributes = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
