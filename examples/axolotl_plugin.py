@@ -10,7 +10,7 @@ Put this file where Axolotl runs, or on PYTHONPATH, and name it in the config:
       alpha: 32
       target_modules: all-linear
 
-Of Axolotl's commands, `merge-lora` knows LoRA only: use `merge_and_unload`, or `peft_subspace.save_as_lora`.
+Of Axolotl's commands, `merge-lora` knows LoRA only: use `merge_and_unload`, or `peft_subspace.export_lora`.
 """
 
 from typing import Any

@@ -1,31 +1,36 @@
-"""Subspace fine-tuning for Hugging Face PEFT; importing the package registers its methods."""
+"""Subspace fine-tuning for Hugging Face PEFT; importing the package registers its methods.
 
-from .continual import (
-    NextTaskCallback,
-    continual_metrics,
-    layer_importance,
-    list_tasks,
-    next_task,
-    preserve_pattern,
-    preserve_schedule,
-    save_heatmap,
-    subspace_leak,
-)
-from .initialization.callback import GradientInitCallback
-from .initialization.from_gradient import initialize_from_gradient
+Configs and models are imported with the package, because PEFT has to know them. All other names are imported
+when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
 from .methods.effort import EffortConfig, EffortModel
 from .methods.flora import FLoRAConfig, FLoRAModel
 from .methods.lora_sb import LoRASBConfig, LoRASBModel
 from .methods.mos import MoSConfig, MoSModel
-from .persistence.hub import push_to_hub
-from .persistence.loading import load
-from .persistence.lora_export import save_as_lora, to_lora
-from .tools.estimate import Estimate, estimate
-from .training.callback import RegularizationCallback
-from .training.ddp import prepare_for_ddp
-from .training.penalties import regularization_loss
+from .persistence import card as _card
+from .training import penalties as _penalties
 from .tuner import config as _config
+
+if TYPE_CHECKING:
+    from . import continual
+    from .continual.callback import NextTaskCallback
+    from .initialization.callback import GradientInitCallback
+    from .initialization.from_gradient import initialize_from_gradient
+    from .persistence.hub import push_to_hub
+    from .persistence.loading import load
+    from .persistence.lora_export import export_lora, lora_state_dict
+    from .tools.estimate import Estimate, estimate
+    from .training.callback import RegularizationCallback
+    from .training.ddp import prepare_for_ddp
+    from .training.penalties import regularization_loss
+
+_card.register()
+_penalties.register()
 
 __version__ = _config.VERSION
 
@@ -44,20 +49,41 @@ __all__ = [
     "MoSModel",
     "NextTaskCallback",
     "RegularizationCallback",
-    "continual_metrics",
+    "continual",
     "estimate",
+    "export_lora",
     "initialize_from_gradient",
-    "layer_importance",
-    "list_tasks",
     "load",
-    "next_task",
+    "lora_state_dict",
     "prepare_for_ddp",
-    "preserve_pattern",
-    "preserve_schedule",
     "push_to_hub",
     "regularization_loss",
-    "save_as_lora",
-    "save_heatmap",
-    "subspace_leak",
-    "to_lora",
 ]
+
+_MODULES = {
+    "Estimate": "tools.estimate",
+    "GradientInitCallback": "initialization.callback",
+    "NextTaskCallback": "continual.callback",
+    "RegularizationCallback": "training.callback",
+    "estimate": "tools.estimate",
+    "export_lora": "persistence.lora_export",
+    "initialize_from_gradient": "initialization.from_gradient",
+    "load": "persistence.loading",
+    "lora_state_dict": "persistence.lora_export",
+    "prepare_for_ddp": "training.ddp",
+    "push_to_hub": "persistence.hub",
+    "regularization_loss": "training.penalties",
+}
+"""Modules of the names that are imported late."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "continual":
+        return import_module(".continual", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,9 @@
-"""Look at adapters, and export them, from the command line.
+"""Inspection and export of adapters from the command line.
 
 python -m peft_subspace inspect ADAPTER [OTHER] [--base MODEL] [--plot adapter.png]
 python -m peft_subspace export ADAPTER --lora FOLDER [--base MODEL]
 
-Weights of the base model are never needed: its config is, by default of the model that the adapter names.
+Both commands need the config of the base model, by default of the one that the adapter names, and no weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from .persistence.lora_export import save_as_lora
+from .persistence.lora_export import export_lora
 from .tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
 from .tools.plots import save_plot
 from .tools.read_adapter import read_adapter
@@ -24,7 +24,7 @@ from .tools.tables import aligned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 1, with one line on standard error, where it fails for a known reason."""
+    """Run a command; return 0, or 1 with one line on standard error if it fails for a known reason."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -36,20 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m peft_subspace", description="Look at adapters, and export them"
+        "python -m peft_subspace", description="Inspect adapters, and export them"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="ranks, counts, norms, spectra and overlap of adapters")
     inspect.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
     inspect.add_argument("other", nargs="?", help="adapter to compare it with")
-    inspect.add_argument("--plot", metavar="FILE", help="picture of the spectra and of the overlap, to write")
+    inspect.add_argument("--plot", metavar="FILE", help="write a picture of the spectra and of the overlap")
     inspect.set_defaults(run=_inspect)
     export = commands.add_parser("export", help="write an adapter as a plain LoRA")
     export.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
     export.add_argument("--lora", metavar="FOLDER", required=True, help="folder to write")
     export.set_defaults(run=_export)
     for command in (inspect, export):
-        default = "by default the one that the adapter names"
+        default = "by default the model that the adapter names"
         command.add_argument("--base", metavar="MODEL", help=f"folder or id of the base model, {default}")
     return parser
 
@@ -68,24 +68,25 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    save_as_lora(read_adapter(options.adapter, options.base), options.lora)
+    export_lora(read_adapter(options.adapter, options.base), options.lora)
     print(f"LoRA: {options.lora}")
 
 
 def _summary(path: str, model: PeftModel) -> str:
+    """Two lines: what the adapter is, and how large."""
     config: Any = model.peft_config["default"]
     trained = sum(p.numel() for name, p in model.named_parameters() if ".default." in f"{name}.")
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     ranks = f"r={config.r}" + (f", rank_pattern={config.rank_pattern}" if config.rank_pattern else "")
     return (
         f"{path}: {config.peft_type.value}, {ranks}, on {config.base_model_name_or_path}\n"
-        f"{trained:,} trained numbers, {sum(tensor.numel() for tensor in saved):,} saved ones; written by "
-        f"peft_subspace {config.peft_subspace_version}, format {config.format_version}"
+        f"{trained:,} trainable parameters, {sum(tensor.numel() for tensor in saved):,} numbers in the file; "
+        f"written by peft_subspace {config.peft_subspace_version}, format {config.format_version}"
     )
 
 
 def _update_table(updates: dict[str, LayerUpdate]) -> str:
-    table = [["module", "rank", "trained", "norm of update", "effective rank", "largest singular value"]]
+    table = [["module", "rank", "trainable", "norm of update", "effective rank", "largest singular value"]]
     for name, update in updates.items():
         trained = f"{update.trained:,}" if update.trained else "shared"
         sizes = f"{update.norm:.4g}", f"{update.effective_rank:.2f}", f"{update.singular_values[0]:.4g}"

@@ -357,7 +357,7 @@ CASES = [
 
 
 def lora_export(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    return peft_subspace.to_lora(model, adapter)
+    return peft_subspace.lora_state_dict(model, adapter)
 
 
 def lora_settings(config: LoraConfig) -> dict[str, Any]:

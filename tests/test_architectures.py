@@ -216,7 +216,7 @@ def test_update_of_a_scaled_embedding_is_scaled_as_in_pefts_lora(method, tmp_pat
     update = method.delta_weight(layer.deltas["default"], model.peft_config["default"]).T
     expected = functional_call(base, {"weight": base.weight + update}, (IDS,))
     assert distance(layer(IDS), expected) < 1e-5
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     served = PeftModel.from_pretrained(gemma(), tmp_path).eval()
     assert distance(served.base_model.model.model.embed_tokens(IDS), expected) < 1e-5
 
@@ -349,7 +349,7 @@ def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path, monkeypatch):
         model = load(on_disk(tmp_path), tmp_path / "adapter", **options).eval()
         assert model.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight.is_meta
         assert distance(output(model, inputs), expected) < 1e-6
-        found, wanted = (peft_subspace.to_lora(m)[1] for m in (model, plain))
+        found, wanted = (peft_subspace.lora_state_dict(m)[1] for m in (model, plain))
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
         for name, layer in layers(model).items():

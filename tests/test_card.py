@@ -60,9 +60,9 @@ def assert_complete(card, method):
     assert card.data.library_name == "peft"
 
 
-def trained_numbers(model):
+def trainable_parameters(model):
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"| Trained numbers of the update | {count:,} |"
+    return f"| Trainable parameters | {count:,} |"
 
 
 def test_saving_completes_the_card(method, tmp_path):
@@ -70,7 +70,7 @@ def test_saving_completes_the_card(method, tmp_path):
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert_complete(card, method)
-    assert trained_numbers(model) in card.text
+    assert trainable_parameters(model) in card.text
     assert "Base model |" not in card.text
     assert card.data.base_model is None
     assert "base_model:adapter:" not in card.data.tags
@@ -130,7 +130,7 @@ def test_each_adapter_gets_a_card_in_its_folder(method, tmp_path):
         card = card_of(folder)
         assert_complete(card, method)
         count = sum(p.numel() for key, p in model.named_parameters() if f".{name}." in key)
-        assert f"| Trained numbers of the update | {count:,} |" in card.text
+        assert f"| Trainable parameters | {count:,} |" in card.text
 
 
 def test_model_of_transformers_with_an_added_adapter_gets_a_card(method, tmp_path):
@@ -139,14 +139,14 @@ def test_model_of_transformers_with_an_added_adapter_gets_a_card(method, tmp_pat
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert_complete(card, method)
-    assert trained_numbers(model) in card.text
+    assert trainable_parameters(model) in card.text
 
 
 def test_lora_export_beside_the_adapter_is_mentioned(method, tmp_path):
     model = adapted(method)
     model.save_pretrained(tmp_path)
     assert 'subfolder="lora"' not in card_of(tmp_path).text
-    peft_subspace.save_as_lora(model, tmp_path / "lora")
+    peft_subspace.export_lora(model, tmp_path / "lora")
     assert_complete(card_of(tmp_path), method)
     assert 'subfolder="lora"' in card_of(tmp_path).text
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import peft_subspace
-from peft_subspace import ContinualSVDConfig, NextTaskCallback, list_tasks, next_task, subspace_leak
+from peft_subspace import ContinualSVDConfig, NextTaskCallback
+from peft_subspace.continual import list_tasks, next_task, subspace_leak
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
 
 TARGETS = ["query", "dense"]

@@ -457,7 +457,7 @@ def test_weighted_adapter_is_the_exact_sum_and_survives_saving(
 ):
     model = two_adapters(method, case, setting)
     if not method.combines:
-        with pytest.raises(ValueError, match="to_lora"):
+        with pytest.raises(ValueError, match="lora_state_dict"):
             model.add_weighted_adapter(list(BOTH), list(weights), "sum")
         record_property("no", "modules share their pools, so no adapter of the method is the sum of two")
         return
@@ -619,7 +619,7 @@ def test_scaling_can_be_multiplied_divided_and_set(method, case):
 def test_exported_lora_gives_the_same_outputs_in_peft(method, lora_case, setting, tmp_path):
     model = adapt(method, lora_case, setting).eval()
     x = lora_case.inputs(setting.dtype)
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     served = PeftModel.from_pretrained(Net(lora_case.layer()).to(setting.dtype), tmp_path)
     assert isinstance(served.peft_config["default"], LoraConfig)
     assert distance(outputs(served.eval(), x), outputs(model, x)) < 2 * setting.tolerance
@@ -636,7 +636,7 @@ def lora_weight(model):
 def test_export_follows_a_changed_scaling(method, lora_case, tmp_path):
     model = adapt(method, lora_case)
     tuner_layer(model).set_scale("default", 0.5)
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     served = PeftModel.from_pretrained(Net(lora_case.layer()), tmp_path)
     assert distance(lora_weight(served), 0.5 * delta_weight(model, method)) < 1e-5
 
@@ -652,7 +652,7 @@ def test_export_names_the_layers_that_no_lora_can_express(method, case, tmp_path
     )
     model = adapt(method, case)
     with pytest.raises(ValueError, match=r"no LoRA form.*\blayer\b.*; leave .* out of target_modules"):
-        peft_subspace.save_as_lora(model, tmp_path / "lora")
+        peft_subspace.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

@@ -251,7 +251,7 @@ def test_each_sample_of_a_batch_gets_its_own_adapter(method, kind, saved):
 
 def test_exported_lora_has_the_same_update(method, kind, saved):
     model = load(kind, saved)
-    lora, state = peft_subspace.to_lora(model)
+    lora, state = peft_subspace.lora_state_dict(model)
     assert lora.r == lora.lora_alpha
     for name in ("first", "layer"):
         pair = (state[f"base_model.model.{name}.lora_{side}.weight"].double() for side in ("B", "A"))
@@ -264,7 +264,7 @@ def test_merging_says_why_it_cannot_and_changes_nothing(method, kind, saved):
     model = load(kind, saved)
     before, output = {n: t.clone() for n, t in model.state_dict().items()}, outputs(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(TypeError, match=r"^layer: .* weights cannot be rewritten.*save_as_lora"):
+        with pytest.raises(TypeError, match=r"^layer: .* weights cannot be rewritten.*export_lora"):
             merge()
     with pytest.raises(TypeError, match="weights cannot be rewritten"):
         model.base_model.model.layer.merge()
@@ -325,8 +325,8 @@ def test_next_task_is_refused_before_anything_is_changed(single, keep, message, 
     model = load(kind, tmp_path)
     before, output = {n: t.clone() for n, t in model.state_dict().items()}, outputs(model)
     with pytest.raises(ValueError, match=message):
-        peft_subspace.next_task(model, "task2", keep=keep)
-    assert peft_subspace.list_tasks(model) == {"default": "open"}
+        peft_subspace.continual.next_task(model, "task2", keep=keep)
+    assert peft_subspace.continual.list_tasks(model) == {"default": "open"}
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert torch.equal(outputs(model), output)

@@ -555,11 +555,11 @@ def test_exported_model_gives_the_same_logits_in_peft(method, build, tmp_path):
     }.get(build.__name__, ["q_proj", "down_proj", "embed_tokens"])
     model = wrap(method, build(), target_modules=method.fitting(targets), rank_pattern={targets[0]: 1}).eval()
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if build is resnet else None
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     served = PeftModel.from_pretrained(build(), tmp_path)
     assert distance(logits(served, inputs), logits(model, inputs)) < 1e-5
     assert distance(logits(served, inputs), logits(build(), inputs)) > 1e-3
-    config, state = peft_subspace.to_lora(model)
+    config, state = peft_subspace.lora_state_dict(model)
     assert {t.shape[0] for key, t in state.items() if "lora_A" in key} <= {config.r}
     assert served.peft_config["default"].lora_alpha == config.r
 
@@ -571,23 +571,23 @@ def test_exported_adapter_keeps_its_biases_heads_and_tokens(method, tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("bias" in name or "classifier" in name):
             parameter.data.normal_()
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     assert distance(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model)) < 1e-5
 
 
 def test_export_chooses_the_adapter_it_is_asked_for(method, tmp_path):
     model = two_adapters(method)
-    peft_subspace.save_as_lora(model, tmp_path, "other")
+    peft_subspace.export_lora(model, tmp_path, "other")
     model.set_adapter("other")
     assert distance(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
     with pytest.raises(ValueError, match="adapter_name='absent' is no adapter of peft_subspace"):
-        peft_subspace.to_lora(model, "absent")
+        peft_subspace.lora_state_dict(model, "absent")
 
 
 @pytest.mark.feature("PEFT's `convert_to_lora`")
 def test_pefts_own_conversion_to_lora_agrees(method):
     model = wrap(method).eval()
-    own_config, own_state = peft_subspace.to_lora(model)
+    own_config, own_state = peft_subspace.lora_state_dict(model)
     config, state = peft.convert_to_lora(model, rank=own_config.r)
     assert config.peft_type == own_config.peft_type
     for key in own_state:
@@ -607,7 +607,10 @@ def test_pefts_own_conversion_to_lora_agrees(method):
         (([], [], "sum"), r"adapters=\[\] must name adapters"),
         ((["default"], [1.0, 2.0], "sum"), r"weights=\[1.0, 2.0\] must have one entry for each of adapters"),
         ((["default"], [1.0], "other"), "adapter_name='other' exists already; choose a new name"),
-        ((["default"], [1.0], "sum", "svd"), "combination_type='svd' is not exact .*use 'cat', or .*to_lora"),
+        (
+            (["default"], [1.0], "sum", "svd"),
+            "combination_type='svd' is not exact .*use 'cat', or .*lora_state_dict",
+        ),
     ],
 )
 def test_combinations_that_do_not_fit_are_refused(method, arguments, message):
@@ -619,7 +622,7 @@ def test_combinations_that_do_not_fit_are_refused(method, arguments, message):
 
 def test_combination_of_adapters_that_train_more_than_an_update_is_refused(method):
     model = wrap(method, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"trains more than its update .*to_lora"):
+    with pytest.raises(ValueError, match=r"trains more than its update .*lora_state_dict"):
         model.add_weighted_adapter(["default"], [2.0], "sum")
 
 

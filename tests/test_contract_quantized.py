@@ -248,7 +248,7 @@ def test_saved_adapter_gives_the_same_outputs_when_loaded(method, kind, tmp_path
 def test_exported_lora_gives_the_same_outputs_in_peft(method, kind, tmp_path):
     model = adapt(method, kind).eval()
     x = inputs()
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     net = network(kind)
     if kind.name.startswith("bnb-"):
         net.layer.support_avx512bf16_for_cpu = False  # PEFT's LoRA lets bitsandbytes round the base's scales

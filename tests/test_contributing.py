@@ -87,6 +87,6 @@ def test_saved_adapter_loads(model, tmp_path):
 
 
 def test_lora_export_is_exact(model, tmp_path):
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     lora = peft.PeftModel.from_pretrained(Network(), str(tmp_path))
     assert torch.allclose(lora(IDS), model(IDS), atol=1e-5)

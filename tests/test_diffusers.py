@@ -130,7 +130,7 @@ def test_lora_export_loads_as_diffusers_loads_any_lora(method, network, tmp_path
     fresh = network[0]()
     with pytest.raises(TypeError, match=r"`LoraConfig` class could not be instantiated"):
         fresh.load_lora_adapter(tmp_path, prefix=None, weight_name=WEIGHTS)
-    peft_subspace.save_as_lora(model, tmp_path / "lora")
+    peft_subspace.export_lora(model, tmp_path / "lora")
     fresh.load_lora_adapter(
         tmp_path / "lora", prefix="base_model.model", weight_name="adapter_model.safetensors"
     )

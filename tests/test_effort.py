@@ -450,7 +450,9 @@ def test_which_adapters_count():
     torch.testing.assert_close(regularization_loss(model), one + other)
     model.set_adapter("plain")
     assert regularization_loss(model) == 0
-    with pytest.raises(ValueError, match="adapter_name='nobody' is no adapter of this model that has loss terms"):
+    with pytest.raises(
+        ValueError, match="adapter_name='nobody' is no adapter of this model that has loss terms"
+    ):
         regularization_loss(model, "nobody")
 
 

@@ -98,7 +98,7 @@ def test_rows_are_kinds_of_layers_and_add_up():
     assert found.rows["q_proj Linear 16x16"].trained == 3 * (2 * 2 + 2 * 16 + 2 * 16)
     assert found.rows["lm_head"].trained == 16 * 37
     lines = str(found).splitlines()
-    assert lines[0].startswith(f"FLORA on LlamaForCausalLM: {found.total.trained:,} trained numbers, ")
+    assert lines[0].startswith(f"FLORA on LlamaForCausalLM: {found.total.trained:,} trainable parameters, ")
     assert f"file {found.file_bytes:,} bytes" in lines[0]
     assert [line.split("  ")[0] for line in lines[2:]] == [*found.rows, "all"]
 

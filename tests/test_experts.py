@@ -429,7 +429,7 @@ def test_exported_lora_gives_the_same_outputs_in_peft(moe, targets, tmp_path):
     model = wrap(
         moe(), target_parameters=targets, target_modules=["q_proj"], rank_pattern={"q_proj": 1}
     ).eval()
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     served = PeftModel.from_pretrained(moe(), tmp_path).eval()
     assert type(served.peft_config["default"]).__name__ == "LoraConfig"
     assert distance(logits(served), logits(model)) < 1e-5

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 import peft_subspace
 from peft_subspace.initialization.gradient_cache import write_gradients
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 
 
 def contents(folder):
@@ -18,7 +18,7 @@ def contents(folder):
 
 def write_lora(folder, rank):
     config = peft_subspace.FLoRAConfig(r=rank, target_modules=["q_proj"], init_weights=False, seed=0)
-    peft_subspace.save_as_lora(get_peft_model(models.llama(), config), folder)
+    peft_subspace.export_lora(get_peft_model(models.llama(), config), folder)
 
 
 def write_config(folder, rank):
@@ -27,7 +27,7 @@ def write_config(folder, rank):
 
 
 def write_heatmap(folder, rank):
-    peft_subspace.save_heatmap([[rank / 9]], ["task"], folder / "matrix.png")
+    peft_subspace.continual.save_heatmap([[rank / 9]], ["task"], folder / "matrix.png")
 
 
 def write_cache(folder, rank):
@@ -58,7 +58,7 @@ def test_interrupted_writing_leaves_the_old_files(write, tmp_path, monkeypatch):
 
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     path = tmp_path / "folder" / "file.txt"
-    with replacing(path) as first, replacing(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
         assert first.name == second.name == path.name

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import peft_subspace
 from peft_subspace import LoRASBConfig, initialize_from_gradient
 from peft_subspace.initialization import from_gradient as initialize
-from peft_subspace.initialization.gradients import GradientEstimate, model_loss
+from peft_subspace.initialization.gradients import GradientEstimate
+from peft_subspace.initialization.loss import model_loss
 
 
 class PaddedConv(nn.Conv2d):
@@ -447,7 +448,7 @@ def test_the_loader_is_left_as_if_nobody_had_read_it():
     dataset = list(range(20))
     generator = torch.Generator().manual_seed(0)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, generator=generator)
-    from peft_subspace.initialization.undisturbed import read_batches
+    from peft_subspace.initialization.batches import read_batches
 
     first = [batch.tolist() for batch in read_batches(loader, None)]
     assert [batch.tolist() for batch in read_batches(loader, 3)] == first[:3]

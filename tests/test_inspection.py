@@ -180,7 +180,7 @@ def test_inspection_from_the_command_line_shows_tables_and_draws(method, tmp_pat
     text = capsys.readouterr().out
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert text.startswith(f"{tmp_path / 'one'}: {method.config_cls.peft_type_name}, r=")
-    assert f"{count:,} trained numbers" in text
+    assert f"{count:,} trainable parameters" in text
     for name, update in dense(model).items():
         line = next(line for line in text.splitlines() if line.startswith(name))
         assert f"{float(update.norm()):.4g}" in line.split()
@@ -258,7 +258,7 @@ def test_missing_matplotlib_is_explained(tmp_path, capsys, monkeypatch):
 
 def test_library_and_command_line_agree_on_the_lora(tmp_path):
     model = saved(FLORA, "llama", tmp_path / "adapter", target_modules=["q_proj"])
-    _, state = peft_subspace.to_lora(model)
-    _, read = peft_subspace.to_lora(read_adapter(tmp_path / "adapter"))
+    _, state = peft_subspace.lora_state_dict(model)
+    _, read = peft_subspace.lora_state_dict(read_adapter(tmp_path / "adapter"))
     assert state.keys() == read.keys()
     assert all(torch.equal(state[key], read[key]) for key in state)

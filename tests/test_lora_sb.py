@@ -412,7 +412,7 @@ def test_exported_lora_loads_with_peft(tmp_path):
     model = adapted()
     start(model, learning_rate=0.05)
     model.eval()
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(llama(), tmp_path).eval()
     assert lora.peft_config["default"].r == 8
     torch.testing.assert_close(outputs(lora), outputs(model), atol=1e-5, rtol=1e-4)

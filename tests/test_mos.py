@@ -695,7 +695,7 @@ def test_exported_lora_is_the_same_model(tmp_path):
         adapted(r=5, equivalent_r=3),
         inject_adapter_in_model(config(r=5, equivalent_r=3), llama()),
     ):
-        peft_subspace.save_as_lora(model, tmp_path)
+        peft_subspace.export_lora(model, tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
@@ -709,7 +709,7 @@ def test_weighted_adapters_are_refused_before_anything_changes():
     model = adapted()
     model.add_adapter("b", config(seed=4))
     before = {*model.state_dict()}
-    with pytest.raises(ValueError, match=r"cannot be concatenated.*peft_subspace\.to_lora"):
+    with pytest.raises(ValueError, match=r"cannot be concatenated.*peft_subspace\.lora_state_dict"):
         model.base_model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "sum")
     assert {*model.state_dict()} == before
     assert set(model.peft_config) == {"default", "b"}
@@ -784,7 +784,7 @@ def test_gradient_of_a_pool_is_the_sum_over_the_modules_that_use_its_rows():
         lone = copy.deepcopy(model)
         lone.zero_grad()
         delta = lone.get_submodule(name).deltas["default"]
-        own = copy.deepcopy(delta._pools[0])
+        own = copy.deepcopy(delta._shared[0])
         delta.attach(own)
         lone(IDS, labels=IDS).loss.backward()
         gradient = own.pair("v_proj")[0].grad

@@ -41,7 +41,7 @@ def merge_and_unload(folder):
 
 
 def export(folder):
-    peft_subspace.to_lora(adapted("flora"))
+    peft_subspace.lora_state_dict(adapted("flora"))
 
 
 def combine(folder):
@@ -49,15 +49,15 @@ def combine(folder):
 
 
 def next_task(folder):
-    peft_subspace.next_task(adapted("continual_svd"), "next")
+    peft_subspace.continual.next_task(adapted("continual_svd"), "next")
 
 
 def importance(folder):
-    peft_subspace.layer_importance(adapted("continual_svd"), BATCHES)
+    peft_subspace.continual.layer_importance(adapted("continual_svd"), BATCHES)
 
 
 def leak(folder):
-    peft_subspace.subspace_leak(adapted("continual_svd"))
+    peft_subspace.continual.subspace_leak(adapted("continual_svd"))
 
 
 def load(folder):

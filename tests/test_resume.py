@@ -19,8 +19,8 @@ from peft_subspace import (
     GradientInitCallback,
     NextTaskCallback,
     RegularizationCallback,
-    list_tasks,
 )
+from peft_subspace.continual import list_tasks
 
 WEIGHTS = "adapter_model.safetensors"
 LAST = 7

@@ -309,14 +309,14 @@ def test_mixed_model_refuses_ours(method, record_property):
     record_property(
         "no",
         "COMPATIBLE_TUNER_TYPES in peft/tuners/mixed/model.py is a fixed tuple of PEFT's own types, and "
-        "MixedModel._create_and_replace goes through them one by one; save_as_lora gives a LoRA to mix",
+        "MixedModel._create_and_replace goes through them one by one; export_lora gives a LoRA to mix",
     )
 
 
 def test_lora_export_can_be_mixed(method, tmp_path):
     """What PeftMixedModel takes in place of a method's own adapter."""
     model = get_peft_model(models.llama(), config(method, init_weights=False)).eval()
-    peft_subspace.save_as_lora(model, tmp_path)
+    peft_subspace.export_lora(model, tmp_path)
     mixed = PeftMixedModel.from_pretrained(models.llama(), tmp_path).eval()
     mixed.add_adapter("other", LoHaConfig(target_modules=["o_proj"]))
     mixed.set_adapter(["default", "other"])

@@ -23,7 +23,8 @@ import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_subspace import ContinualSVDConfig, subspace_leak
+from peft_subspace import ContinualSVDConfig
+from peft_subspace.continual import subspace_leak
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS: dict[str, Callable[[], PeftConfig]] = {

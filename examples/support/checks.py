@@ -20,7 +20,7 @@ def reload_and_export(task: Task, model: peft.PeftModel, directory: Path) -> Non
     reloaded = peft.PeftModel.from_pretrained(_fresh_base(task, model), directory)
     _compare(task, model, reloaded, f"adapter {directory}, reloaded into a fresh base")
     try:
-        peft_subspace.save_as_lora(model, directory / "lora")
+        peft_subspace.export_lora(model, directory / "lora")
     except (TypeError, ValueError) as refusal:
         print(f"not exported as LoRA: {refusal}")
         _merge_and_compare(task, model, reloaded, directory / "merged")

@@ -105,7 +105,7 @@ def _continual_svd(r: int | None) -> Callable[[nn.Module, float], nn.Module]:
 
 
 def _next_task(model: nn.Module, task: int, preserve: float) -> nn.Module:
-    peft_subspace.next_task(model, f"task{task}", keep="merge")
+    peft_subspace.continual.next_task(model, f"task{task}", keep="merge")
     return model
 
 

@@ -57,7 +57,7 @@ def unreadable(base: nn.Module) -> str:
 
 def unmergeable(backend: QuantizationBackend | None) -> str:
     """Say that adapters cannot be merged into the weights of a backend, and what to do."""
-    remedy = "serve the adapter unmerged, or export it with peft_subspace.save_as_lora"
+    remedy = "serve the adapter unmerged, or export it with peft_subspace.export_lora"
     if isinstance(backend, TorchaoBackend):
         remedy = f"quantise linear layers only, by transformers' TorchAoConfig with one setting, or {remedy}"
     name = getattr(backend, "backend_name", "these")

@@ -14,7 +14,8 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from peft_subspace.core.validation import check_count, check_number, invalid
-from peft_subspace.initialization.undisturbed import read_batches, undisturbed
+from peft_subspace.initialization.batches import read_batches
+from peft_subspace.initialization.evaluating import evaluating
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
@@ -147,7 +148,7 @@ def _run(model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Any])
     ]
     device = next(model.parameters()).device
     try:
-        with undisturbed(model, [], ""), torch.no_grad():
+        with evaluating(model, [], ""), torch.no_grad():
             for batch in progress(batches, len(batches), "comparing inputs and outputs"):
                 batch = send_to_device(batch, device)
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 
 Matrix = Sequence[Sequence[float]]
 
@@ -85,7 +85,7 @@ def save_heatmap(accuracies: Matrix, tasks: Sequence[str], path: str | Path, tit
     axes = figure.subplots()
     axes.set(xlabel="accuracy on", ylabel="after training on", title=title)
     figure.colorbar(draw_heatmap(axes, accuracies, tasks), ax=axes)
-    with replacing(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         figure.savefig(partial, bbox_inches="tight")  # a title may be wider than the chart
 
 

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
@@ -176,7 +176,7 @@ def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
         )
     for module_name, layer in tuner.model.named_modules():
         if isinstance(layer, ContinualSVDModel.tuner_layer_cls) and task in layer.deltas:
-            with naming(module_name):
+            with error_context(module_name):
                 if keep == "stack" and not layer.deltas[task].low_rank:
                     raise ValueError(
                         "keep='stack' needs small adapters, but r is None; set r, such as r=16, or use "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def error_context(name: str) -> Iterator[None]:
     """Put a name before the message of an error that is raised inside."""
     try:
         yield

@@ -1,11 +1,16 @@
-"""Names of tensors and modules: in a base model, in a wrapped one, in a file."""
+"""Names of modules: in the base model, and as they begin in a model wrapped by PEFT and in its files."""
 
 from __future__ import annotations
 
-IN_BASE = "base_model.model."
-"""Start of the names of the base model's parts in a wrapped model, and of all keys in files."""
+BASE = "base_model.model."
+"""Path from a `PeftModel` to the base model, with which every key of an adapter's file begins."""
 
 
 def in_base(name: str) -> str:
-    """Name in the base model of a module or tensor of a wrapped one."""
-    return name.removeprefix(IN_BASE)
+    """Name of a module or tensor in the base model, given its name in the wrapped or in the base model."""
+    return name.removeprefix(BASE)
+
+
+def saved_key(name: str) -> str:
+    """Key in an adapter's file, and name in the wrapped model, of what has this name in the base model."""
+    return f"{BASE}{name}"

@@ -14,7 +14,7 @@ def apply_keeping_fp32(
     fn: Callable[[Tensor], Tensor],
     kept: Collection[str],
 ) -> None:
-    """Apply `fn` (a move, a cast, …) to a module's tensors, but take no buffer below fp32, nor what is `kept`.
+    """Apply `fn` (a move, a cast, …) to a module's tensors, but take no buffer, nor what is kept, below fp32.
 
     Args:
         module: The module.

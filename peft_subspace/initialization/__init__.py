@@ -1,1 +1,1 @@
-"""Starts of adapters from data, and passes over data that leave no trace."""
+"""Initialization of adapters from data, by passes that leave the model and the data loader as they were."""

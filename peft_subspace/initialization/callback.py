@@ -1,4 +1,4 @@
-"""Trainer callbacks for what happens before training and between its parts."""
+"""Trainer callback that initializes an adapter from gradients before the first step."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_subspace.initialization.from_gradient import initialize_from_gradient, is_started
-from peft_subspace.initialization.gradients import LossFunction
+from peft_subspace.initialization.from_gradient import initialize_from_gradient, is_initialized
+from peft_subspace.initialization.loss import LossFunction
 
 
 class GradientInitCallback(TrainerCallback):
-    """Starts an adapter from gradients when a Trainer begins, out of the Trainer's own batches.
+    """Initializes an adapter from gradients when a Trainer begins, on the Trainer's own batches.
 
-    It does nothing when training resumes, or when the adapter was loaded or started before. The order of the
-    batches that training then sees is the one without the callback.
+    It does nothing if training resumes, or if the adapter was loaded or initialized from gradients before.
+    Training sees the same batches, in the same order, as without the callback.
 
     Args:
-        adapter_name: Adapter to start.
-        num_batches: Batches to read; by default those of one optimiser step, and at least 8.
+        adapter_name: Adapter to initialize.
+        num_batches: Batches to read; by default those of one optimizer step, and at least 8.
         loss_fn: Function of model and batch that returns the loss, such as `trainer.compute_loss`; by default
             the loss that the model returns.
         learning_rate: `η`; by default the first learning rate of the schedule that is not zero, which suits
-            a schedule with warm-up. Without one give it the rate of full fine-tuning, about 1e-4 or less.
+            a schedule with warm-up. Without warm-up, give the rate of full fine-tuning, about 1e-4 or less.
         max_memory: As for `initialize_from_gradient`.
         offload: As for `initialize_from_gradient`.
         cache: As for `initialize_from_gradient`.
@@ -57,8 +57,8 @@ class GradientInitCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Start the adapter, unless it has a history."""
-        if model is None or state.global_step > 0 or is_started(model, self.adapter_name):
+        """Initialize the adapter, unless training resumes or the adapter has been initialized."""
+        if model is None or state.global_step > 0 or is_initialized(model, self.adapter_name):
             return
         initialize_from_gradient(
             model,
@@ -72,7 +72,7 @@ class GradientInitCallback(TrainerCallback):
 
 
 def first_learning_rate(scheduler: Any, default: float, steps: int = 10_000) -> float:
-    """First learning rate above zero that a scheduler will set; a warm-up begins with zero."""
+    """First learning rate above zero that a scheduler will set, because a warm-up begins with zero."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     functions = getattr(scheduler, "lr_lambdas", None)
     if functions is None:

@@ -1,4 +1,4 @@
-"""Adapters started from the mean gradients of the weights that they adapt."""
+"""Initialization of adapters from the mean gradients of the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.gradient_cache import read_gradients, write_gradients
-from peft_subspace.initialization.gradients import GradientEstimate, LossFunction, model_loss
+from peft_subspace.initialization.gradients import GradientEstimate
+from peft_subspace.initialization.loss import LossFunction, model_loss
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.progress import progress as shown
 from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
@@ -35,36 +36,38 @@ def initialize_from_gradient(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Start an adapter from the first step of full fine-tuning, `−η · sign(g)`, `g` the mean gradient.
+    """Initialize an adapter from the first step of full fine-tuning, `−η · sign(g)`.
 
-    The gradients are taken in evaluation mode at the weights that the model has without this adapter; other
-    adapters count if they are active together with it. Every sample weighs the same. With
-    `torch.distributed` initialised, each process reads its own batches and all get the same start. Nothing
-    of the model but the adapter is changed, and the adapter only at the end.
+    The mean gradient `g` of the loss by each adapted weight is taken in evaluation mode, at the weights that
+    the model has without this adapter; other adapters count if they are active together with it. Every sample
+    has the same weight. If `torch.distributed` is initialized, each process reads its own batches, and all
+    processes get the same tensors. Nothing of the model but the adapter is changed, and the adapter only at
+    the end.
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
         dataloader: Batches to take gradients from; they are kept in memory.
         learning_rate: `η`, the first learning rate above zero of full fine-tuning. Where the adapter trains
             with a far larger one from its first step on, `η` has to stay at the former (about 1e-4 or less),
-            or the start changes the model more than a step of fine-tuning would.
-        adapter_name: Adapter to start.
+            or the initialization changes the model more than a step of fine-tuning would.
+        adapter_name: Adapter to initialize.
         num_batches: Batches to read; `None` for all.
         loss_fn: Function of model and batch that returns the mean loss of the batch's samples; by default
             the loss that the model returns.
-        max_memory: Most bytes to use beyond a pass through the model, as a number or as in `"2GB"`. Gradients
-            are then taken for a part of the modules at a time, in several passes over the same batches.
+        max_memory: Most bytes to use beyond a pass through the model, as a number or a string such as
+            `"2GB"`. Gradients are then taken for a part of the modules at a time, in several passes over the
+            same batches.
         offload: Whether to keep the sums of gradients in host memory.
-        cache: File of mean gradients. It is read if it exists, and the data are not; otherwise it is written.
+        cache: File of mean gradients. If it exists, it is read in place of the data; otherwise it is written.
         progress: Whether to show a progress bar.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the adapter is missing, merged or started already, there are no data, the loss has no
-            gradient, a gradient is not finite, or `max_memory` is too little for one module.
+        ValueError: If the adapter is missing, merged or initialized already, there are no data, the loss has
+            no gradient, a gradient is not finite, or `max_memory` is too little for one module.
 
     Warns:
-        UserWarning: If no sample reached some of the modules; they keep the start that they have.
+        UserWarning: If no sample reached some of the modules; they keep the tensors that they have.
     """
     check_number("learning_rate", learning_rate, minimum=0.0)
     if learning_rate == 0:
@@ -84,19 +87,19 @@ def initialize_from_gradient(
             gradients = write_gradients(Path(cache), shapes, gradients)
     with closing(gradients):
         counted = shown(gradients, len(layers), "decomposing gradients", hidden=not progress)
-        states = _start_states(layers, adapter_name, counted, learning_rate)
+        states = _states_from(layers, adapter_name, counted, learning_rate)
     for name, layer in layers.items():
         _write(layer.deltas[adapter_name], states.get(name, {}))
 
 
-def is_started(model: nn.Module, adapter_name: str) -> bool:
-    """Whether an adapter was loaded, or started from gradients."""
+def is_initialized(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter was loaded, or initialized from gradients."""
     layers = adapted_layers(_unwrap(model), adapter_name, SubspaceLayer).values()
     return any(layer.deltas[adapter_name].initialized for layer in layers)
 
 
 def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
-    """Layers with the adapter, after checking that it can be started on them."""
+    """Layers with the adapter, after checking that it can be initialized on them."""
     layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
@@ -120,13 +123,13 @@ def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLaye
     return layers
 
 
-def _start_states(
+def _states_from(
     layers: Mapping[str, SubspaceLayer],
     adapter_name: str,
     gradients: Iterable[tuple[str, Tensor]],
     learning_rate: float,
 ) -> dict[str, dict[str, Tensor]]:
-    """State of each delta that a sample reached. Processes share the work, and all get the same tensors."""
+    """New tensors of each delta that a sample reached; processes share the work and get the same tensors."""
     states: dict[str, dict[str, Tensor]] = {}
     unreached = []
     for number, (name, gradient) in enumerate(gradients):
@@ -141,12 +144,12 @@ def _start_states(
         layer = layers[name]
         delta = layer.deltas[adapter_name]
         gradient = gradient.to(next(delta.parameters()).device)
-        owner = number % processes.count()
+        owner = number % processes.world_size()
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
         else:
             states[name] = {key: torch.empty_like(_local(t)) for key, t in delta.state_dict().items()}
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             for tensor in states[name].values():
                 dist.broadcast(tensor, owner)
     if not states:
@@ -158,7 +161,7 @@ def _start_states(
 
 @torch.no_grad()
 def _write(delta: Delta, state: Mapping[str, Tensor]) -> None:
-    """Copy a state into a delta, in place, also into sharded tensors."""
+    """Copy new tensors into a delta, in place; its own may be sharded."""
     for name, value in state.items():
         tensor = getattr(delta, name)
         if hasattr(tensor, "device_mesh"):
@@ -170,7 +173,7 @@ def _write(delta: Delta, state: Mapping[str, Tensor]) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """A tensor of the full size of one that may be sharded."""
+    """Empty tensor of the full size of one that may be sharded."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 

@@ -1,4 +1,4 @@
-"""Mean gradients in a safetensors file, written and read one module at a time."""
+"""Cache of mean gradients in a safetensors file, which is written and read one module at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from peft_subspace.core.state import check_shapes
 from peft_subspace.initialization.gradients import Gradients
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 
 
 def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradients:
     """Yield the gradients of the named modules, after checking that all are there.
 
     Raises:
-        ValueError: If the file is damaged, or lacks a module or has it in another shape.
+        ValueError: If the file is damaged, lacks a module, or has a gradient of another shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -37,11 +37,11 @@ def read_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Gradien
 
 
 def write_gradients(path: Path, shapes: Mapping[str, tuple[int, ...]], gradients: Gradients) -> Gradients:
-    """Pass gradients on and write them; they must come in the order of `shapes`.
+    """Yield the gradients and write them to a file; they must come in the order of `shapes`.
 
-    The file appears when the last one is written, so that an interruption leaves none.
+    The file appears when the last gradient is written, so that an interruption leaves no file.
     """
-    with closing(gradients), replacing(path) as partial, partial.open("wb") as file:
+    with closing(gradients), atomic_write(path) as partial, partial.open("wb") as file:
         file.write(_header(shapes))
         for name, gradient in gradients:
             file.write(gradient.contiguous().cpu().numpy().astype("<f4", copy=False).data)

@@ -1,1 +1,1 @@
-"""Adapters on disk and on the Hub."""
+"""Adapters on disk and on the Hub: loading, model cards, upload, export to LoRA."""

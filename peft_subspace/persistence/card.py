@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
 
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner.config import SubspaceConfig
 
 LORA_FOLDER = "lora"
 """Folder, within that of an adapter, whose LoRA the card mentions."""
 
-
 _MARK = "<!-- peft_subspace -->"
-
 
 _SECTION = """{mark}
 ## Use with peft_subspace
@@ -43,10 +41,10 @@ model = PeftModel.from_pretrained(base_model, "this repository or folder")
 
 
 def write_card(folder: Path, config: SubspaceConfig) -> None:
-    """Complete the model card in `folder`, making it if there is none; what else it says stays.
+    """Complete the model card in `folder`, or make one; whatever else the card says stays.
 
-    The section between the two marks is ours and written anew each time, where it stands; a new one goes to
-    the top. It repeats data and results from the card's metadata.
+    The section between the two marks belongs to this package and is written anew each time, where it stands;
+    a new section goes to the top. It repeats data and results from the card's metadata.
     """
     path = folder / "README.md"
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{_new_data(config)}\n---\n")
@@ -58,32 +56,39 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
     rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
     section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, rows=rows)
     card.text = _with_section(card.text, section)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         card.save(partial)
 
 
-def _with_section(text: str, section: str) -> str:
-    before, *rest = text.split(_MARK, 2)
-    if len(rest) == 2:
-        return f"{before}{section}{rest[1]}"
-    return f"{section}\n\n{''.join([before, *rest]).lstrip()}"
+def register() -> None:
+    """Have every config that is saved complete the card in its folder; doing it again is harmless."""
+    if write_card not in SubspaceConfig.on_save:
+        SubspaceConfig.on_save.append(write_card)
+
+
+def equation_of(update_cls: type) -> str:
+    """Equation of a method: the first paragraph of the module in which its update is defined."""
+    return (getattr(inspect.getmodule(update_cls), "__doc__", None) or "").partition("\n\n")[0]
+
+
+def _reference_of(config_cls: type) -> str:
+    """Paper of a method: the section `Reference:` that ends the docstring of its config."""
+    found = re.search(r"Reference:\s(.*)", config_cls.__doc__ or "", re.DOTALL)
+    return found.group(1) if found else ""
 
 
 def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     """Rows of the section's table; what is not known is left out."""
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    module = sys.modules.get(tuner.tuner_layer_cls.delta_cls.__module__)
-    equation = getattr(module, "__doc__", None) or ""
-    reference = re.search(r"Reference:\s(.*)", type(config).__doc__ or "", re.DOTALL)
     results = [
         f"{result.metric_name or result.metric_type} {result.metric_value} ({result.dataset_name})"
         for result in data.eval_results or []
     ]
     facts = {
-        "Method": equation.partition("\n\n")[0],
-        "Reference": reference.group(1) if reference else "",
+        "Method": equation_of(tuner.tuner_layer_cls.delta_cls),
+        "Reference": _reference_of(type(config)),
         "Base model": ", ".join(_listed(data.base_model)),
-        "Trained numbers of the update": f"{config.trained:,}" if config.trained else "",
+        "Trainable parameters": f"{config.trained:,}" if config.trained else "",
         "Data": ", ".join(_listed(data.datasets)),
         "Results": ", ".join(results),
         "As a LoRA, which needs no import": _lora_export(folder),
@@ -91,20 +96,27 @@ def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in facts.items() if text}
 
 
-def _listed(value: Any) -> list[str]:
-    """Entries of a field of the metadata, which may be one alone."""
-    return [value] if isinstance(value, str) else [str(entry) for entry in value or []]
+def _with_section(text: str, section: str) -> str:
+    """The card's text with a new section in the place of an old one, or at the top."""
+    before, *rest = text.split(_MARK, 2)
+    if len(rest) == 2:
+        return f"{before}{section}{rest[1]}"
+    return f"{section}\n\n{''.join([before, *rest]).lstrip()}"
 
 
 def _lora_export(folder: Path) -> str:
+    """How the reader gets the adapter as a LoRA."""
     path = folder / LORA_FOLDER / CONFIG_NAME
     if path.is_file() and json.loads(path.read_text()).get("peft_type") == "LORA":
         return f'with `subfolder="{LORA_FOLDER}"` in the call above'
-    return "`peft_subspace.save_as_lora` writes it"
+    return "`peft_subspace.export_lora` writes it"
+
+
+def _listed(value: Any) -> list[str]:
+    """Entries of a field of the metadata, which may hold a single one in place of a list."""
+    return [value] if isinstance(value, str) else [str(entry) for entry in value or []]
 
 
 def _new_data(config: SubspaceConfig) -> str:
+    """Metadata of a card that is made."""
     return ModelCardData(base_model=config.base_model_name_or_path, library_name="peft").to_yaml()
-
-
-SubspaceConfig.on_save.append(write_card)

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from peft_subspace.persistence.card import LORA_FOLDER
-from peft_subspace.persistence.lora_export import save_as_lora
+from peft_subspace.persistence.lora_export import export_lora
 
 
 def push_to_hub(
@@ -31,24 +31,24 @@ def push_to_hub(
 
     Args:
         model: Model with adapters, wrapped by PEFT or with adapters added by transformers.
-        repo_id: Repository, made if need be.
+        repo_id: Repository, created if it does not exist.
         lora: Whether the adapter `"default"` is uploaded as a plain LoRA, too, in the folder `lora`;
             an older one is deleted in any case.
         private: Whether a new repository is private.
-        token: Token with the right to write; the one that is logged in if `None`.
-        revision: Branch, made if need be.
+        token: Token with the right to write; by default the token of the logged-in user.
+        revision: Branch, created if it does not exist.
         commit_message: First line of the commit's message.
 
     Returns:
-        What the Hub says of the commit.
+        The Hub's information on the commit.
 
     Raises:
-        ValueError: If `lora` is asked for and `save_as_lora` cannot do it. Nothing has been uploaded then.
+        ValueError: If `lora` is asked for and `export_lora` cannot do it. Nothing has been uploaded then.
     """
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         if lora:
-            save_as_lora(model, Path(folder) / LORA_FOLDER)
+            export_lora(model, Path(folder) / LORA_FOLDER)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -63,5 +63,5 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=f"{LORA_FOLDER}/*",  # a LoRA of other weights, unless it is uploaded anew
+            delete_patterns=f"{LORA_FOLDER}/*",  # a LoRA of other weights, unless a new one is uploaded
         )

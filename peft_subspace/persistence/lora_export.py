@@ -1,4 +1,4 @@
-"""Exact export to LoRA: a chain split at its narrowest joint is a LoRA, no SVD needed."""
+"""Exact export to LoRA: a chain split at its narrowest joint is a LoRA, without an SVD."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
+from peft_subspace.core.names import in_base, saved_key
 from peft_subspace.layers.embedding import EmbeddingOps
 from peft_subspace.layers.linear import Conv1DOps
 from peft_subspace.persistence.card import LORA_FOLDER, write_card
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
 from peft_subspace.tuner.parameter_layer import ParameterLayer
 from peft_subspace.tuner.targets import weight_name
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert an adapter to an equal LoRA: `B A = s · ΔW`, with `lora_alpha = r`.
 
-    All modules get one rank, the largest that any of them needs; smaller ones are padded with zeros, because
-    some servers read a single rank from the config.
+    All modules get one rank, the largest that any of them needs, because some servers read a single rank from
+    the config. Smaller factors are padded with zeros.
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
@@ -37,15 +38,11 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         Configuration and state dict of a LoRA adapter, as PEFT saves it.
 
     Raises:
-        ValueError: If the model has no such adapter of this package, or it adapts layers whose update is no
-            LoRA that PEFT runs: grouped or dilated convolutions, those with a `padding_mode` other than
-            `"zeros"`, and layers with a forward of their own.
+        ValueError: If the model has no such adapter of this package, or the adapter has layers whose update
+            is no LoRA that PEFT runs: grouped or dilated convolutions, convolutions with a `padding_mode`
+            other than `"zeros"`, and layers with a forward of their own.
     """
-    layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SubspaceLayer) and adapter_name in layer.deltas
-    }
+    layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
     reasons = {name: reason for name, layer in sorted(layers.items()) if (reason := _no_lora_form(layer))}
@@ -64,30 +61,31 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     return _lora_config(model, adapter_name, layers, rank), state
 
 
-def save_as_lora(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
-    """Write an adapter as a standard LoRA, for PEFT, vLLM, SGLang, llama.cpp and diffusers to serve.
+def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter as a standard LoRA, which PEFT, vLLM, SGLang, llama.cpp and diffusers can serve.
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
-        directory: Folder for `adapter_config.json` and `adapter_model.safetensors`, made if need be.
+        save_directory: Folder for `adapter_config.json` and `adapter_model.safetensors`; it is
+            created if it does not exist.
         adapter_name: Adapter to write.
 
     Raises:
-        ValueError: As for `to_lora`; nothing is written then.
+        ValueError: As for `lora_state_dict`; nothing is written then.
     """
-    config, state = to_lora(model, adapter_name)
-    folder = Path(directory)
+    config, state = lora_state_dict(model, adapter_name)
+    folder = Path(save_directory)
     state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+    with atomic_write(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
         save_file(state, partial, metadata={"format": "pt"})
-    with replacing(folder / CONFIG_NAME) as partial:
+    with atomic_write(folder / CONFIG_NAME) as partial:
         config.save_pretrained(str(partial.parent))
     if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
         write_card(folder.parent, model.peft_config[adapter_name])
 
 
 def _no_lora_form(layer: SubspaceLayer) -> str | None:
-    """Why PEFT's LoRA cannot stand for the layer's update, None if it can."""
+    """Reason why no LoRA of PEFT is equal to the layer's update; None if there is such a LoRA."""
     if isinstance(layer, ParameterLayer):
         return None
     base: Any = layer.get_base_layer()
@@ -110,12 +108,12 @@ def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]
 
 
 def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """The pair under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
-    key = f"base_model.model.{name}"
+    """The two factors under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
+    key = saved_key(name)
     if isinstance(layer.kind, EmbeddingOps):
         return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
     if isinstance(layer, ParameterLayer) and layer.kind.shape.kernel_size:
-        # PEFT keeps rank and experts in one axis, of A expert by expert, of B rank by rank.
+        # PEFT keeps rank and experts in one axis: in A expert by expert, in B rank by rank.
         left = left[..., None].expand(-1, -1, right.shape[-1]).flatten(1)
         return {f"{key}.lora_A.weight": right.movedim(-1, 0).flatten(0, 1), f"{key}.lora_B.weight": left}
     ones = (1,) * len(layer.kind.shape.kernel_size)
@@ -123,13 +121,14 @@ def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) 
 
 
 def _other_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What an adapter saves besides its update: biases, modules_to_save, trained tokens."""
+    """Tensors that an adapter saves besides its update: biases, modules_to_save, trained tokens."""
     prefix = model.peft_config[adapter_name].peft_type.value.lower() + "_"
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {key: tensor for key, tensor in state.items() if f".{prefix}" not in f".{key}"}
 
 
 def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """The tensor, lengthened along `axis` with zeros."""
     missing = list(tensor.shape)
     missing[axis] = size - tensor.shape[axis]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis) if missing[axis] else tensor
@@ -138,6 +137,7 @@ def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
 def _lora_config(
     model: nn.Module, adapter_name: str, layers: dict[str, SubspaceLayer], rank: int
 ) -> LoraConfig:
+    """Config of a LoRA on the same modules and parameters, which saves what the adapter saves."""
     config = model.peft_config[adapter_name]
     parameters = [weight_name(n, layer) for n, layer in layers.items() if isinstance(layer, ParameterLayer)]
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParameterLayer)]
@@ -158,10 +158,10 @@ def _lora_config(
 
 
 def _shortest_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Last parts of the names, such as `q_proj`, where they match these modules and no others."""
+    """Last parts of the names, such as `q_proj`, if they match no other modules; else the full names."""
     names = set(names)
     suffixes = {name.rpartition(".")[2] for name in names}
-    everything = (name.removeprefix("base_model.model.") for name, _ in model.named_modules())
+    everything = (in_base(name) for name, _ in model.named_modules())
     matched = {
         name for name in everything if name.rpartition(".")[2] in suffixes and "base_layer" not in name
     }

@@ -1,1 +1,1 @@
-"""Processes, progress bars and files: what knows nothing of adapters."""
+"""Processes, progress bars and files; nothing here depends on adapters."""

@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path of the same name to write to; at the end, what is there takes the place of `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Context manager that yields a temporary path to write to, and at the end moves that file to `path`.
 
-    An interruption, or an error in the block, leaves `path` as it was. Processes that write the same file do
-    not get in each other's way.
+    The temporary file has the name of `path` and lies in a folder of its own beside it. If the block raises
+    or is interrupted, `path` stays as it was. Several processes may write the same file at once; the last one
+    wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:

@@ -1,4 +1,4 @@
-"""Progress bars that stay silent where there is nothing to wait for."""
+"""Progress bars that appear only where a step takes long."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from peft_subspace.runtime import distributed as processes
 
 T = TypeVar("T")
 
-
 DELAY = 2.0
 """Seconds after which a step shows its progress."""
-
 
 _counting: ContextVar[Any] = ContextVar("counting", default=None)
 
 
 def bar(total: int, description: str, *, hidden: bool = False) -> Any:
-    """Bar of `total` steps, shown by the first process only, and if they take more than two seconds."""
+    """Bar of `total` steps, which the first process shows if they take more than two seconds."""
     hidden = hidden or total < 2 or processes.rank() != 0
     return tqdm(total=total, desc=description, delay=DELAY, disable=hidden)
 
 
 def progress(items: Iterable[T], total: int, description: str, *, hidden: bool = False) -> Iterator[T]:
-    """Go through some items, with a bar as above."""
+    """Iterate over the items and show a `bar`."""
     with bar(total, description, hidden=hidden) as shown:
         for item in items:
             yield item
@@ -37,7 +35,7 @@ def progress(items: Iterable[T], total: int, description: str, *, hidden: bool =
 
 @contextmanager
 def counting(total: int, description: str, *, hidden: bool = False) -> Iterator[None]:
-    """Show a bar as above for a loop that is not ours, whose steps call `count`."""
+    """Context manager that shows a `bar` for a loop of another library, whose steps call `count_step`."""
     with bar(total, description, hidden=hidden) as shown:
         token = _counting.set(shown)
         try:
@@ -46,8 +44,8 @@ def counting(total: int, description: str, *, hidden: bool = False) -> Iterator[
             _counting.reset(token)
 
 
-def count() -> None:
-    """Count one step of the loop that is being watched, if any is."""
+def count_step() -> None:
+    """Count one step of the loop that runs inside `counting`, if there is one."""
     shown = _counting.get()
     if shown is not None:
         shown.update()

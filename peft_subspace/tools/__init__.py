@@ -1,1 +1,1 @@
-"""What people look at adapters with."""
+"""Tools for people: cost estimates, inspection of adapters, pictures."""

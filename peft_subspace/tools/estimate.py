@@ -1,4 +1,4 @@
-"""What an adapter will cost, from shapes alone: numbers that train, its file, gradients, optimiser states."""
+"""Costs of an adapter from shapes alone: trainable parameters, file, gradients, optimizer states."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from peft_subspace.tuner.layer import SubspaceLayer
 _STEP_BYTES = 4
 """Bytes of the step counter that AdamW keeps for each tensor."""
 
-
 _PARTS_OF_PEFT = {"modules_to_save", "token_adapter", "original_module", "base_layer"}
+"""Parts of names that PEFT's wrappers add."""
 
 
 @dataclass
@@ -27,12 +27,13 @@ class Cost:
     """Costs of one kind of layer, or of all.
 
     Attributes:
-        modules: Adapted modules.
-        trained: Numbers that train.
-        frozen: Numbers that are saved with the adapter and do not train.
+        modules: Number of adapted modules.
+        trained: Number of trainable parameters.
+        frozen: Number of entries of frozen tensors that are saved with the adapter.
         tensor_bytes: Bytes of both in the file.
         gradient_bytes: Bytes of the gradients.
-        optimizer_bytes: Bytes of the states of AdamW: two for each number, and a step counter per tensor.
+        optimizer_bytes: Bytes of the states of AdamW: two numbers for each trainable parameter, and a step
+            counter for each tensor.
     """
 
     modules: int = 0
@@ -48,14 +49,14 @@ class Cost:
 
 @dataclass
 class Estimate:
-    """What an adapter will cost; printing it shows a table.
+    """Costs of an adapter before it is made; `print` shows them as a table.
 
     Attributes:
         method: PEFT's name of the method.
         model: Class of the base model.
-        base: Numbers of the base model.
-        rows: Costs by kind of layer: the last part of its name, its type and shape. What lies outside the
-            adapted layers, such as pools and `modules_to_save`, is listed by its place.
+        base: Number of parameters of the base model.
+        rows: Costs by kind of layer: the last part of its name, its type and shape. Tensors outside the
+            adapted layers, such as pools and `modules_to_save`, are listed by their place.
         header_bytes: Bytes of the file before its tensors.
     """
 
@@ -78,31 +79,31 @@ class Estimate:
     def __str__(self) -> str:
         total = self.total
         share = 100 * total.trained / max(self.base, 1)
-        table = [["", "modules", "trained", "frozen", "file", "gradients", "AdamW states"]]
+        table = [["", "modules", "trainable", "frozen", "file", "gradients", "AdamW states"]]
         for name, cost in {**self.rows, "all": total}.items():
             sizes = (cost.tensor_bytes, cost.gradient_bytes, cost.optimizer_bytes)
             counts = (cost.modules or "", cost.trained, cost.frozen)
             table.append([name, *(f"{n:,}" if n != "" else "" for n in counts), *map(readable, sizes)])
         return (
-            f"{self.method} on {self.model}: {total.trained:,} trained numbers, {share:.3g} % of the base's "
-            f"{self.base:,}; file {self.file_bytes:,} bytes, {self.header_bytes:,} of them its header\n"
-            f"{aligned(table)}"
+            f"{self.method} on {self.model}: {total.trained:,} trainable parameters, {share:.3g} % of the "
+            f"base's {self.base:,}; file {self.file_bytes:,} bytes, {self.header_bytes:,} of them its "
+            f"header\n{aligned(table)}"
         )
 
 
 def estimate(model: nn.Module | str | Path, config: SubspaceConfig) -> Estimate:
     """Count what an adapter would train and save, without creating it and without any weights.
 
-    The file's size is that of `save_pretrained` to the byte. Gradients and optimiser states are those of
+    The file's size is that of `save_pretrained` to the byte. Gradients and optimizer states are those of
     `torch.optim.AdamW` on the adapter's parameters, in the dtype in which PEFT creates them.
 
     Args:
-        model: Base model, on any device, which is not changed; or its folder or id on the Hub, of which the
-            config is read and nothing else.
+        model: Base model on any device, or its folder or id on the Hub, from which only the config is read.
+            The model is not changed.
         config: Configuration of the adapter, which is not changed either.
 
     Returns:
-        The costs, by kind of layer and in all; `print` shows them as a table.
+        The costs by kind of layer and in total; `print` shows them as a table.
 
     Raises:
         TypeError: As `get_peft_model` raises, where a targeted module cannot be adapted.
@@ -122,6 +123,7 @@ def estimate(model: nn.Module | str | Path, config: SubspaceConfig) -> Estimate:
 
 
 def _rows(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Cost]:
+    """Costs by kind of layer, from the parameters of an adapted model and the tensors of its file."""
     layers, rows = {}, dict[str, Cost]()
     for name, layer in wrapped.named_modules():
         if isinstance(layer, SubspaceLayer):
@@ -145,7 +147,7 @@ def _rows(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Cost]:
 
 
 def _row(name: str, layers: Mapping[str, str]) -> str:
-    """Row of a parameter, or of a tensor in the file: that of its layer, or its place without numbers."""
+    """Row of a parameter or of a tensor in the file: that of its layer, else its place in the model."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         layer = layers.get(".".join(parts[:end]))
@@ -164,12 +166,14 @@ def _header_bytes(state: Mapping[str, Tensor]) -> int:
     start = 0
     for key in order:
         end = start + state[key].numel() * state[key].element_size()
-        dtype = _DTYPES[str(state[key].dtype).removeprefix("torch.")]
+        dtype = _SAFETENSORS_DTYPES[str(state[key].dtype).removeprefix("torch.")]
         entries[key] = {"dtype": dtype, "shape": list(state[key].shape), "data_offsets": [start, end]}
         start = end
     length = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8
 
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-           "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
+_SAFETENSORS_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip

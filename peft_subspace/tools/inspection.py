@@ -1,4 +1,4 @@
-"""What an adapter does to each layer, and what two adapters have in common, from their factors alone."""
+"""Size and spectrum of an adapter's updates, and the overlap of two adapters, from their factors alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
 
 _NEGLIGIBLE = 1e-6
-"""Singular values below this part of the largest do not count as directions of an update."""
+"""Part of the largest singular value below which a direction does not count as one of the update's."""
 
 
 @dataclass
@@ -22,10 +22,10 @@ class LayerUpdate:
 
     Attributes:
         rank: Narrowest dimension of the chain of factors.
-        trained: Numbers that train for this module alone; none, if they are in pools that modules share.
+        trained: Number of trainable parameters of this module alone; 0 if modules share them in pools.
         norm: Frobenius norm.
-        effective_rank: `exp(−Σ pᵢ log pᵢ)` with `pᵢ = σᵢ / Σσ`; 0 of an update that is zero.
-        singular_values: `σ`, largest first, as many as `rank` or as the weight has.
+        effective_rank: `exp(−Σ pᵢ log pᵢ)` with `pᵢ = σᵢ / Σσ`; 0 for an update that is zero.
+        singular_values: `σ`, largest first: `rank` of them, or as many as the weight has.
 
     Reference:
         Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007).
@@ -40,13 +40,13 @@ class LayerUpdate:
 
 @dataclass
 class Overlap:
-    """What the updates `ΔW₁`, `ΔW₂` of one module have in common; NaN where one of them is zero.
+    """Overlap of two updates `ΔW₁`, `ΔW₂` of one module; NaN if one of them is zero.
 
     Attributes:
         cosine: `⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖)`.
-        outputs: `‖U₁ᵀ U₂‖² / min(r₁, r₂)` of orthonormal bases of their column spaces: 1 if one contains the
-            other, 0 if they are orthogonal.
-        inputs: The same of their row spaces.
+        outputs: `‖U₁ᵀ U₂‖² / min(r₁, r₂)` with orthonormal bases of their column spaces: 1 if one space
+            contains the other, 0 if they are orthogonal.
+        inputs: The same with their row spaces.
 
     Reference:
         Hu et al. (arXiv 2106.09685), 7.2, for the similarity of subspaces.
@@ -58,7 +58,9 @@ class Overlap:
 
 
 def layer_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, LayerUpdate]:
-    """Size and spectrum of an adapter's update in each module, from small cores between orthonormal bases.
+    """Size and spectrum of an adapter's update in each module.
+
+    The spectrum comes from a small core between orthonormal bases, never from the whole update.
 
     Raises:
         ValueError: If the model has no such adapter of this package.
@@ -73,7 +75,7 @@ def layer_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def layer_overlaps(
     model: nn.Module, other: nn.Module, adapter_name: str = "default", other_name: str = "default"
 ) -> dict[str, Overlap]:
-    """Overlap of two adapters in the modules that both adapt; the methods may differ.
+    """Overlap of two adapters, of one method or of two, in each module that both adapt.
 
     Raises:
         ValueError: If there are no such modules, or their weights differ in shape.
@@ -99,13 +101,15 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLayer]:
 
 @torch.no_grad()
 def _pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Factors `(m, r)` and `(r, n)` of `s · ΔW`, in double precision; a kernel is folded into `n`."""
-    left, right = split([factor.double() for factor in layer.initialized_delta(adapter_name)(layer.read_weight)])
+    """Factors `(m, r)` and `(r, n)` of `s · ΔW`, in double precision; `n` includes a kernel's axes."""
+    left, right = split(
+        [factor.double() for factor in layer.initialized_delta(adapter_name)(layer.read_weight)]
+    )
     return left * layer.scaling[adapter_name], right.flatten(1)
 
 
 def _core(left: Tensor, right: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`Q₁, C, Q₂` with `ΔW = Q₁ C Q₂ᵀ`; a chain that is as wide as the weight is `C` itself."""
+    """Return `Q₁, C, Q₂` with `ΔW = Q₁ C Q₂ᵀ`; for a chain as wide as the weight, `C` is `ΔW` itself."""
     if left.shape[1] >= min(left.shape[0], right.shape[1]):
         return None, left @ right, None
     (one, left), (two, right) = torch.linalg.qr(left), torch.linalg.qr(right.T)

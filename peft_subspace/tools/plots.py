@@ -1,4 +1,4 @@
-"""Pictures of an adapter: spectra of its updates, and their overlap with another adapter's."""
+"""Pictures of the spectra of an adapter's updates, and of their overlap with another adapter's."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 from peft_subspace.tools.inspection import LayerUpdate, Overlap
 
 _SMALLEST = 1e-8
-"""Singular values below this part of the largest are rounding errors, and would stretch the picture."""
+"""Part of the largest singular value below which a value is a rounding error and is left out."""
 
 
 def save_plot(
     path: str | Path, updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap] | None = None
 ) -> None:
-    """Draw the singular values of each module's update and, of two adapters, heat maps of their overlap.
+    """Draw the singular values of each module's update and, for two adapters, heat maps of their overlap.
 
     Args:
-        path: File to write; its ending names the format, as in `"adapter.png"`.
+        path: File to write; its suffix names the format, as in `"adapter.png"`.
         updates: Updates by module name.
-        overlaps: Overlaps by module name, drawn as kinds of modules by blocks.
+        overlaps: Overlaps by module name; a heat map has a row for each kind of module and a column for each
+            block.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -42,14 +43,15 @@ def save_plot(
 
 
 def _draw_spectra(chart: Any, updates: Mapping[str, LayerUpdate]) -> None:
-    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(map(_kind, updates)))}
-    labels = set(colours)
+    """Draw a line for each module, in one color for each kind of module."""
+    colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(map(_kind, updates)))}
+    labels = set(colors)
     for name, update in updates.items():
         kind, largest = _kind(name), float(update.singular_values[0])
         values = [value for value in update.singular_values.tolist() if value > _SMALLEST * largest]
         label = kind if kind in labels else None
         labels.discard(kind)
-        chart.plot(range(1, len(values) + 1), values, color=colours[kind], label=label, linewidth=0.8)
+        chart.plot(range(1, len(values) + 1), values, color=colors[kind], label=label, linewidth=0.8)
     chart.set(xlabel="index", ylabel="singular value of the update", title="spectra")
     if any(update.norm > 0 for update in updates.values()):
         chart.set_yscale("log")
@@ -57,6 +59,7 @@ def _draw_spectra(chart: Any, updates: Mapping[str, LayerUpdate]) -> None:
 
 
 def _draw_overlap(figure: Any, chart: Any, title: str, values: Mapping[str, float]) -> None:
+    """Draw a heat map of one measure of overlap."""
     kinds = list(dict.fromkeys(_kind(name) for name in values))
     blocks = list(dict.fromkeys(_block(name) for name in values))
     grid = [[float("nan")] * len(blocks) for _ in kinds]
@@ -71,10 +74,10 @@ def _draw_overlap(figure: Any, chart: Any, title: str, values: Mapping[str, floa
 
 
 def _kind(name: str) -> str:
-    """Name of a module without its numbers."""
+    """Kind of a module: its name without the numbers of blocks."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def _block(name: str) -> str:
-    """Numbers in the name of a module."""
+    """Block of a module: the numbers in its name."""
     return ".".join(re.findall(r"(?<![^.])\d+(?![^.])", name)) or "-"

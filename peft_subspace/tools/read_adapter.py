@@ -1,4 +1,4 @@
-"""A saved adapter on a base model without weights."""
+"""Reading of a saved adapter onto a base model without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from peft_subspace.persistence.loading import adapter_folder, check_adapter, read_config
 from peft_subspace.tools.skeleton import skeleton_from, wrap
 
-_ARCHITECTURES = {  # by PEFT's task types, as PEFT's own AutoPeftModel… classes choose
+_ARCHITECTURES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -22,13 +22,14 @@ _ARCHITECTURES = {  # by PEFT's task types, as PEFT's own AutoPeftModel… class
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
+"""Classes of transformers by PEFT's task types, as PEFT's own `AutoPeftModel…` classes choose them."""
 
 _HEADS = ("classifier", "score")
+"""Names of classifier heads in models of transformers."""
 
 
 def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
-    """Put a saved adapter on a base model without weights, which needs the base's config only.
+    """Put a saved adapter on a base model without weights; only the config of the base model is needed.
 
     Args:
         path: Folder of the adapter, or its id on the Hub.
@@ -36,8 +37,8 @@ def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
 
     Raises:
         FileNotFoundError: If the folder has no config or no safetensors file.
-        ValueError: If the adapter is broken, none of this package's, or does not fit the base; or the base
-            model's config cannot be read.
+        ValueError: If the adapter is broken, belongs to another package, or does not fit the base model, or
+            if the base model's config cannot be read.
     """
     folder = adapter_folder(str(path), {})
     config = read_config(folder / CONFIG_NAME)
@@ -48,7 +49,7 @@ def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
     skeleton = skeleton_from(base, _architecture(config), **options)
     model = wrap(skeleton, check_adapter(skeleton, folder))
     model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
-    # Tensors take the places of those on the meta device; PEFT's own way would move them there.
+    # With assign=True the file's tensors replace those on the meta device; PEFT would copy into the latter.
     setattr(model, "load_state_dict", partial(model.load_state_dict, assign=True))  # noqa: B010
     set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
     delattr(model, "load_state_dict")
@@ -63,11 +64,11 @@ def _architecture(config: Any) -> str | None:
 
 
 def _labels(folder: Path) -> dict[str, Any]:
-    """Number of labels of a head in the file; a base model that was not trained for the task has another."""
+    """Number of labels of a head in the file, which need not be that in the base model's config."""
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             heads = [key for key in list(file.keys()) if any(f".{head}." in key for head in _HEADS)]
             sizes = [file.get_slice(key).get_shape()[0] for key in heads if "_delta." not in key]
-    except SafetensorError:  # what is wrong with the file is told when it is checked
+    except SafetensorError:  # `check_adapter` reports what is wrong with the file
         sizes = []
     return {"num_labels": min(sizes)} if sizes else {}

@@ -1,4 +1,4 @@
-"""Models without their weights, on the meta device: what can be said of an adapter from shapes alone."""
+"""Skeletons: models without weights, on the meta device, from which shapes and names can be read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from peft_subspace.tuner.config import SubspaceConfig
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """Twin of a model with the same modules and names, its tensors on the meta device, and without hooks.
+    """Skeleton of a model: the same modules and names without hooks, with all tensors on the meta device.
 
-    Nothing of the model is copied or changed. Quantised layers become plain linear ones of their size.
+    Nothing of the model is copied or changed. Quantized layers become plain linear layers of their size.
 
     Raises:
         ValueError: If the model has adapters.
@@ -28,31 +28,32 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} has adapters already; give the base model (model.unload())")
     kwargs = get_quantization_kwargs(model)
-    plain = {m: _plain(m) for m in model.modules() if resolve_quantization_backend(m, **kwargs) is not None}
-    twins = plain | {module: _empty(module) for module in model.modules() if module not in plain}
-    tensors: dict[Any, Any] = {None: None}  # tied tensors stay tied
-    for module in (module for module in twins if module not in plain):
-        twin = twins[module]
-        twin._modules.update({name: twins.get(child) for name, child in module._modules.items()})
+    quantized = [m for m in model.modules() if resolve_quantization_backend(m, **kwargs) is not None]
+    plain = {module: _linear_like(module) for module in quantized}
+    copies = plain | {module: _without_tensors(module) for module in model.modules() if module not in plain}
+    tensors: dict[Any, Any] = {None: None}  # by tensor of the model, so that tied tensors stay tied
+    for module in (module for module in copies if module not in plain):
+        copied = copies[module]
+        copied._modules.update({name: copies.get(child) for name, child in module._modules.items()})
         for name, parameter in module._parameters.items():
             if parameter not in tensors:
                 data = torch.empty_like(parameter.detach(), device="meta")
                 tensors[parameter] = nn.Parameter(data, parameter.requires_grad)
-            twin._parameters[name] = tensors[parameter]
+            copied._parameters[name] = tensors[parameter]
         for name, buffer in module._buffers.items():
             if buffer not in tensors:
                 tensors[buffer] = torch.empty_like(buffer, device="meta")
-            twin._buffers[name] = tensors[buffer]
-    return twins[model]
+            copied._buffers[name] = tensors[buffer]
+    return copies[model]
 
 
 def skeleton_from(base: str | Path, architecture: str | None = None, **options: Any) -> nn.Module:
-    """Model of a folder or of an id on the Hub, built on the meta device; only its config is read.
+    """Skeleton of a model in a folder or on the Hub, of which only the config is read.
 
     Args:
-        base: The folder or id.
-        architecture: Class of transformers to build, one of its `AutoModel…` included; by default the first
-            that the config names.
+        base: The folder, or the id on the Hub.
+        architecture: Class of transformers to build, which may be an `AutoModel…` class; by default the first
+            class that the config names.
         options: Changes to the config.
 
     Raises:
@@ -77,25 +78,27 @@ def skeleton_from(base: str | Path, architecture: str | None = None, **options: 
 
 
 def wrap(skeleton: nn.Module, config: SubspaceConfig, adapter_name: str = "default") -> PeftModel:
-    """Adapt a skeleton, which needs no start of any kind; the config is not changed."""
+    """Add an adapter to a skeleton, without any initialization; the config is not changed."""
     config = copy.deepcopy(config)
-    config.base_model_name_or_path = None  # PEFT sets it, and warns of another
+    config.base_model_name_or_path = None  # PEFT sets it, and warns if it is another model's
     if hasattr(skeleton, "config"):
         skeleton.config = copy.deepcopy(skeleton.config)
     with torch.device("meta"):
         return get_peft_model(skeleton, config, adapter_name)
 
 
-def _empty(module: nn.Module) -> nn.Module:
-    twin = module.__new__(type(module))
-    nn.Module.__init__(twin)
-    own = set(vars(twin))
-    twin.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
-    twin.train(module.training)
-    twin._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    return twin
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """Copy of a module with its plain attributes, but without tensors, children and hooks."""
+    copied = module.__new__(type(module))
+    nn.Module.__init__(copied)
+    own = set(vars(copied))
+    copied.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
+    copied.train(module.training)
+    copied._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    return copied
 
 
-def _plain(module: Any) -> nn.Linear:
+def _linear_like(module: Any) -> nn.Linear:
+    """Plain linear layer of the size of a quantized one."""
     in_features, out_features = (int(size or 0) for size in _get_in_out_features(module))
     return nn.Linear(in_features, out_features, getattr(module, "bias", None) is not None, device="meta")

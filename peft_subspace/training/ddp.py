@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_subspace.core.delta import Delta
-from peft_subspace.runtime.distributed import count
+from peft_subspace.runtime.distributed import world_size
 
 
 def prepare_for_ddp(model: nn.Module) -> None:
@@ -22,7 +22,7 @@ def prepare_for_ddp(model: nn.Module) -> None:
     Args:
         model: Model with adapters, wrapped by PEFT or injected; buffers of the base model stay as they are.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     frozen = {
         f"{name}.{key}": buffer

@@ -123,13 +123,19 @@ def version_of(delta: Update) -> int:
 
 
 def _regularize(tuner: SubspaceModel, model: nn.Module, adapter_name: str) -> None:
-    """Let a model add the loss terms of a new adapter to its loss, and have a layer watch that they arrive."""
+    """Let a model add the loss terms of a new adapter to its loss; a layer watches that they arrive."""
     if not any(tuner.peft_config[adapter_name].penalty_weights.values()):
         return
     for layer in list(adapted_layers(model, adapter_name, SubspaceLayer).values())[:1]:
         layer.watch(adapter_name, _Watch())
     if add_to_loss not in model._forward_hooks.values():
         tuner.handles.append(model.register_forward_hook(add_to_loss, with_kwargs=True))
+
+
+def register() -> None:
+    """Have every adapter that is added looked at for loss terms; doing it again is harmless."""
+    if _regularize not in SubspaceModel.after_injection:
+        SubspaceModel.after_injection.append(_regularize)
 
 
 class _Watch:
@@ -162,6 +168,3 @@ def _layers_of(model: nn.Module, adapter_name: str) -> list[SubspaceLayer]:
     if not any(layer.deltas[adapter_name].penalty_weights for layer in layers):
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of this model that has loss terms")
     return layers
-
-
-SubspaceModel.after_injection.append(_regularize)

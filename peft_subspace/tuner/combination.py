@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.patterns import patterns_of
@@ -32,7 +32,7 @@ def add_weighted_adapter(
     for name, layer in progress(layers.items(), len(layers), "combining adapters"):
         present = [adapter for adapter in adapters if adapter in layer.deltas]
         deltas = [layer.deltas[adapter] for adapter in present]
-        with torch.no_grad(), naming(f"{name}: adapters {present}"):
+        with torch.no_grad(), error_context(f"{name}: adapters {present}"):
             factors = [scale[adapter] * layer.initial_scaling[adapter] for adapter in present]
             entries[weight_name(name, layer)], state = combine(deltas, factors)
         noted = {"fingerprint": deltas[0].fingerprint} if deltas[0].needs_weight else {}
@@ -99,6 +99,6 @@ def _check(
             )
     if not possible:
         raise ValueError(
-            f"adapters={list(adapters)} of {method} cannot be concatenated: no adapter of this method is their "
-            f"sum; {export}"
+            f"adapters={list(adapters)} of {method} cannot be concatenated: no adapter of this method is "
+            f"their sum; {export}"
         )

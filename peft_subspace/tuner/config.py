@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_number, invalid
-from peft_subspace.runtime.files import replacing
+from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
 from peft_subspace.tuner.patterns import look_up
 from peft_subspace.tuner.registry import peft_type
@@ -125,7 +125,7 @@ class SubspaceConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, marked as that of an adapter whose tensors are there."""
         folder = Path(save_directory)
-        with replacing(folder / CONFIG_NAME) as partial:
+        with atomic_write(folder / CONFIG_NAME) as partial:
             super().save_pretrained(str(partial.parent), **kwargs)
             saved = json.loads(partial.read_text()) | {"initialized": True}
             partial.write_text(json.dumps(saved, indent=2, sort_keys=True))
@@ -166,7 +166,7 @@ class SubspaceConfig(PeftConfig):
         """
         specs = {}
         for name, shape in shapes.items():
-            with naming(name):
+            with error_context(name):
                 specs[name] = self.spec_for(name, shape)
         return specs
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_subspace.core.delta import Update
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.tuner.config import SubspaceConfig
@@ -82,7 +82,7 @@ def _initialize(
     if copied is not None:
         delta.copy_frozen(copied)
     elif delta.reads_weight and not config.initialized:
-        with naming(name):
+        with error_context(name):
             there = (starts or WeightStarts()).start(delta, layer, config)
     if there and delta.needs_weight and not config.initialized:
         found = layer.base_weight.fingerprint(layer.kind.from_layout)

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_subspace.base_weights.quantization import is_readable, unreadable
 from peft_subspace.base_weights.weight import BaseWeight, tied_parameters
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -44,7 +44,7 @@ class Injection:
             n for n, item in plan.modules.items() if item.update.reads_weight and not config.initialized
         ]
         for name in reading:
-            with naming(name):
+            with error_context(name):
                 _check_start(plan.modules[name], config)
         self.starts = WeightStarts(len(reading))
         self.tied = tied_parameters(tuner.model)

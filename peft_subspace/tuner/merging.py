@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from peft_subspace.runtime.progress import count
+from peft_subspace.runtime.progress import count_step
 
 
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         unmerge(layer)
         raise
     layer.merged_adapters.extend(names)
-    count()
+    count_step()
 
 
 def unmerge(layer: Any) -> None:

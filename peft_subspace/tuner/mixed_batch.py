@@ -39,7 +39,8 @@ def forward_mixed_batch(
         )
     if len(adapter_names) != len(x):
         raise ValueError(
-            f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per sample"
+            f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per "
+            "sample"
         )
     result = layer.base_layer(x, *args, **kwargs)
     for name in dict.fromkeys(adapter_names):

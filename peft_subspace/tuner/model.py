@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_subspace.base_weights.weight import keep_codes
 from peft_subspace.core.delta import Update
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import counting
 from peft_subspace.tuner import combination
 from peft_subspace.tuner.classes import layer_classes
@@ -91,7 +91,7 @@ class SubspaceModel(StateHooks):
         """
         return make_plan(model, config, cls.tuner_layer_cls.delta_cls, cls.prefix, cls.__name__)
 
-    # To add an adapter, PEFT calls inject_adapter, that _prepare_model, and then _create_and_replace per target.
+    # PEFT adds an adapter by inject_adapter, which calls _prepare_model, then _create_and_replace per target.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if that fails, forget its config and what its layers would share.
@@ -189,7 +189,7 @@ class SubspaceModel(StateHooks):
         super()._check_merge_allowed()
         for name, layer in self.model.named_modules():
             if isinstance(layer, self.tuner_layer_cls) and layer.active_here():
-                with naming(name):
+                with error_context(name):
                     layer.check_merge()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:

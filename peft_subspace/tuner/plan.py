@@ -12,8 +12,8 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
-from peft_subspace.core.errors import naming
-from peft_subspace.core.names import IN_BASE
+from peft_subspace.core.errors import error_context
+from peft_subspace.core.names import BASE
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.target import Target, analyze_module, analyze_parameter
@@ -62,7 +62,7 @@ class Plan:
     def by_key(self, model: nn.Module) -> dict[str, Planned]:
         """What is planned for `model` by the start of its keys in a saved adapter."""
         places = wrapper_places(model, self.modules)
-        return {f"{IN_BASE}{places[name]}.{self.prefix}delta": item for name, item in self.modules.items()}
+        return {f"{BASE}{places[name]}.{self.prefix}delta": item for name, item in self.modules.items()}
 
     def expected_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Tensors, on the meta device, that a saved adapter holds."""
@@ -72,7 +72,7 @@ class Plan:
             for name, tensor in item.update.state_dict().items()
         }
         if self.shared is not None:
-            start = f"{IN_BASE}{self.shared_attribute}"
+            start = f"{BASE}{self.shared_attribute}"
             state |= {f"{start}.{name}": tensor for name, tensor in self.shared.state_dict().items()}
         return state
 
@@ -123,11 +123,11 @@ def _analyze(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, Ta
     """Targets by name, in PEFT's order."""
     backend_kwargs = get_quantization_kwargs(model)
     for name, module in targets(model, config):
-        with naming(name):
+        with error_context(name):
             refuse_unreachable(model, name)
             yield name, analyze_module(module, **backend_kwargs)
     for name, owner, parameter_name in targeted_parameters(model, config):
-        with naming(name):
+        with error_context(name):
             yield name, analyze_parameter(owner, parameter_name)
 
 
@@ -146,7 +146,7 @@ def _on_meta(
     """Update on the meta device; specs that differ by name alone have one."""
     key = spec.unnamed()
     if key not in known:
-        with naming(spec.name), torch.device("meta"):
+        with error_context(spec.name), torch.device("meta"):
             known[key] = update_cls(config, spec)
     return known[key]
 

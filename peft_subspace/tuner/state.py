@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peft_subspace.base_weights.fingerprint import is_same
 from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.delta import Update
-from peft_subspace.core.errors import naming
-from peft_subspace.core.names import IN_BASE, in_base
+from peft_subspace.core.errors import error_context
+from peft_subspace.core.names import BASE, in_base
 from peft_subspace.core.state import check_state
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.runtime.progress import progress
@@ -89,7 +89,7 @@ def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> 
     """
     for key, update in updates.items():
         tensors = {name: state[f"{key}.{name}"] for name in update.state_dict() if f"{key}.{name}" in state}
-        with naming(key):
+        with error_context(key):
             update.check_values(tensors)
 
 
@@ -111,7 +111,7 @@ def check_base(
         weight, kind = weights[key]
         found = weight.fingerprint(kind.from_layout) if expected.any() else None
         if found is not None and not is_same(found, expected):
-            with naming(in_base(key.partition(f".{prefix}")[0])):
+            with error_context(in_base(key.partition(f".{prefix}")[0])):
                 raise ValueError(
                     "the base weight is not the one whose directions the adapter was made from; load it on "
                     "the model that it was trained on, with the tasks that were merged before it "
@@ -128,16 +128,16 @@ def shared_state(
 
 
 def shared_keys(model: nn.Module, attribute: str, adapter_name: str) -> dict[str, str]:
-    """Keys of an adapter's shared tensors in the model by their keys in a file, with and without `IN_BASE`."""
+    """Keys of an adapter's shared tensors in the model by their keys in a file, with and without `BASE`."""
     keys = {}
     for name, container in shared_containers(model, attribute):
         for tensor in container[adapter_name].state_dict() if adapter_name in container else ():
             key = f"{name}.{adapter_name}.{tensor}"
-            keys[f"{attribute}.{tensor}"] = keys[f"{IN_BASE}{attribute}.{tensor}"] = key
+            keys[f"{attribute}.{tensor}"] = keys[f"{BASE}{attribute}.{tensor}"] = key
     return keys
 
 
 def saved_key(key: str, attribute: str) -> str:
     """Key in a file, given that in the model without the adapter's name."""
     held_by_tuner = key.startswith(f"base_model.{attribute}.")
-    return f"{IN_BASE}{key.removeprefix('base_model.')}" if held_by_tuner else key
+    return f"{BASE}{key.removeprefix('base_model.')}" if held_by_tuner else key

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from peft_subspace.base_weights.quantization import quantization_of
-from peft_subspace.core.errors import naming
+from peft_subspace.core.errors import error_context
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
@@ -31,7 +31,7 @@ def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tu
         for name, _ in base.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             if full_name in targets or full_name.endswith(endings):
-                with naming(full_name):
+                with error_context(full_name):
                     _check_owner(config, module_name, module)
                 yield full_name, base, name
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import evaluate
+
 from peft_subspace.continual.metrics import continual_metrics
 
 _DESCRIPTION = "Average accuracy, backward and forward transfer, and forgetting of a sequence of tasks."

@@ -148,7 +148,8 @@ class ContinualSVDDelta(Delta):
             if not (same and all(torch.equal(getattr(other, name), frozen[name]) for name in frozen)):
                 raise ValueError(
                     "the adapters protect different directions, so no adapter of this method is their sum; "
-                    "merge them one by one, or export each with peft_subspace.lora_state_dict and combine those"
+                    "merge them one by one, or export each with peft_subspace.lora_state_dict and combine "
+                    "those"
                 )
         state = {}
         for name in trained[0]:

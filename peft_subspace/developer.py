@@ -1,0 +1,19 @@
+"""Names for authors of methods: what a method derives from."""
+
+from .core.delta import Delta, Update
+from .core.shapes import ModuleSpec, WeightShape
+from .tuner.config import DropoutConfig, ScaledConfig, SubspaceConfig
+from .tuner.layer import SubspaceLayer
+from .tuner.model import SubspaceModel
+
+__all__ = [
+    "Delta",
+    "DropoutConfig",
+    "ModuleSpec",
+    "ScaledConfig",
+    "SubspaceConfig",
+    "SubspaceLayer",
+    "SubspaceModel",
+    "Update",
+    "WeightShape",
+]

@@ -1,0 +1,75 @@
+"""The names of the package, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import peft
+import pytest
+
+import peft_subspace
+from peft_subspace import continual, developer
+
+CONFIGS = ["ContinualSVDConfig", "EffortConfig", "FLoRAConfig", "LoRASBConfig", "MoSConfig"]
+FUNCTIONS = [
+    "Estimate",
+    "GradientInitCallback",
+    "NextTaskCallback",
+    "RegularizationCallback",
+    "estimate",
+    "export_lora",
+    "initialize_from_gradient",
+    "load",
+    "lora_state_dict",
+    "prepare_for_ddp",
+    "push_to_hub",
+    "regularization_loss",
+]
+
+
+def test_flat_names_are_those_of_every_method():
+    models = [name.replace("Config", "Model") for name in CONFIGS]
+    assert sorted(peft_subspace.__all__) == sorted([*CONFIGS, *models, *FUNCTIONS, "continual"])
+    assert set(peft_subspace.__all__) <= set(dir(peft_subspace))
+    for name in peft_subspace.__all__:
+        assert getattr(peft_subspace, name) is getattr(peft_subspace, name)
+
+
+def test_sequences_of_tasks_have_a_package_of_their_own():
+    assert peft_subspace.continual is continual
+    assert peft_subspace.NextTaskCallback is continual.NextTaskCallback
+    for name in {*continual.__all__} - {"NextTaskCallback"}:
+        assert not hasattr(peft_subspace, name)
+        assert getattr(continual, name) is not None
+
+
+def test_unknown_name_is_an_error():
+    with pytest.raises(AttributeError, match="module 'peft_subspace' has no attribute 'absent'"):
+        peft_subspace.absent  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'absent'"):
+        from peft_subspace import absent  # noqa: F401
+
+
+def test_no_name_is_that_of_another_function_of_peft():
+    assert set(peft_subspace.__all__) & set(peft.__all__) == set()
+
+
+def test_names_for_authors_of_methods_can_be_imported():
+    assert {"Delta", "ScaledConfig", "SubspaceConfig", "SubspaceLayer", "SubspaceModel", "register"} <= set(
+        developer.__all__
+    )
+    assert all(hasattr(developer, name) for name in developer.__all__)
+
+
+def test_importing_the_package_adds_little_to_the_import_of_peft():
+    code = (
+        "import sys, peft; old = {*sys.modules}; import peft_subspace; print('added', *{*sys.modules} - old)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = run.stdout.rpartition("added ")[2].split()
+    own = {name for name in added if name.partition(".")[0] == "peft_subspace"}
+    late = ("continual", "initialization", "tools", "persistence.loading", "persistence.hub")
+    assert not [name for name in own if name.startswith(tuple(f"peft_subspace.{part}" for part in late))]
+    others = {name.partition(".")[0] for name in added} - sys.stdlib_module_names
+    assert others <= {"peft_subspace", "aenum", "transformers"}
