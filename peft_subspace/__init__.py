@@ -12,7 +12,7 @@ from .methods.effort import EffortConfig, EffortModel
 from .methods.flora import FLoRAConfig, FLoRAModel
 from .methods.lora_sb import LoRASBConfig, LoRASBModel
 from .methods.mos import MoSConfig, MoSModel
-from .persistence import card as _card
+from .persistence import card as _card  # noqa: F401 - completes the card of every config that is saved
 from .tuner import config as _config
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .tools.estimate import Estimate, estimate
     from .training.ddp import prepare_for_ddp
     from .training.penalties import RegularizationCallback, regularization_loss
-
-_card.register()
 
 __version__ = _config.VERSION
 

@@ -1,12 +1,12 @@
 """Average accuracy, transfer and forgetting of a sequence of tasks, as a metric for `evaluate`, offline.
 
     import evaluate
-    from peft_subspace.continual_svd import METRIC
+    from peft_subspace.continual import METRIC
 
     metric = evaluate.load(METRIC)
     metric.compute(accuracies=[[0.9, 0.2], [0.8, 0.7]], baseline=[0.5, 0.1])
 
-The formulas stand in `peft_subspace.continual_svd.metrics.continual_metrics`.
+The formulas stand in `peft_subspace.continual.metrics.continual_metrics`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import datasets
 import evaluate
-from peft_subspace.continual_svd.metrics import continual_metrics
+
+from peft_subspace.continual.metrics import continual_metrics
 
 _DESCRIPTION = "Average accuracy, backward and forward transfer, and forgetting of a sequence of tasks."
 
