@@ -9,9 +9,12 @@ import torch
 from huggingface_hub import ModelCard
 from models import llama
 from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import Trainer, TrainingArguments
 
 import peft_subspace
+from peft_subspace.persistence.card import equation_of
+from peft_subspace.tuner.config import SubspaceConfig
 
 pytestmark = pytest.mark.feature("model card")
 
@@ -140,6 +143,27 @@ def test_model_of_transformers_with_an_added_adapter_gets_a_card(method, tmp_pat
     card = card_of(tmp_path)
     assert_complete(card, method)
     assert trainable_parameters(model) in card.text
+
+
+def test_card_is_written_by_a_function_that_the_config_calls(method, tmp_path, monkeypatch):
+    """Others can be added; all files of the adapter are there when they run."""
+    seen = []
+
+    def note(folder, config):
+        seen.append((folder, config, sorted(path.name for path in folder.iterdir())))
+
+    monkeypatch.setattr(SubspaceConfig, "on_save", [*SubspaceConfig.on_save, note])
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert seen == [(tmp_path, model.peft_config["default"], written)]
+
+
+def test_equation_is_the_first_paragraph_of_the_updates_module(method):
+    delta_cls = PEFT_TYPE_TO_TUNER_MAPPING[method.config().peft_type].tuner_layer_cls.delta_cls
+    assert re.match(r"[\w -]+: `ΔW", equation_of(delta_cls))
+    assert "\n\n" not in equation_of(delta_cls)
+    assert equation_of(type("Update", (), {"__module__": "absent"})) == ""
 
 
 def test_lora_export_beside_the_adapter_is_mentioned(method, tmp_path):

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_subspace
-from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair, is_slow_depthwise
+from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair
 
 PAIRED = {
     "strided": (nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 8)),
@@ -48,7 +48,7 @@ def test_pair_of_factors_convolves_and_differentiates_like_the_summed_weight(cas
 def test_depthwise_convolution_differentiates_like_the_usual_one(case):
     layer = DEPTHWISE[case].double()
     x = torch.randn(2, 6, 13, 15, dtype=torch.double, requires_grad=True)
-    assert is_slow_depthwise(layer, x)
+    assert slow_gradient(layer, x)
 
     expected, found = layer(x), convolve_depthwise(layer, x, layer.weight)
 
@@ -61,7 +61,7 @@ def test_depthwise_convolution_differentiates_like_the_usual_one(case):
     "layer", [nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 12, 7, groups=6), nn.Conv2d(6, 6, 7, groups=2)]
 )
 def test_other_grouped_convolutions_take_the_usual_gradient(layer):
-    assert not is_slow_depthwise(layer, torch.randn(1, 6, 9, 9))
+    assert not slow_gradient(layer, torch.randn(1, 6, 9, 9))
 
 
 @pytest.mark.parametrize(("size", "rank"), [(4, 2), (16, 2), (16, 24)])

@@ -60,10 +60,7 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
         card.save(partial)
 
 
-def register() -> None:
-    """Have every config that is saved complete the card in its folder; doing it again is harmless."""
-    if write_card not in SubspaceConfig.on_save:
-        SubspaceConfig.on_save.append(write_card)
+SubspaceConfig.on_save.append(write_card)
 
 
 def equation_of(update_cls: type) -> str:

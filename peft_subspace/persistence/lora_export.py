@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
 from peft_subspace.core.names import in_base, saved_key
-from peft_subspace.layers.embedding import EmbeddingOps
-from peft_subspace.layers.linear import Conv1DOps
+from peft_subspace.layers.embedding import EmbeddingKind
+from peft_subspace.layers.linear import Conv1DKind
 from peft_subspace.persistence.card import LORA_FOLDER, write_card
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.runtime.progress import progress
@@ -110,7 +110,7 @@ def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]
 def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     """The two factors under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
     key = saved_key(name)
-    if isinstance(layer.kind, EmbeddingOps):
+    if isinstance(layer.kind, EmbeddingKind):
         return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
     if isinstance(layer, ParameterLayer) and layer.kind.shape.kernel_size:
         # PEFT keeps rank and experts in one axis: in A expert by expert, in B rank by rank.
@@ -149,7 +149,7 @@ def _lora_config(
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
-        fan_in_fan_out=any(isinstance(layer.kind, Conv1DOps) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer.kind, Conv1DKind) for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
