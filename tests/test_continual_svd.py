@@ -252,18 +252,18 @@ def test_leak_of_no_update_is_zero_and_of_no_adapter_an_error():
     ids=["few tokens", "many tokens", "small head", "core", "input"],
 )
 def test_gradients_do_not_depend_on_how_the_product_is_taken(tokens, options, monkeypatch):
-    from peft_subspace.layers import base as ops
+    from peft_subspace.layers import costs
 
     torch.manual_seed(0)
     model = adapted(Net(nn.Linear(48, 40)), **{"preserve": 0.5, "init_weights": False, **options})
     x = torch.randn(tokens, 48, requires_grad=True)
     chosen = []
-    pays = ops.update_pays
-    monkeypatch.setattr(ops, "update_pays", lambda *args: chosen.append(pays(*args)) or chosen[-1])
+    pays = costs._update_pays
+    monkeypatch.setattr(costs, "_update_pays", lambda *args: chosen.append(pays(*args)) or chosen[-1])
     results = []
     for force in (None, True, False):
         if force is not None:
-            monkeypatch.setattr(ops, "update_pays", lambda *args, force=force: force)
+            monkeypatch.setattr(costs, "_update_pays", lambda *args, force=force: force)
         y = model(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trainables(model)])])
     assert chosen == [tokens == 400]

@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_subspace
+from peft_subspace.layers.choose import kind_of
 from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair
 
 PAIRED = {
@@ -21,6 +22,10 @@ DEPTHWISE = {
     "oblong": nn.Conv2d(6, 6, (5, 7), stride=3, padding=1, groups=6, bias=False),
     "circular": nn.Conv2d(6, 6, 5, padding=2, padding_mode="circular", groups=6),
 }
+
+
+def slow_gradient(layer, x):
+    return kind_of(layer)._has_slow_gradient(layer, x)
 
 
 def gradients(output, *tensors):

@@ -464,7 +464,7 @@ def test_what_cannot_be_adapted_is_named_before_the_model_is_touched():
         block.mlp.experts.down_proj = torch.nn.Parameter(
             torch.zeros_like(block.mlp.experts.down_proj, dtype=torch.int8), requires_grad=False
         )
-    refused(base, r"down_proj: it is quantised \(torch\.int8\)", TypeError)
+    refused(base, r"down_proj: it is quantized \(torch\.int8\)", TypeError)
 
 
 def test_parameter_of_the_model_itself_is_refused():

@@ -25,28 +25,11 @@ def split(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     In a convolution's chain the kernel stays on the right, so that the left factor is a matrix.
     """
-    joint = _narrowest(factors)
+    joint = narrowest(factors)
     if joint == 0:  # nothing stands left of the kernel, or the chain is one matrix
         eye = torch.eye(factors[0].shape[0], dtype=factors[0].dtype, device=factors[0].device)
         return eye, multiply(factors)
     return multiply(factors[:joint]), multiply(factors[joint:])
-
-
-def shorten(factors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
-    """Multiply up as much of a chain of matrices as makes it cheapest to apply to `tokens` rows."""
-    trained = [factor.requires_grad for factor in factors]
-    if len(factors) < 2 or (torch.is_grad_enabled() and any(trained) and not all(trained)):
-        return factors  # a product of frozen and trained factors takes a gradient as large as itself
-    dense = (factors[0].shape[0], factors[-1].shape[1])
-    joint = _narrowest(factors)
-    rank = factors[joint].shape[0]
-    halves = product_cost(factors)
-    as_chain = tokens * chain_cost(factors)
-    as_pair = halves + tokens * rank * sum(dense)
-    as_matrix = halves + (tokens + rank) * dense[0] * dense[1]
-    if as_matrix < min(as_chain, as_pair):
-        return (multiply(split(factors)),)
-    return factors if as_chain <= as_pair or len(factors) == 2 else split(factors)
 
 
 def chain_cost(factors: Sequence[Tensor]) -> int:
@@ -56,18 +39,23 @@ def chain_cost(factors: Sequence[Tensor]) -> int:
 
 def product_cost(factors: Sequence[Tensor]) -> int:
     """Multiplications to `split` a chain of matrices."""
-    joint = _narrowest(factors)
+    joint = narrowest(factors)
     halves = factors[:joint], factors[joint:]
     return sum(half[0].shape[0] * factor.numel() for half in halves for factor in half[1:])
 
 
 def narrowest_rank(factors: Sequence[Tensor]) -> int:
     """Rank of the pair that `split` makes of a chain."""
-    return factors[_narrowest(factors)].shape[0]
+    return factors[narrowest(factors)].shape[0]
 
 
-def _narrowest(factors: Sequence[Tensor]) -> int:
+def narrowest(factors: Sequence[Tensor]) -> int:
     """Number of factors left of the narrowest joint; 0 if no joint leaves the kernel on its right."""
     last = next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)
     ranks = [factor.shape[0] for factor in factors[1 : last + 1]]
     return 1 + ranks.index(min(ranks)) if ranks else 0
+
+
+def kernel_at(factors: Sequence[Tensor]) -> int:
+    """Position of the factor that carries the kernel axes."""
+    return next(i for i, factor in enumerate(factors) if factor.ndim > 2)

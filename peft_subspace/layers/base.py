@@ -1,8 +1,8 @@
-"""What stands in place of a layer: a chain of factors, or the layer itself with an updated weight."""
+"""What stands in place of a layer: the layer itself, with branches beside it or with an updated weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch.func import functional_call
 
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.shapes import WeightShape
+from peft_subspace.layers.costs import Route
 
 
 @dataclass
 class Branch:
-    """One active adapter at work: its chain, scaled, and the dropout on its input (or None)."""
+    """One active adapter in a forward pass: its chain, scaled, and the dropout on its input (or None)."""
 
     factors: tuple[Tensor, ...]
     dropout: nn.Module | None = None
@@ -30,25 +31,29 @@ class Branch:
             factors = (*factors[:small], factors[small] * scaling, *factors[small + 1 :])
         return cls(factors, dropout)
 
-    def drop(self, x: Tensor) -> Tensor:
+    def apply_dropout(self, x: Tensor) -> Tensor:
         """Input of the branch."""
         return x if self.dropout is None else self.dropout(x)
 
     @property
-    def drops(self) -> bool:
-        """Whether dropout is at work now."""
+    def dropout_active(self) -> bool:
+        """Whether dropout changes the input now."""
         return self.dropout is not None and self.dropout.training
 
 
 class LayerKind:
-    """A chain in place of one kind of layer.
+    """A kind of layer, and what a chain does in its place. An instance holds plain data only.
+
+    A kind decides for its branches by which route they go (`costs.py`, asked once per forward pass), and
+    follows it: either the layer is called and each branch is added to its result (`add_branch`), or the layer
+    is run once with `W + ΔW` (`run_updated`).
 
     Attributes:
         shape: Shape of the weight as the methods see it.
         linear: Whether `ΔW` is a matrix that acts on the last axis of the input.
         dropout_cls: Dropout that suits the branch's input, None where nothing can be dropped.
-        has_custom_forward: Whether the layer has a forward of its own. Only the layer itself then knows what an
-            updated weight does (it pads by the size of its input, standardises the weight, …), so it is
+        has_custom_forward: Whether the layer has a forward of its own. Only the layer itself then knows what
+            an updated weight does (it pads by the size of its input, standardizes the weight, …), so it is
             called with one.
     """
 
@@ -60,44 +65,76 @@ class LayerKind:
         self.has_custom_forward = has_custom_forward
 
     def to_layout(self, delta: Tensor) -> Tensor:
-        """Rearrange `ΔW`, `(out, in, *kernel)`, as the layer stores its weight (or back)."""
+        """Rearrange `ΔW`, `(out, in, *kernel)`, as the layer stores its weight."""
         return delta
 
-    def from_layout(self, weight):
-        return self.to_layout(weight)
+    def from_layout(self, weight: Tensor) -> Tensor:
+        """Rearrange a weight as the layer stores it to `(out, in, *kernel)`."""
+        return weight
 
-    def forward(self, base, branches, x, args, kwargs, *, whole, cast):
-        if whole:
-            result = self.merged_forward(base, branches, x, *args, **kwargs)
-            if result is not None:
-                return result
-        result = base(x, *args, **kwargs)
-        inner = base
-        while hasattr(inner, "base_layer"):
-            inner = inner.base_layer
-        for branch in branches:
-            result = self.add(result, inner, branch, cast(x, branch.factors[-1].dtype))
+    def forward(
+        self,
+        layer: nn.Module,
+        branches: Sequence[Branch],
+        x: Tensor,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        whole: bool,
+        cast: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> Tensor:
+        """Run a layer with some branches.
+
+        Args:
+            layer: The layer, or another adapter's wrapper around it.
+            branches: The branches, at least one.
+            x: Input of the layer.
+            args: Further arguments of its forward.
+            kwargs: The same, by name.
+            whole: Whether `layer` is the layer itself, with a weight that can be added to.
+            cast: Function of a branch's input and the dtype of its factors.
+        """
+        free = whole and not any(branch.dropout_active for branch in branches)
+        if self.has_custom_forward:
+            if free:
+                return call_updated(layer, self, branches, x, *args, **kwargs)
+            routes: Sequence[Route | None] = [None] * len(branches)
+        else:
+            base = innermost(layer)
+            routes = self.routes(base, branches, x, free and not has_hooks(base))
+            if routes[0] is not None and routes[0].startswith("updated"):
+                return self.run_updated(base, branches, x, routes[0])
+        result = layer(x, *args, **kwargs)
+        base = innermost(layer)
+        for branch, route in zip(branches, routes, strict=True):
+            result = self.add_branch(result, base, branch, cast(x, branch.factors[-1].dtype), route)
         return result
 
-    def add_branch(self, result, base, branch, x):
-        return self.add(result, base, branch, x)
+    def add_branch(
+        self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor, route: Route | None = None
+    ) -> Tensor:
+        """Return the layer's `result` plus what one branch makes of its input `x`.
 
-    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-        """Return the layer's `result` plus what the branch makes of its input `x`."""
+        Without a `route` the cheapest one is taken.
+        """
+        if self.has_custom_forward:
+            x = branch.apply_dropout(x)
+            x = x.to(base.weight.dtype) if x.is_floating_point() else x
+            return (result + (call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
+        route = route or self.routes(base, [branch], x, free=False)[0]
+        return self.add(result, base, branch, branch.apply_dropout(x), route)
+
+    def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
+        """Route of each branch; if one is of an updated layer, all are. `free`: whether that is possible."""
         raise NotImplementedError
 
-    def merged_forward(
-        self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
-        """Run the layer once with `W + ΔW`, or return None to ask for separate branches."""
-        if self.has_custom_forward and not any(branch.drops for branch in branches):
-            return _call_updated(base, self, branches, x, *args, **kwargs)
-        return None
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor, route: Route) -> Tensor:
+        """`add_branch` by a given route, for an input after dropout."""
+        raise NotImplementedError
 
-    def _add_by_calling(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-        x = branch.drop(x)
-        x = x.to(base.weight.dtype) if x.is_floating_point() else x
-        return (result + (_call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
+    def run_updated(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, route: Route) -> Tensor:
+        """Run the layer once with `W + ΔW`."""
+        raise NotImplementedError
 
     def add_weight_gradient(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add the gradient of the layer's weight to `total`, `(out, in, *kernel)` in fp32.
@@ -106,31 +143,39 @@ class LayerKind:
         only layers that do more than their kind are called once more, and differentiated.
         """
         if not self.has_custom_forward:
-            return self._add_outer_products(total, base, x, grad_output)
+            self.add_outer_products(total, base, x, grad_output)
+            return
         weight = base.weight.detach().requires_grad_()
         with torch.enable_grad():
             x = x.to(weight.dtype) if x.is_floating_point() else x
             y = functional_call(base, {"weight": weight}, (x,))
         (gradient,) = torch.autograd.grad(y, weight, grad_output.to(y.dtype))
-        total.add_(self.to_layout(gradient))
-        return None
+        total.add_(self.from_layout(gradient))
 
-    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        """`add_weight_gradient` for layers that do what their kind does."""
         raise NotImplementedError
 
 
-def _has_hooks(base: nn.Module) -> bool:
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer inside the wrappers of adapters."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
+def has_hooks(base: nn.Module) -> bool:
     """Whether calling the layer does more than its forward: hooks, or a forward replaced by accelerate."""
     return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
-def _sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:
+def sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:
     """Whether `W + ΔW` loses nothing: in less than fp32 the sum would round `ΔW` to the steps of `W`."""
     dtypes = {x.dtype, base.weight.dtype, *(factor.dtype for branch in branches for factor in branch.factors)}
     return dtypes <= {torch.float32} or dtypes <= {torch.float64}
 
 
-def updated_weight(weight: Tensor, ops: LayerKind, branches: Sequence[Branch]) -> Tensor:
+def updated_weight(weight: Tensor, kind: LayerKind, branches: Sequence[Branch]) -> Tensor:
     """`W + ΔW` of some branches, laid out as the layer stores `W`, in its dtype."""
     dtype = weight.dtype
     if weight.is_meta and not branches[0].factors[0].is_meta:
@@ -140,13 +185,14 @@ def updated_weight(weight: Tensor, ops: LayerKind, branches: Sequence[Branch]) -
         )
     for branch in branches:
         # Flat, for an axis of size one can have strides that convolutions take for another memory format.
-        delta = ops.to_layout(multiply(branch.factors)).reshape(-1)
+        delta = kind.to_layout(multiply(branch.factors)).reshape(-1)
         weight = weight + delta.view(weight.shape)
     return weight.to(dtype)
 
 
-def _call_updated(
-    base: nn.Module, ops: LayerKind, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
+def call_updated(
+    base: nn.Module, kind: LayerKind, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    weight = updated_weight(base.weight, ops, branches)
+    """Call a layer with `W + ΔW` in the place of its weight."""
+    weight = updated_weight(base.weight, kind, branches)
     return functional_call(base, {"weight": weight}, (x, *args), kwargs)

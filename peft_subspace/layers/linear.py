@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_subspace.core.chain import shorten, split
-from peft_subspace.layers.base import Branch, LayerKind, _has_hooks, _sums_exactly
-from peft_subspace.layers.kernels.linear import update_linear, update_pays
+from peft_subspace.core.chain import multiply, split
+from peft_subspace.layers.base import Branch, LayerKind, sums_exactly
+from peft_subspace.layers.costs import Route, branch_route, linear_routes
+from peft_subspace.layers.kernels.linear import update_linear
 
 
-class LinearOps(LayerKind):
-    """`nn.Linear`, and quantised layers that stand for one."""
+class LinearKind(LayerKind):
+    """`nn.Linear`, and quantized layers that stand for one."""
 
     linear = True
 
-    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-        """Apply the factors from right to left."""
-        if self.has_custom_forward:
-            return self._add_by_calling(result, base, branch, x)
-        return _add_chain(result, branch.factors, branch.drop(x))
+    def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
+        """Beside the layer, or in a product with `W + ΔW` where that is exact and cheaper to train."""
+        exact = free and not torch.is_autocast_enabled(x.device.type) and sums_exactly(base, branches, x)
+        return linear_routes([branch.factors for branch in branches], count_rows(x), exact=exact)
 
-    def merged_forward(
-        self, base: nn.Module, branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
-        """Multiply once by `W + ΔW`, where that is exact and cheaper to train than the factors."""
-        if self.has_custom_forward or not self.linear or any(branch.drops for branch in branches):
-            return super().merged_forward(base, branches, x, *args, **kwargs)
-        tokens = x.numel() // x.shape[-1]
-        if not all(update_pays(branch.factors, tokens) for branch in branches):
-            return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or _has_hooks(base) or not _sums_exactly(base, branches, x):
-            return None
-        weight = self.to_layout(base.weight)
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor, route: Route) -> Tensor:
+        """Apply the factors from right to left."""
+        return add_chain(result, branch.factors, x, route)
+
+    def run_updated(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, route: Route) -> Tensor:
+        """Multiply once by `W + ΔW`."""
+        weight = self.from_layout(base.weight)
         dense = [branch.factors[0] for branch in branches if len(branch.factors) == 1]
         pairs = [split(branch.factors) for branch in branches if len(branch.factors) > 1]
         weight = sum(dense, start=weight)
@@ -46,25 +39,37 @@ class LinearOps(LayerKind):
         lefts, rights = zip(*pairs, strict=True)
         return update_linear(x, weight, base.bias, torch.cat(lefts, dim=1), torch.cat(rights))
 
-    def _add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        """Add `gᵀ x`."""
         total.addmm_(grad_output.flatten(0, -2).T.float(), x.flatten(0, -2).float())
 
 
-class _TransposedOps(LinearOps):
+class TransposedKind(LinearKind):
     """A layer that stores its weight as `(in, out)`."""
 
     def to_layout(self, delta: Tensor) -> Tensor:
         """Transpose."""
         return delta.transpose(0, 1)
 
+    def from_layout(self, weight: Tensor) -> Tensor:
+        """Transpose."""
+        return weight.transpose(0, 1)
 
-class Conv1DOps(_TransposedOps):
+
+class Conv1DKind(TransposedKind):
     """The `Conv1D` of transformers, a linear layer."""
 
 
-def _add_chain(result: Tensor, factors: tuple[Tensor, ...], x: Tensor) -> Tensor:
+def count_rows(x: Tensor) -> int:
+    """Rows that a linear layer multiplies."""
+    return x.numel() // x.shape[-1]
+
+
+def add_chain(result: Tensor, factors: tuple[Tensor, ...], x: Tensor, route: Route | None = None) -> Tensor:
     """`result + x Fnᵀ … F1ᵀ`, the last product and the sum in one call where dtypes allow."""
-    factors = shorten(factors, x.numel() // x.shape[-1])
+    route = route or branch_route(factors, count_rows(x))
+    if route != "chain":
+        factors = split(factors) if route == "pair" else (multiply(split(factors)),)
     for factor in reversed(factors[1:]):
         x = F.linear(x, factor)
     first = factors[0]

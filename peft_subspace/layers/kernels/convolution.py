@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.grad import conv2d_input
-
-_SMALLEST_KERNEL = 5  # below, the usual weight gradient of a depthwise convolution is faster
 
 
 def convolve_pair(base: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -29,19 +27,6 @@ def convolve_depthwise(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve as `base`, depthwise, would with another weight."""
     x, padding = _padded(base, x)
     return _DepthwiseConvolution.apply(x, weight, base.bias, base.stride, padding)
-
-
-def is_slow_depthwise(base: Any, x: Tensor) -> bool:
-    """Whether `convolve_depthwise` is meant for this layer and input."""
-    return (
-        isinstance(base, nn.Conv2d)
-        and x.device.type == "cpu"
-        and x.ndim == 4
-        and base.groups == base.in_channels == base.out_channels
-        and min(base.kernel_size) >= _SMALLEST_KERNEL
-        and base.dilation == (1, 1)
-        and not torch.compiler.is_compiling()  # the strides of its products cannot be traced
-    )
 
 
 def _padded(base: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -9,34 +9,11 @@ size is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from peft_subspace.core.chain import chain_cost, narrowest_rank, product_cost
-
-# Reading and writing an entry of a weight takes the time of this many multiplications.
-_TOUCH = 64
-
-
-def update_pays(factors: Sequence[Tensor], tokens: int) -> bool:
-    """Whether a train step is cheaper with `W + ΔW` than with the chain beside `W`.
-
-    A chain of trained factors alone, or of frozen ones, is multiplied up where that pays (`shorten`).
-    """
-    trained = [factor.requires_grad for factor in factors]
-    if not torch.is_grad_enabled() or not any(trained):
-        return False
-    size, rank = factors[0].shape[0] * factors[-1].shape[1], narrowest_rank(factors)
-    beside = tokens * (2 * chain_cost(factors) + chain_cost([f for f in factors if f.requires_grad]))
-    if len(factors) == 1:
-        return tokens * size + 2 * _TOUCH * size < beside
-    gradients = tokens * rank * (factors[0].shape[0] + factors[-1].shape[1])
-    products = 3 * product_cost(factors) + 2 * size * (rank + _TOUCH)
-    return not all(trained) and gradients + products < beside
 
 
 def update_linear(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
