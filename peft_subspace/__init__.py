@@ -12,8 +12,8 @@ from .methods.effort import EffortConfig, EffortModel
 from .methods.flora import FLoRAConfig, FLoRAModel
 from .methods.lora_sb import LoRASBConfig, LoRASBModel
 from .methods.mos import MoSConfig, MoSModel
-from .persistence import card as _card
-from .training import penalties as _penalties
+from .persistence import card as _card  # noqa: F401 - completes the card of every config that is saved
+from .training import penalties as _penalties  # noqa: F401 - adds the loss terms of every adapter
 from .tuner import config as _config
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .training.callback import RegularizationCallback
     from .training.ddp import prepare_for_ddp
     from .training.penalties import regularization_loss
-
-_card.register()
-_penalties.register()
 
 __version__ = _config.VERSION
 

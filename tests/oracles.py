@@ -127,7 +127,7 @@ def _projector(kept: Tensor, k: int) -> Tensor:
 def effort(delta: nn.Module, config) -> Tensor:
     """Σ_i U[:, i] S[i] ⊗ Vh[i] − U0[:, i] S0[i] ⊗ Vh0[i], as `(out, in, *kernel)`."""
     tensors = {name: tensor.double() for name, tensor in delta.state_dict(keep_vars=True).items()}
-    U0, S0, Vh0 = (tensors.pop(name) for name in ("U0", "S0", "Vh0"))
+    U0, S0, Vh0, _ = (tensors.pop(name) for name in ("U0", "S0", "Vh0", "fingerprint"))
     U, S, Vh = U0 + tensors.pop("U_change"), S0 + tensors.pop("S_change"), Vh0 + tensors.pop("Vh_change")
     assert not tensors, f"tensors that are not in the equation: {sorted(tensors)}"
     total = U.new_zeros([len(U), *Vh.shape[1:]])

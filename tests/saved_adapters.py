@@ -34,8 +34,8 @@ from peft_subspace import (
     LoRASBConfig,
     MoSConfig,
     initialize_from_gradient,
-    next_task,
 )
+from peft_subspace.continual import next_task
 
 DATA = Path(__file__).parent / "data"
 EXPECTED, BASE = "expected.safetensors", "base.safetensors"

@@ -344,7 +344,7 @@ def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path, monkeypatch):
     expected = output(plain, inputs)
     options = placed(tmp_path)
     if method.pooled:
-        options["device_map"]["base_model.model.moshards_pools"] = "cpu"
+        options["device_map"]["base_model.moshards_pools"] = "cpu"
     for load in (PeftModel.from_pretrained, peft_subspace.load):
         model = load(on_disk(tmp_path), tmp_path / "adapter", **options).eval()
         assert model.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight.is_meta

@@ -353,7 +353,7 @@ def test_model_status_names_the_method_and_its_adapters(method):
     assert status.enabled is True
     assert status.merged_adapters == []
     # PEFT looks for parameters in the layers only.
-    assert status.requires_grad == ({} if method.pooled else {"default": True, "other": False})
+    assert status.requires_grad == {"default": True, "other": False}
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert status.num_adapter_layers == len(adapted(model)) == 6
     model.merge_adapter()

@@ -56,7 +56,7 @@ def test_no_name_is_that_of_another_function_of_peft():
 
 
 def test_names_for_authors_of_methods_can_be_imported():
-    assert {"Delta", "ScaledConfig", "SubspaceConfig", "SubspaceLayer", "SubspaceModel", "register"} <= set(
+    assert {"Delta", "ModuleSpec", "ScaledConfig", "SubspaceConfig", "SubspaceModel", "Update"} <= set(
         developer.__all__
     )
     assert all(hasattr(developer, name) for name in developer.__all__)

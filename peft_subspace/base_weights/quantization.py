@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend, TorchaoBackend
 from torch import Tensor, nn
@@ -71,6 +72,12 @@ def linear_sizes(base: nn.Module) -> tuple[int, int] | None:
         if isinstance(in_features, int) and isinstance(out_features, int):
             return in_features, out_features
     return None
+
+
+def quantized_sizes(base: nn.Module) -> tuple[int, int]:
+    """Sizes `(in, out)` of a quantized linear layer."""
+    in_features, out_features = linear_sizes(base) or _get_in_out_features(base)
+    return int(in_features or 0), int(out_features or 0)
 
 
 def stored_tensor(base: nn.Module) -> Tensor:

@@ -132,12 +132,6 @@ def _regularize(tuner: SubspaceModel, model: nn.Module, adapter_name: str) -> No
         tuner.handles.append(model.register_forward_hook(add_to_loss, with_kwargs=True))
 
 
-def register() -> None:
-    """Have every adapter that is added looked at for loss terms; doing it again is harmless."""
-    if _regularize not in SubspaceModel.after_injection:
-        SubspaceModel.after_injection.append(_regularize)
-
-
 class _Watch:
     """Warns once if an adapter has taken a step without its loss terms."""
 
@@ -168,3 +162,6 @@ def _layers_of(model: nn.Module, adapter_name: str) -> list[SubspaceLayer]:
     if not any(layer.deltas[adapter_name].penalty_weights for layer in layers):
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of this model that has loss terms")
     return layers
+
+
+SubspaceModel.after_injection.append(_regularize)

@@ -85,7 +85,7 @@ def _check(
         raise ValueError(f"adapter_name={adapter_name!r} exists already; choose a new name")
     method, possible = type(tuner).__name__, tuner.tuner_layer_cls.delta_cls.combinations
     export = "export each with peft_subspace.lora_state_dict and combine those"
-    if combination_type not in possible and possible:
+    if combination_type not in (possible or ("cat",)):
         raise ValueError(
             f"combination_type={combination_type!r} is not exact for {method}; use 'cat', or merge the "
             f"adapters one by one, or {export}"

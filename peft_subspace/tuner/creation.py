@@ -84,7 +84,7 @@ def _initialize(
     elif delta.reads_weight and not config.initialized:
         with error_context(name):
             there = (starts or WeightStarts()).start(delta, layer, config)
-    if there and delta.needs_weight and not config.initialized:
+    if there and delta.needs_weight and delta.reads_weight and not config.initialized:
         found = layer.base_weight.fingerprint(layer.kind.from_layout)
         if found is not None:
             delta.fingerprint.copy_(found)

@@ -173,7 +173,7 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         if target.type == "meta":
             target = getattr(offload_hook(base), "execution_device", None)
         self.deltas[adapter_name].to(device=target, dtype=dtype)
-        if self._shared and target is not None and target.type != "cpu":
+        if self._shared and target is not None and torch.device(target).type != "cpu":
             for parameter in self._shared[0][adapter_name].parameters():
                 if parameter.device.type == "cpu":
                     parameter.data = parameter.data.to(target)

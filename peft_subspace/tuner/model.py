@@ -99,8 +99,12 @@ class SubspaceModel(StateHooks):
         The packed values of 4-bit layers stay as they are from then on, in the layers without adapter as
         well: what bitsandbytes makes of them when a CPU evaluates in bf16 passes no gradient on.
         """
+        held = [container for _, container in shared_containers(self, self.shared_attribute())]
+        flags = [(parameter, parameter.requires_grad) for c in held for parameter in c.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for parameter, flag in flags:  # PEFT keeps those of other adapters that are in the base model
+                parameter.requires_grad_(flag)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             for _, container in shared_containers(self, self.shared_attribute()):

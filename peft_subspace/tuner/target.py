@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_subspace.base_weights.quantization import linear_sizes, quantization_of
+from peft_subspace.base_weights.quantization import quantization_of, quantized_sizes
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.layers.choose import kind_of
 from peft_subspace.layers.experts import parameter_kind
@@ -55,7 +55,7 @@ def analyze_module(module: nn.Module, **backend_kwargs: Any) -> Target:
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     backend = quantization_of(base, **backend_kwargs)
-    return Target(base, "weight", kind_of(base, sizes=linear_sizes(base) if backend else None), backend)
+    return Target(base, "weight", kind_of(base, sizes=quantized_sizes(base) if backend else None), backend)
 
 
 def analyze_parameter(owner: nn.Module, name: str) -> Target:

@@ -1,9 +1,10 @@
 r"""FLoRA: `ΔW = s · G ×₁ A⁽¹⁾ ×₂ A⁽²⁾ … ×_N A⁽ᴺ⁾`, a Tucker decomposition over the weight's own axes.
 
 For a linear layer this is `ΔW = s · A⁽²⁾ Gᵀ A⁽¹⁾ᵀ` with `A⁽¹⁾ (in, r1)`, `A⁽²⁾ (out, r2)`, `G (r1, r2)`;
-for a convolution `ΔW[o, i, u, v] = s · Σ_abcd G[a, b, c, d] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[u, c] A⁽⁴⁾[v, d]`.
-Groups of a grouped convolution share the input factor, of size `in_channels / groups`. For stacked experts the stack is
-the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[e, c]`.
+for a convolution
+`ΔW[o, i, u, v] = s · Σ_abcd G[a, b, c, d] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[u, c] A⁽⁴⁾[v, d]`.
+Groups of a grouped convolution share the input factor, of size `in_channels / groups`. For stacked experts
+the stack is the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i, a] A⁽²⁾[o, b] A⁽³⁾[e, c]`.
 """
 
 from __future__ import annotations
