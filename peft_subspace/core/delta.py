@@ -29,6 +29,9 @@ from peft_subspace.core.shapes import ModuleSpec
 FINGERPRINT = 6
 """Numbers in the fingerprint of a base weight."""
 
+Combined = tuple[dict[str, Any], dict[str, Tensor]]
+"""Entries for a config's patterns, such as `{"rank_pattern": 8}`, and the state of an update."""
+
 ReadWeight = Callable[[], Tensor]
 """Returns the base weight, `(out, in, *kernel)` in fp32."""
 
@@ -147,6 +150,12 @@ class Update(nn.Module, ABC):
         """
         return None
 
+    @classmethod
+    def has_shared(cls) -> bool:
+        """Whether the method defines `shared`."""
+        defined: Any = cls.shared
+        return defined.__func__ is not vars(Update)["shared"].__func__
+
     def attach(self, shared: nn.Module) -> None:
         """Set the tensors that this update shares with others."""
         self._shared = (shared,)
@@ -157,12 +166,8 @@ class Update(nn.Module, ABC):
         self.initialized = source.initialized
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[Any], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:
         """Return config entries and state of one update that is `Σ weights[i] · deltas[i]`, exactly.
-
-        The entries are for the config's patterns, such as `{"rank_pattern": 8}`.
 
         Raises:
             NotImplementedError: If the method's updates cannot be concatenated within the method.
@@ -170,9 +175,7 @@ class Update(nn.Module, ABC):
         raise NotImplementedError
 
     @classmethod
-    def average(
-        cls, deltas: Sequence[Any], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def average(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:
         """Return the same for an update of the same rank.
 
         Raises:

@@ -32,6 +32,11 @@ class WeightShape:
         return (self.out_features, self.in_features, *self.kernel_size)
 
     @property
+    def modes(self) -> tuple[int, ...]:
+        """The same in the order `(in, out, *kernel)` of the literature on tensor decompositions."""
+        return (self.in_features, self.out_features, *self.kernel_size)
+
+    @property
     def columns(self) -> int:
         """Columns of `ΔW` seen as a matrix, the kernel folded into the input axis."""
         return self.in_features * prod(self.kernel_size)
@@ -49,13 +54,13 @@ class ModuleSpec:
     Attributes:
         name: Name of the module, or of the parameter, in the base model.
         shape: Shape of its weight.
-        rank: Rank of its update, as far as the weight can hold it; None where the method sets no rank.
+        rank: Rank of its update, as far as the weight can hold it; 0 where the method sets none.
         lowered: Whether the config asks for a higher rank.
     """
 
     name: str
     shape: WeightShape
-    rank: int | None
+    rank: int
     lowered: bool = False
 
     def unnamed(self) -> ModuleSpec:

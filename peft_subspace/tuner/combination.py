@@ -58,17 +58,13 @@ def _config_of_sum(
     patterns = {
         field: patterns_of({name: values[field] for name, values in entries.items()}) for field in fields
     }
-    return replace(
-        config,
-        target_modules=modules.intersection(entries),
-        target_parameters=sorted(set(entries) - modules) or None,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        initialized=True,
-        **config.values_of_sums,
-        **patterns,
-    )
+    changes: dict[str, Any] = {
+        "target_modules": modules.intersection(entries),
+        "target_parameters": sorted(set(entries) - modules) or None,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        "initialized": True,
+    }
+    return replace(config, **{**changes, **config.values_of_sums, **patterns})
 
 
 def _check(

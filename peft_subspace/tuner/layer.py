@@ -51,7 +51,7 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             return
         cls.adapter_layer_names = (f"{cls.prefix}delta",)
         cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
-        if cls.delta_cls.shared.__func__ is not Update.shared.__func__:
+        if cls.delta_cls.has_shared():
             # By this name PEFT switches, counts and reports shared tensors with the others of the adapter.
             attribute = f"{cls.prefix}{cls.delta_cls.shared_name}"
             cls.adapter_layer_names = (*cls.adapter_layer_names, attribute)
@@ -93,7 +93,7 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     def _shared_here(self) -> nn.ModuleDict:
         """Shared tensors of the adapters that this layer has."""
-        held = self._shared[0] if self._shared else {}
+        held: Any = self._shared[0] if self._shared else {}
         return nn.ModuleDict({name: held[name] for name in self.deltas if name in held})
 
     def update_layer(

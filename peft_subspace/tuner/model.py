@@ -205,9 +205,9 @@ class SubspaceModel(StateHooks):
         self, merge: bool = True, progressbar: bool = False, *args: Any, **kwargs: Any
     ) -> nn.Module:
         with counting(self._count_layers(), "merging", hidden=progressbar or not merge):
-            model = super()._unload_and_optionally_merge(merge, progressbar, *args, **kwargs)
-        for holder in (self, model):
-            holder._modules.pop(self.shared_attribute(), None)
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, *args, **kwargs)
+        for holder in (self._modules, model._modules):
+            holder.pop(self.shared_attribute(), None)
         for handle in self.handles:
             handle.remove()
         return model

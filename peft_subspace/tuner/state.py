@@ -26,7 +26,7 @@ already_checked: ContextVar[bool] = ContextVar("already_checked", default=False)
 
 
 def check_loaded(
-    model: nn.Module, config: Any, adapter_name: str, layer_cls: type, state: Mapping[str, Tensor]
+    model: nn.Module, config: Any, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
 ) -> None:
     """Raise unless tensors, by their keys in the model, may be loaded into an adapter.
 
@@ -68,7 +68,7 @@ def is_optional(key: str) -> bool:
 
 
 def missing_fingerprints(
-    model: nn.Module, adapter_name: str, layer_cls: type, state: Mapping[str, Tensor]
+    model: nn.Module, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Fingerprints of no weight, for those that a file leaves out."""
     missing = {}

@@ -130,4 +130,4 @@ class ContinualSVDConfig(DropoutConfig):
                 "lower it, or give a fraction such as preserve=0.5",
             )
         count = preserve if isinstance(preserve, int) else int(preserve * limit + 1e-9)
-        return ContinualSVDSpec(module_name, shape, self.rank_for(module_name), directions=count)
+        return ContinualSVDSpec(module_name, shape, self.rank_for(module_name) or 0, directions=count)

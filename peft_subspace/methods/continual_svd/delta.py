@@ -27,12 +27,12 @@ A convolution's kernel is part of the input axis, `n = in / groups · kernel`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Combined, Delta
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
 from .subspaces import Side, reflect, singular_vectors
@@ -59,7 +59,7 @@ class ContinualSVDDelta(Delta):
     def __init__(self, config: ContinualSVDConfig, spec: ContinualSVDSpec) -> None:
         super().__init__(config, spec)
         self.constraint, self.directions = config.constraint, spec.directions
-        self.low_rank, core = spec.rank is not None, config.constraint == "core"
+        self.low_rank, core = spec.rank > 0, config.constraint == "core"
         m, n, k = spec.shape.out_features, spec.shape.columns, spec.directions
         self.sides: dict[str, Side] = {}
         for name, size in (("U", m), ("V", n)):
@@ -70,7 +70,7 @@ class ContinualSVDDelta(Delta):
         sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
         if core:
             sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}
-        if spec.rank is not None:
+        if self.low_rank:
             pairs = ("1", "2") if core else ("",)
             sizes = {
                 f"{x}{i}": size for i in pairs for x, size in (("B", (m, spec.rank)), ("A", (spec.rank, n)))
@@ -133,9 +133,7 @@ class ContinualSVDDelta(Delta):
             getattr(self, name).copy_(side.keep(heads[name]))
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[ContinualSVDDelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[ContinualSVDDelta], weights: Sequence[float]) -> Combined:
         """Put the factors side by side, or add the coordinates up, where all protect the same directions.
 
         Raises:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply
-from peft_subspace.core.delta import Delta, ReadWeight
+from peft_subspace.core.delta import Combined, Delta, ReadWeight
 from peft_subspace.core.linalg import draw_orthonormal_, smallest_triples
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.effort.config import EffortConfig
@@ -150,9 +150,7 @@ class EffortDelta(Delta):
         return (2 * inner + ((L.T @ L) * (R @ R.T)).sum()).abs()
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[EffortDelta], weights: Sequence[float]) -> Combined:
         """Put the triples side by side, `S` and `S0` weighted.
 
         If there are more than the weight has singular values, an SVD of the sum brings them down to that.
@@ -169,9 +167,7 @@ class EffortDelta(Delta):
         return {"rank_pattern": total}, state
 
     @classmethod
-    def _compress(
-        cls, deltas: Sequence[EffortDelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _compress(cls, deltas: Sequence[EffortDelta], weights: Sequence[float]) -> Combined:
         """Triples of the summed update, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
         update = sum(
             w * multiply(d.factors()).flatten(1).double() for d, w in zip(deltas, weights, strict=True)

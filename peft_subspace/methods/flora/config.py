@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,24 +88,16 @@ class FLoRAConfig(ScaledConfig):
         Raises:
             ValueError: If the number of ranks does not fit the number of modes.
         """
-        dims = (shape.in_features, shape.out_features, *shape.kernel_size)
-        wanted = self._mode_ranks(self.rank_for(module_name), dims)
-        ranks = tuple(min(r, dim) for r, dim in zip(wanted, dims, strict=True))
-        return FLoRASpec(module_name, shape, None, lowered=ranks != tuple(wanted), mode_ranks=ranks)
-
-    def _mode_ranks(self, rank: int | Sequence[int], dims: Sequence[int]) -> list[int]:
-        """Ranks of all modes from what is given: of the first two, of all, or one for both."""
-        given = [rank, rank] if isinstance(rank, int) else list(rank)
-        kernel_r, kernel = self.kernel_r, dims[2:]
-        if len(given) == 2 < len(dims):
-            if kernel_r is None:
-                return [*given, *kernel]
-            given += [kernel_r] * len(kernel) if isinstance(kernel_r, int) else kernel_r
-        if len(given) != len(dims):
-            raise invalid(
-                "r",
-                rank,
-                f"with kernel_r={kernel_r!r} gives {len(given)} ranks for a weight of {len(dims)} modes "
-                f"{tuple(dims)} (in, out, *kernel); give {len(dims)} ranks, or one number",
+        rank, dims = self.rank_for(module_name), shape.modes
+        wanted = [rank, rank] if isinstance(rank, int) else [*rank]
+        if len(wanted) == 2 < len(dims):
+            kernel_r = dims[2:] if self.kernel_r is None else self.kernel_r
+            wanted += [kernel_r] * (len(dims) - 2) if isinstance(kernel_r, int) else kernel_r
+        if len(wanted) != len(dims):
+            given = (
+                f"with kernel_r={self.kernel_r!r} gives {len(wanted)} ranks for a weight of {len(dims)} modes"
             )
-        return given
+            remedy = f"{dims} (in, out, *kernel); give {len(dims)} ranks, or one number"
+            raise invalid("r", rank, f"{given} {remedy}")
+        ranks = tuple(map(min, wanted, dims))
+        return FLoRASpec(module_name, shape, min(ranks[:2]), ranks != tuple(wanted), ranks)

@@ -10,12 +10,11 @@ the stack is the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Combined, Delta
 from peft_subspace.core.linalg import block_diagonal, mode_product
 
 from .config import FLoRAConfig, FLoRASpec
@@ -32,10 +31,8 @@ class FLoRADelta(Delta):
 
     def __init__(self, config: FLoRAConfig, spec: FLoRASpec) -> None:
         super().__init__(config, spec)
-        shape = spec.shape
-        dims = (shape.in_features, shape.out_features, *shape.kernel_size)
         self.core = nn.Parameter(torch.empty(spec.mode_ranks))
-        for mode, sizes in enumerate(zip(dims, spec.mode_ranks, strict=True)):
+        for mode, sizes in enumerate(zip(spec.shape.modes, spec.mode_ranks, strict=True)):
             self.register_parameter(f"mode_factor_{mode}", nn.Parameter(torch.empty(sizes)))
 
     @property
@@ -62,19 +59,14 @@ class FLoRADelta(Delta):
                 keeping = 1.0 if axis == self.shape.lookup_axis else dim**-0.5
                 stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
                 factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
-        if init_weights == "zero_output":
-            fan_in = self.core.numel() // self.core.shape[1]
+        if init_weights in (False, "zero_output"):
+            fan_in = self.core.numel() // self.core.shape[1] if init_weights else 1
             self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
-            self.mode_factor_1.data.zero_()
-        elif init_weights is False:
-            self.core.data.normal_(generator=generator)
-        else:
-            self.core.data.zero_()
+        if init_weights is not False:
+            (self.mode_factor_1 if init_weights == "zero_output" else self.core).data.zero_()
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]) -> Combined:
         """Put the factors side by side and the weighted cores on a block diagonal.
 
         A mode whose ranks add up to more than its dimension gets the identity for its factor, and the

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Combined, Delta
 from peft_subspace.core.linalg import block_diagonal, draw_orthonormal_, truncated_svd
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.lora_sb.config import LoRASBConfig
@@ -90,9 +90,7 @@ class LoRASBDelta(Delta):
         return {"R": torch.diag(S * (learning_rate / scaling)), "A": Vh.view_as(self.A), "B": U}
 
     @classmethod
-    def average(
-        cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def average(cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]) -> Combined:
         """Average `R`, which is exact where all bases are equal.
 
         Raises:
@@ -113,9 +111,7 @@ class LoRASBDelta(Delta):
         return {"rank_pattern": len(total)}, {"R": total, "A": first.A, "B": first.B}
 
     @classmethod
-    def concatenate(
-        cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def concatenate(cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]) -> Combined:
         """Put the bases side by side and orthonormalise them again; the triangles go into `R`.
 
         `[B1 B2] = Q_B T_B` and `[A1; A2] = T_Aᵀ Q_Aᵀ` give `Q_B (T_B diag(R1, R2) T_Aᵀ) Q_Aᵀ`. If the ranks

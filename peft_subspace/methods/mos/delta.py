@@ -8,8 +8,8 @@ by indices of its own, of `P^B`. The first `(r − p)·l` indices are drawn with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class MoSDelta(Delta):
             self.register_buffer(f"index_{side}", torch.zeros(spec.rank * shards, dtype=torch.int32))
 
     @classmethod
-    def shared(cls, config: MoSConfig, specs: Sequence[MoSSpec]) -> Pools:
+    def shared(cls, config: MoSConfig, specs: Sequence[Any]) -> Pools:
         """Make the pools of all groups."""
         return Pools(specs)
 
@@ -70,7 +70,7 @@ class MoSDelta(Delta):
         private = torch.arange(own, device="cpu") + rows + spec.position * own
         return torch.cat([chosen[: (spec.rank - spec.private_r) * shards], private])
 
-    def check_values(self, state: dict[str, Tensor]) -> None:
+    def check_values(self, state: Mapping[str, Tensor]) -> None:
         """Raise unless the indices of `state` are rows of their pools."""
         for side, (rows, _) in zip("AB", self.spec.pool_shapes, strict=True):
             index = state.get(f"index_{side}", self.get_buffer(f"index_{side}"))

@@ -27,7 +27,6 @@ class MoSSpec(ModuleSpec):
         shards: Shards per vector, `l`, of the pools A and B.
     """
 
-    rank: int
     group: str = ""
     members: int = 1
     position: int = 0
