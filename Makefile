@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
+# tests share what takes long to prepare.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help .venv demo demo-text test test-slow features benchmark lint format clean
 
@@ -10,7 +13,7 @@ help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
-	@echo "make test-slow   run the tests that train for longer"
+	@echo "make test-slow   run the tests that train for longer, and every method on all layers and settings"
 	@echo "make features    run all tests, and write the table of features into README.md"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make lint        check style, formatting and types"
@@ -30,16 +33,16 @@ demo: $(INSTALLED)
 demo-text: $(INSTALLED)
 	$(BIN)/python examples/finetune.py --demo bbcnews
 
-# One thread per worker: two workers with two threads each would slow each other down.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
+	$(PYTEST) --dist load --all-layers tests/test_algebra_contract.py tests/test_life_cycle_contract.py
 
 # A row of the table needs all of its tests, slow or not, from one run.
 features: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --features examples/benchmarks/results/features.json
+	$(PYTEST) --features examples/benchmarks/results/features.json
 	$(BIN)/python examples/benchmarks/readme.py
 
 benchmark: $(INSTALLED)

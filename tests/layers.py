@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -76,16 +77,34 @@ class LayerCase:
     build: Callable[[], nn.Module]
     size: tuple[int, ...]
     channels_last: bool = False
+    tokens: int = 11
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def is_typical(self) -> bool:
+        return self.name in TYPICAL
+
+    @cached_property
+    def has_plain_forward(self) -> bool:
+        return type(self.build()) in _PLAIN
+
+    @property
+    def passes_means(self) -> bool:
+        """Whether the mean of outputs is the output of the mean of inputs."""
+        return self.kind != "embedding" and self.has_plain_forward
+
+    @cached_property
     def has_lora_form(self) -> bool:
         """Whether a LoRA of PEFT can stand for the update."""
         layer = self.build()
         plain = getattr(layer, "groups", 1) == 1 and getattr(layer, "padding_mode", "zeros") == "zeros"
-        return plain and set(getattr(layer, "dilation", ())) <= {1} and type(layer) in _PLAIN
+        return plain and set(getattr(layer, "dilation", ())) <= {1} and self.has_plain_forward
+
+    @property
+    def has_no_lora_form(self) -> bool:
+        return not self.has_lora_form
 
     def layer(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -95,7 +114,7 @@ class LayerCase:
     def inputs(self, dtype: torch.dtype = torch.float32, batch: int = 4, seed: int = 2) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "embedding":
-            return torch.randint(0, 11, (batch, *self.size), generator=generator)
+            return torch.randint(0, self.tokens, (batch, *self.size), generator=generator)
         x = torch.randn(batch, *self.size, generator=generator).to(dtype)
         return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
@@ -163,6 +182,8 @@ CASES = [
     _conv("conv3d-grouped", lambda: nn.Conv3d(4, 6, (1, 2, 2), stride=(1, 2, 1), groups=2), 4, 2, 4, 4),
 ]  # fmt: skip
 
+TYPICAL = {"linear", "Conv1D", "embedding", "conv2d-wide-strided", "conv2d-standardized"}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -175,8 +196,13 @@ class Setting:
         return f"{str(self.dtype).removeprefix('torch.')}-{'autocast' if self.autocast else 'as-base'}"
 
     @property
-    def adapter_dtype(self) -> torch.dtype:
-        return torch.float32 if self.autocast else self.dtype
+    def is_typical(self) -> bool:
+        return self in TYPICAL_SETTINGS
+
+    @property
+    def needs_cast(self) -> bool:
+        """Whether PEFT casts the adapter, unless it is fp32 anyway."""
+        return self.autocast and self.dtype != torch.float32
 
     @property
     def tolerance(self) -> float:
@@ -185,12 +211,9 @@ class Setting:
 
 
 FP32 = Setting(torch.float32, autocast=True)
-SETTINGS = [
-    FP32,
-    Setting(torch.float32, autocast=False),
-    Setting(torch.bfloat16, autocast=True),
-    Setting(torch.bfloat16, autocast=False),
-]
+BF16 = Setting(torch.bfloat16, autocast=False)
+SETTINGS = [FP32, Setting(torch.bfloat16, autocast=True), BF16]
+TYPICAL_SETTINGS = [FP32, BF16]
 
 
 def adapt(method, case: LayerCase, setting: Setting = FP32, adapter: str = "default", **options) -> PeftModel:
@@ -229,3 +252,35 @@ def distance(value: Tensor, truth: Tensor) -> float:
     assert value.shape == truth.shape
     truth = truth.detach().double()
     return ((value.detach().double() - truth).norm() / truth.norm().clamp_min(1e-12)).item()
+
+
+# ----------------------------------------------------------------------------- steps of the contract tests
+
+BOTH = ("default", "other")
+
+
+def two_adapters(method, case: LayerCase, setting: Setting = FP32, **options) -> PeftModel:
+    model = adapt(method, case, setting, **options)
+    add(model, method, "other", setting, **options)
+    return model
+
+
+def activate(model: PeftModel, *names: str) -> None:
+    model.base_model.set_adapter(list(names))
+
+
+def outputs(model: nn.Module, x: Tensor, **options) -> Tensor:
+    with torch.no_grad():
+        return model(x, **options)
+
+
+def base_output(case: LayerCase, setting: Setting, x: Tensor) -> Tensor:
+    return outputs(Net(case.layer()).to(setting.dtype), x)
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    return tuner_layer(model).get_base_layer().weight.detach().clone()
+
+
+def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import oracles
+import torch
 from torch import Tensor, nn
 
 import peft_subspace
@@ -43,6 +44,18 @@ class Method:
     @property
     def prefix(self) -> str:
         return f"{self.config_cls.peft_type_name.lower()}_"
+
+    @property
+    def adapts_embeddings(self) -> bool:
+        return "embedding" in self.kinds
+
+    @property
+    def refuses_combinations(self) -> bool:
+        return not self.combines
+
+    def adapter_dtype(self, setting: Any) -> torch.dtype:
+        """Dtype of the adapter on a base of that setting."""
+        return torch.float32 if self.stays_fp32 or setting.autocast else setting.dtype
 
     def fitting(self, names: list[str]) -> list[str]:
         """Those of the modules that the method adapts."""

@@ -20,7 +20,7 @@ class Mutant:
     k: str
 
 
-CONTRACT = "test_contract.py"
+CONTRACT = "test_algebra_contract.py test_life_cycle_contract.py"
 MODELS = "test_contract_models.py"
 QUANTIZED = "test_contract_quantized.py"
 FORWARD_ONLY = "test_contract_forward_only.py"

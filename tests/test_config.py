@@ -65,10 +65,12 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "error", "message"), WRONG, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("method", "fields", "error", "message"),
+    [(method, *row) for method in METHODS for row in WRONG if own(row[0], method) == row[0]],
+    ids=lambda value: str(value)[:30],
+)
 def test_wrong_value_is_refused_with_field_value_rule_and_remedy(method, fields, error, message):
-    if own(fields, method) != fields:
-        pytest.skip("the method has no such field")
     with pytest.raises(error, match=message):
         method.config_cls(**fields)
 
@@ -127,31 +129,33 @@ def test_version_of_the_saving_package_is_kept(method):
     assert method.config_cls(peft_subspace_version="0.0.1").peft_subspace_version == "0.0.1"
 
 
+LAYERS = {
+    "256x256": ("linear", lambda: nn.Linear(256, 256)),
+    "10x20": ("linear", lambda: nn.Linear(10, 20)),
+    "10x10": ("linear", lambda: nn.Linear(10, 10)),
+    "1x2": ("linear", lambda: nn.Linear(1, 2)),
+    "2x1": ("linear", lambda: nn.Linear(2, 1)),
+    "embedding": ("embedding", lambda: nn.Embedding(3, 2)),
+    "conv": ("conv", lambda: nn.Conv2d(1, 2, 1)),
+    "depthwise": ("conv", lambda: nn.Conv2d(2, 2, 3, groups=2)),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: nn.Linear(256, 256),
-        lambda: nn.Linear(10, 20),
-        lambda: nn.Linear(10, 10),
-        lambda: nn.Linear(1, 2),
-        lambda: nn.Linear(2, 1),
-        lambda: nn.Embedding(3, 2),
-        lambda: nn.Conv2d(1, 2, 1),
-        lambda: nn.Conv2d(2, 2, 3, groups=2),
-    ],
-    ids=["256x256", "10x20", "10x10", "1x2", "2x1", "embedding", "conv", "depthwise"],
+    ("method", "name"),
+    [(method, name) for method in METHODS for name, (kind, _) in LAYERS.items() if kind in method.kinds],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
-def test_defaults_fit_any_layer(method, make):
+def test_defaults_fit_any_layer(method, name):
+    kind, make = LAYERS[name]
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = make()
 
     layer = make()
-    kind = {nn.Linear: "linear", nn.Embedding: "embedding", nn.Conv2d: "conv"}[type(layer)]
-    if kind not in method.kinds:
-        pytest.skip("the method does not adapt such layers")
     model = get_peft_model(Net(), method.config_cls(target_modules=["layer"]))
     x = {
         "linear": lambda: torch.randn(3, layer.in_features),

@@ -103,14 +103,11 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(method, architecture)
         ({"target_modules": TARGETS, "layers_to_transform": 1}, r".*layers\.1\..*[qv]_proj"),
         ({"target_modules": ["up_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
          r".*layers\.[02]\..*up_proj"),
-        ({"target_modules": ["embed_tokens", "lm_head"]}, r"model.embed_tokens|lm_head"),
         ({"target_modules": ["lm_head"]}, r"lm_head"),
     ],
 )  # fmt: skip
 @pytest.mark.feature("`exclude_modules`, `layers_to_transform`")
 def test_targets_are_chosen_as_in_peft(method, options, expected):
-    if "embedding" not in method.kinds and "embed_tokens" in options["target_modules"]:
-        pytest.skip("the method does not adapt embeddings")
     model = llama()
     wanted = {
         n for n, m in model.named_modules()
@@ -118,6 +115,13 @@ def test_targets_are_chosen_as_in_peft(method, options, expected):
     }  # fmt: skip
     assert adapted(wrap(method, model, **options)) == wanted
     assert wanted
+
+
+@pytest.mark.where(method="adapts_embeddings")
+@pytest.mark.feature("`exclude_modules`, `layers_to_transform`")
+def test_embeddings_are_targets_as_in_peft(method):
+    model = wrap(method, llama(), target_modules=["embed_tokens", "lm_head"])
+    assert adapted(model) == {"model.embed_tokens", "lm_head"}
 
 
 @pytest.mark.feature('`"all-linear"`')
@@ -403,9 +407,8 @@ def test_adapter_of_the_same_config_object_starts_from_the_same_frozen_tensors(m
                 assert buffer.data_ptr() != second[name].data_ptr()
 
 
+@pytest.mark.where(method="adapts_embeddings")
 def test_adapter_on_a_tied_embedding_leaves_the_head_alone(method):
-    if "embedding" not in method.kinds:
-        pytest.skip("the method does not adapt embeddings")
     with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's word of caution
         model = wrap(method, gemma(), target_modules=["embed_tokens"]).eval()
     base = gemma()
@@ -470,9 +473,8 @@ def test_loading_runs_no_initialisation_from_the_weight(method, tmp_path, monkey
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 @pytest.mark.feature("transformers' `add_adapter`, `load_adapter`, `delete_adapter`")
+@pytest.mark.where(method="injectable")
 def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp_path):
-    if not method.injectable:
-        pytest.skip("the method needs its tuner object around the model")
     model = llama()
     base = logits(model)
     model.add_adapter(method.config(target_modules=TARGETS, init_weights=False), adapter_name="mine")
@@ -497,9 +499,8 @@ def test_transformers_adds_saves_loads_switches_and_deletes_adapters(method, tmp
 
 
 @pytest.mark.feature("transformers' `add_adapter`, `load_adapter`, `delete_adapter`")
+@pytest.mark.where(method="injectable")
 def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
-    if not method.injectable:
-        pytest.skip("the method needs its tuner object around the model")
     llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = wrap(method, model).eval()
@@ -509,9 +510,8 @@ def test_transformers_loads_base_and_adapter_from_one_folder(method, tmp_path):
 
 
 @pytest.mark.feature("`inject_adapter_in_model`")
+@pytest.mark.where(method="injectable")
 def test_injected_adapter_works_without_a_wrapper(method):
-    if not method.injectable:
-        pytest.skip("the method needs its tuner object around the model")
     model = resnet()
     x = {"pixel_values": torch.randn(2, 3, 32, 32)}
     config = method.config(target_modules=["convolution"], init_weights=False, seed=1)
@@ -626,9 +626,8 @@ def test_combination_of_adapters_that_train_more_than_an_update_is_refused(metho
         model.add_weighted_adapter(["default"], [2.0], "sum")
 
 
+@pytest.mark.where(method="combines")
 def test_combined_adapter_of_a_whole_model_is_the_sum_and_reloads(method, tmp_path):
-    if not method.combines:
-        pytest.skip("the method does not combine adapters")
     model = wrap(method, target_modules=["q_proj", "up_proj"])
     targets = method.fitting(["q_proj", "embed_tokens"])
     options = {"target_modules": targets, "init_weights": False, "seed": 2}

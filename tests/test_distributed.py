@@ -101,19 +101,31 @@ def sharded_in_parallel(rank, folder):
     train_in_parallel(rank, folder, sharded)
 
 
-WAYS = [
+WAYS = [  # what Accelerate leaves behind comes last
     pytest.param(replicated, marks=pytest.mark.feature("DDP")),
-    pytest.param(accelerated, marks=pytest.mark.feature("DDP through Accelerate")),
     pytest.param(sharded_in_parallel, marks=pytest.mark.feature("FSDP2 through torch's fully_shard")),
+    pytest.param(accelerated, marks=pytest.mark.feature("DDP through Accelerate")),
 ]
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def trained(request, tmp_path_factory):
-    """Folder with what two processes made of every method."""
-    folder = tmp_path_factory.mktemp(request.param.__name__)
-    run_in_two_processes(request.param, folder)
+def each_way(rank, folder):
+    for way in WAYS:
+        way.values[0](rank, folder / way.values[0].__name__)
+
+
+@pytest.fixture(scope="module")
+def trained_each_way(tmp_path_factory):
+    """Folders with what two processes made of every method."""
+    folder = tmp_path_factory.mktemp("trained")
+    for way in WAYS:
+        (folder / way.values[0].__name__).mkdir()
+    run_in_two_processes(each_way, folder)
     return folder
+
+
+@pytest.fixture(params=WAYS)
+def trained(request, trained_each_way):
+    return trained_each_way / request.param.__name__
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")

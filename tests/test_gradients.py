@@ -516,10 +516,26 @@ def keep_state(model, rank, folder):
     torch.save(full, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("job", [start_distributed, start_sharded])
-def test_two_processes_start_as_one_does(job, tmp_path):
-    run_in_two_processes(job, tmp_path)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+STARTS = [start_distributed, start_sharded]
+
+
+def start_each_way(rank, folder):
+    for way in STARTS:
+        way(rank, folder / way.__name__)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    for way in STARTS:
+        (folder / way.__name__).mkdir()
+    run_in_two_processes(start_each_way, folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", STARTS)
+def test_two_processes_start_as_one_does(way, started):
+    states = [torch.load(started / way.__name__ / f"{rank}.pt") for rank in range(2)]
     assert same(*states)
     model = stack()
     start(model, data(4))

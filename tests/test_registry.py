@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from methods import METHODS
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -156,35 +158,43 @@ def test_import_refuses_a_name_that_another_package_took():
     )
 
 
-@pytest.mark.feature("loads in a fresh process after `import peft_subspace`")
-def test_adapter_needs_the_import_and_loads_in_a_fresh_process_with_it(method, tmp_path):
-    class Net(nn.Sequential):
-        pass
-
-    torch.manual_seed(0)
-    net = Net(nn.Linear(4, 4))
-    config = method.config(target_modules=["0"], init_weights=False)
-    get_peft_model(net, config).save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What a fresh process made of an adapter of each method, before and after the import."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for method in METHODS:
+        torch.manual_seed(0)
+        config = method.config(target_modules=["0"], init_weights=False)
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).save_pretrained(folder / method.name)
     run_python(
         """
-        import sys, torch
+        import json, pathlib, sys, torch
         from peft import PeftConfig, PeftModel
-        path = sys.argv[1]
-        for load in (PeftConfig.from_pretrained, lambda path: PeftModel.from_pretrained(base(), path)):
+        folder = pathlib.Path(sys.argv[1])
+        def base():
             torch.manual_seed(0)
-            net = torch.nn.Sequential(torch.nn.Linear(4, 4))
-            base = lambda: net
-            try:
-                load(path)
-            except KeyError:
-                continue
-            raise SystemExit("loaded without the import")
+            return torch.nn.Sequential(torch.nn.Linear(4, 4))
+        loaders = (PeftConfig.from_pretrained, lambda path: PeftModel.from_pretrained(base(), path))
+        found = {path.name: {"refused": 0} for path in folder.iterdir()}
+        for name in found:
+            for load in loaders:
+                try:
+                    load(folder / name)
+                except KeyError:
+                    found[name]["refused"] += 1
         import peft_subspace
-        model = PeftModel.from_pretrained(base(), path)
-        x = torch.ones(1, 4)
-        changed = model(x)
-        with model.disable_adapter():
-            assert not torch.equal(changed, model(x))
+        for name in found:
+            model, x = PeftModel.from_pretrained(base(), folder / name), torch.ones(1, 4)
+            changed = model(x)
+            with model.disable_adapter():
+                found[name]["changes"] = not torch.equal(changed, model(x))
+        (folder / "found.json").write_text(json.dumps(found))
         """,
-        tmp_path,
+        folder,
     )
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.feature("loads in a fresh process after `import peft_subspace`")
+def test_adapter_needs_the_import_and_loads_in_a_fresh_process_with_it(method, fresh):
+    assert fresh[method.name] == {"refused": 2, "changes": True}

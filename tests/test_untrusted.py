@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods import METHODS
 from models import LLAMA, TEXT, build, llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -98,9 +99,8 @@ def test_absurd_ranks_allocate_nothing(saved, method, changes):
         assert_peft_refuses(saved, error, message)
 
 
+@pytest.mark.where(method="pooled")
 def test_absurd_pools_allocate_nothing(saved, method):
-    if not method.pooled:
-        pytest.skip("the method has no pools")
     for changes in ({"equivalent_r": 10**9}, {"equivalent_r": 10**9, "subset_selection": False}):
         change_config(saved, **changes)
         with memory_limit(512), time_limit(5):
@@ -334,9 +334,8 @@ def test_double_and_half_precision_are_taken(saved, method):
 
 
 @pytest.mark.parametrize("value", [-1, 10**6, 2**40, 1.5])
+@pytest.mark.where(method="pooled")
 def test_indices_outside_their_pool_are_refused(saved, method, value):
-    if not method.pooled:
-        pytest.skip("the method has no pools")
     dtype = torch.float32 if isinstance(value, float) else torch.int64
     change_tensor(saved, lambda t: torch.full(t.shape, value, dtype=dtype), "index_A")
     message = "points outside its pool|whole numbers are needed"
@@ -384,12 +383,14 @@ def test_fields_of_the_wrong_type_are_refused(saved, name, value):
     assert_untouched(model, snapshot(base_model()))
 
 
+@pytest.mark.parametrize("method", METHODS[:1], ids=str)  # none is known
 @pytest.mark.parametrize("peft_type", [[], {}, 1, "../FLORA", "flora"])
 def test_type_that_is_none_is_refused(saved, peft_type):
     change_config(saved, peft_type=peft_type)
     assert_refuses(saved, ValueError, "peft_type=.* is none of .*PeftModel.from_pretrained")
 
 
+@pytest.mark.parametrize("method", METHODS[:1], ids=str)  # none is known
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "\xff", '{"r": ' + "1" * 5000 + "}", "3", "null", '{"r": NaN}']
 )

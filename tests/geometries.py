@@ -1,0 +1,72 @@
+"""Layers of any geometry, drawn at random."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from hypothesis import strategies as st
+from layers import LayerCase
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+SIZES = st.sampled_from([1, 2, 3, 5, 17])
+BATCH_SHAPES = st.lists(st.integers(1, 3), max_size=2).map(tuple)
+
+
+@st.composite
+def linears(draw) -> LayerCase:
+    inputs, outputs, shape = draw(SIZES), draw(SIZES), draw(BATCH_SHAPES)
+    if draw(st.booleans()):
+        build = partial(Conv1D, outputs, inputs)
+        return LayerCase(_name(build), "transposed", build, (*shape, inputs))
+    build = partial(nn.Linear, inputs, outputs, bias=draw(st.booleans()))
+    return LayerCase(_name(build), "linear", build, (*shape, inputs))
+
+
+@st.composite
+def embeddings(draw) -> LayerCase:
+    rows, width = draw(SIZES), draw(SIZES)
+    padding = draw(st.none() | st.integers(-rows, rows - 1))
+    build = partial(nn.Embedding, rows, width, padding_idx=padding)
+    return LayerCase(_name(build), "embedding", build, draw(BATCH_SHAPES), tokens=rows)
+
+
+@st.composite
+def convolutions(draw) -> LayerCase:
+    axes = draw(st.integers(1, 3))
+
+    def per_axis(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
+
+    groups = draw(st.sampled_from(["one", "some", "depthwise"]))
+    if groups == "one":
+        count, inputs, outputs = 1, draw(st.sampled_from([1, 3, 24])), draw(st.sampled_from([1, 2, 24]))
+    else:
+        count = draw(st.integers(2, 4))
+        factors = st.integers(1, 2) if groups == "some" else st.just(1)
+        inputs, outputs = count * draw(factors), count * draw(factors)
+    square = draw(st.integers(1, 6))
+    kernel = draw(st.sampled_from([(square,) * axes, per_axis(1, 3)])) if axes < 3 else per_axis(1, 3)
+    dilation = per_axis(1, 2)
+    reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
+    padding = draw(st.sampled_from(["same", "valid", per_axis(0, 3)]))
+    margin = padding if isinstance(padding, tuple) else (0,) * axes
+    size = [max(r, m + 1) + e for r, m, e in zip(reach, margin, per_axis(0, 3), strict=True)]
+    build = partial(
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1],
+        inputs,
+        outputs,
+        kernel,
+        stride=(1,) * axes if padding == "same" else per_axis(1, 3),
+        padding=padding,
+        dilation=dilation,
+        groups=count,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"])),
+    )
+    return LayerCase(_name(build), "conv", build, (inputs, *size))
+
+
+def _name(build: partial) -> str:
+    options = [f"{key}={value}" for key, value in build.keywords.items()]
+    return f"{build.func.__name__}({', '.join([*map(str, build.args), *options])})"
