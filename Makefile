@@ -54,6 +54,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/house.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

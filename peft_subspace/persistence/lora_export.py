@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
+from peft_subspace.core.delta import Delta
 from peft_subspace.core.names import in_base, saved_key
 from peft_subspace.layers.embedding import EmbeddingKind
 from peft_subspace.layers.linear import Conv1DKind
@@ -45,7 +46,11 @@ def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
-    reasons = {name: reason for name, layer in sorted(layers.items()) if (reason := _no_lora_form(layer))}
+    reasons = {
+        name: reason
+        for name, layer in sorted(layers.items())
+        if (reason := _no_lora_form(layer, adapter_name))
+    }
     if reasons:
         listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
         raise ValueError(
@@ -84,8 +89,10 @@ def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str 
         write_card(folder.parent, model.peft_config[adapter_name])
 
 
-def _no_lora_form(layer: SubspaceLayer) -> str | None:
+def _no_lora_form(layer: SubspaceLayer, adapter_name: str) -> str | None:
     """Reason why no LoRA of PEFT is equal to the layer's update; None if there is such a LoRA."""
+    if not isinstance(layer.deltas[adapter_name], Delta):
+        return "an update that is no chain of matrices"
     if isinstance(layer, ParameterLayer):
         return None
     base: Any = layer.get_base_layer()
