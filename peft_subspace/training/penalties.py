@@ -73,9 +73,9 @@ def regularized_layers(model: nn.Module) -> dict[str, list[SubspaceLayer]]:
     for layer in _layers(model):
         for name in [] if layer.disable_adapters else layer.active_here():
             delta = layer.deltas[name]
-            if any(delta.penalty_weights.values()) and name not in layer.merged_adapters:
-                if any(parameter.requires_grad for parameter in delta.parameters()):
-                    found.setdefault(name, []).append(layer)
+            trains = any(parameter.requires_grad for parameter in delta.parameters())
+            if trains and any(delta.penalty_weights.values()) and name not in layer.merged_adapters:
+                found.setdefault(name, []).append(layer)
     return found
 
 
