@@ -14,6 +14,7 @@ from itertools import product
 import hypothesis
 import pytest
 import torch
+
 from layers import CASES, SETTINGS
 from methods import METHODS
 

@@ -21,8 +21,9 @@ import atheris
 with atheris.instrument_imports(include=["peft_subspace"]):
     import peft_subspace  # noqa: F401
 
-from fuzzing import Adapter, adapters, attempt
 from hypothesis import HealthCheck, given, settings
+
+from fuzzing import Adapter, adapters, attempt
 
 LENGTH = 4096
 SEEDS = 200

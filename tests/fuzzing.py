@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
-from methods import METHODS, Method
 from peft import get_peft_model
-from test_loading import ALL, CONFIG, WEIGHTS, X, assert_untouched, base_model, snapshot
 
 import peft_subspace
+from methods import METHODS, Method
+from test_loading import ALL, CONFIG, WEIGHTS, X, assert_untouched, base_model, snapshot
 
 REFUSALS = (ValueError, TypeError, OSError)
 """What `peft_subspace.load` may raise."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from hypothesis import strategies as st
-from layers import LayerCase
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from layers import LayerCase
 
 SIZES = st.sampled_from([1, 2, 3, 5, 17])
 BATCH_SHAPES = st.lists(st.integers(1, 3), max_size=2).map(tuple)

@@ -28,6 +28,7 @@ def main(results_path: str, home: str, names: list[str]) -> None:
             NO_PROXY="127.0.0.1",
         )  # fmt: skip
         import torch
+
         from methods import METHODS
 
         torch.set_num_threads(1)
@@ -111,8 +112,9 @@ def cards(hub, model, repository, pushed_by_transformers) -> dict[str, object]:
 
 def adapted(method, seed: int):
     import torch
-    from models import llama
     from peft import get_peft_model
+
+    from models import llama
 
     torch.manual_seed(seed)
     config = method.config(target_modules=["q_proj", "v_proj"], init_weights=False, seed=seed)
@@ -127,16 +129,16 @@ def logits(model):
 
 
 def peft_load(repository, **options):
-    from models import llama
     from peft import PeftModel
+
+    from models import llama
 
     return PeftModel.from_pretrained(llama(), repository, **options)
 
 
 def peft_subspace_load(repository, **options):
-    from models import llama
-
     import peft_subspace
+    from models import llama
 
     return peft_subspace.load(llama(), repository, **options)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import oracles
 import torch
 from torch import Tensor, nn
 
+import oracles
 import peft_subspace
 
 LINEAR = frozenset({"linear", "transposed"})

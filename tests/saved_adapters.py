@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layers import HalvedLinear, ShiftedEmbedding
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_subspace
+from layers import HalvedLinear, ShiftedEmbedding
 from peft_subspace import (
     ContinualSVDConfig,
     EffortConfig,

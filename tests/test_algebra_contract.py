@@ -7,8 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from geometries import convolutions, embeddings, linears
 from hypothesis import given
+from peft import LoraConfig, PeftModel
+from torch.func import functional_call
+
+import peft_subspace
+from geometries import convolutions, embeddings, linears
 from layers import (
     BOTH,
     FP32,
@@ -27,10 +31,6 @@ from layers import (
     weight_of,
 )
 from methods import METHODS
-from peft import LoraConfig, PeftModel
-from torch.func import functional_call
-
-import peft_subspace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),

@@ -6,15 +6,15 @@ import accelerate
 import pytest
 import torch
 import transformers as hf
-from layers import CASES, adapt, distance
-from layers import dense as layer_output
-from methods import METHODS
-from models import ARCHITECTURES, Architecture, build, clip, gemma, llama
 from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import peft_subspace
+from layers import CASES, adapt, distance
+from layers import dense as layer_output
+from methods import METHODS
+from models import ARCHITECTURES, Architecture, build, clip, gemma, llama
 from peft_subspace.tuner.layer import SubspaceLayer
 
 pytestmark = [

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import CASES, FP32, adapt, dense, distance, tuner_layer
-from models import llama
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter
-from test_loading import assert_untouched, snapshot
 from torch import nn
 
 import peft_subspace
+from layers import CASES, FP32, adapt, dense, distance, tuner_layer
+from models import llama
+from test_loading import assert_untouched, snapshot
 
 CASE = {case.name: case for case in CASES}
 IDS = torch.arange(3, 18).reshape(3, 5)

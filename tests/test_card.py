@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import llama
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import Trainer, TrainingArguments
 
 import peft_subspace
+from models import llama
 from peft_subspace.persistence.card import equation_of
 from peft_subspace.tuner.config import SubspaceConfig
 

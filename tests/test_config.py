@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from methods import METHODS
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
 import peft_subspace
+from methods import METHODS
 from peft_subspace.tuner.config import FORMAT_VERSION, VERSION
 
 VALUES = {

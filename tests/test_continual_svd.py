@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from layers import Net, distance
-from models import bert, gpt2, llama, resnet
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
 import peft_subspace
+from layers import Net, distance
+from models import bert, gpt2, llama, resnet
 from peft_subspace import ContinualSVDConfig
 from peft_subspace.continual import (
     METRIC,

@@ -6,18 +6,18 @@ import warnings
 import pytest
 import torch
 import transformers
-from layers import distance
-from models import bert, build, llama
 from peft import PeftModel, get_peft_model
-from quantized import KINDS, WARNINGS, marked, quantised_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import peft_subspace
+from layers import distance
+from models import bert, build, llama
 from peft_subspace import ContinualSVDConfig, NextTaskCallback
 from peft_subspace.continual import list_tasks, next_task, subspace_leak
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
+from quantized import KINDS, WARNINGS, marked, quantised_model
 
 TARGETS = ["query", "dense"]
 LABELS = torch.tensor([0, 1, 2, 0])

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layers import distance, tuner_layer
-from methods import METHODS
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import quantization_utils
 from safetensors.torch import load_file
 from torch import nn
 
 import peft_subspace
+from layers import distance, tuner_layer
+from methods import METHODS
 
 METHODS_BY_NAME = {str(method): method for method in METHODS}
 STARTS_FROM_WEIGHT = {"effort", "continual_svd", "continual_svd_r"}

@@ -8,13 +8,13 @@ import re
 import peft
 import pytest
 import torch
-from layers import distance
-from models import ARCHITECTURES, bert, convnext, gemma, gpt2, llama, resnet, t5
 from peft import PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_subspace
+from layers import distance
+from models import ARCHITECTURES, bert, convnext, gemma, gpt2, llama, resnet, t5
 from peft_subspace.tuner.layer import SubspaceLayer
 
 IDS = torch.arange(3, 18).reshape(3, 5)

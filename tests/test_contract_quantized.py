@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layers import distance, tuner_layer
-from methods import METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantized import KINDS, WARNINGS, assert_same_parts, marked, parts, quantised_model
 from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
 import peft_subspace
+from layers import distance, tuner_layer
+from methods import METHODS
+from quantized import KINDS, WARNINGS, assert_same_parts, marked, parts, quantised_model
 
 pytestmark = WARNINGS
 

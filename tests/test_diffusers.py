@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from models import build
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
 import peft_subspace
+from models import build
 from peft_subspace.tuner.layer import SubspaceLayer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names the file of any adapter

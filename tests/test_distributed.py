@@ -2,20 +2,20 @@
 
 import os
 
-import models
 import pytest
 import torch
 from accelerate import Accelerator
-from methods import METHODS
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from processes import run_in_two_processes, sharded
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+import models
+from methods import METHODS
 from peft_subspace import GradientInitCallback, prepare_for_ddp
 from peft_subspace.core.delta import Delta
+from processes import run_in_two_processes, sharded
 
 STEPS = 4
 

@@ -7,25 +7,25 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
-from models import llama, vit
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from processes import run_in_two_processes
-from quantized import KINDS, WARNINGS, marked
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArguments
 
+import oracles
 import peft_subspace
+from models import llama, vit
 from peft_subspace import EffortConfig, RegularizationCallback, regularization_loss
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.linalg import smallest_triples
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.methods.effort import EffortDelta
 from peft_subspace.tuner.layer import SubspaceLayer
+from processes import run_in_two_processes
+from quantized import KINDS, WARNINGS, marked
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]  # square, tall and wide
 WEIGHTS = {"orthogonality_weight": 0.3, "energy_weight": 0.2}

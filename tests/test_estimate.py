@@ -9,15 +9,15 @@ import time
 import pytest
 import torch
 import transformers
-from layers import Net
-from methods import METHODS
-from models import LLAMA, TEXT, bert, gpt2, llama, mobilenet, resnet
 from peft import get_peft_model
-from test_loading import snapshot
 from torch import nn
 
 import peft_subspace
+from layers import Net
+from methods import METHODS
+from models import LLAMA, TEXT, bert, gpt2, llama, mobilenet, resnet
 from peft_subspace import estimate
+from test_loading import snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adapter .* trains in bases"),  # LoRA-SB before its gradient start

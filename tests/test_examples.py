@@ -348,7 +348,6 @@ def test_rates_beyond_the_first_are_tried_while_the_best_is_at_the_edge(continua
 
 def test_o_lora_trains_the_latest_adapter_away_from_all_earlier_ones(continual_learning):
     from models import llama
-
     from support.learners import LEARNERS, with_trained_head
 
     learner = LEARNERS["o-lora"]

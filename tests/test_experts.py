@@ -8,15 +8,15 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from layers import distance
-from methods import METHODS
-from models import LLAMA, TEXT, build
-from oracles import flora as flora_oracle
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import peft_subspace
+from layers import distance
+from methods import METHODS
+from models import LLAMA, TEXT, build
+from oracles import flora as flora_oracle
 from peft_subspace.tuner.parameter_layer import ParameterLayer
 
 IDS = torch.arange(3, 18).reshape(3, 5)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from methods import METHODS
 
 pytest_plugins = ["pytester"]

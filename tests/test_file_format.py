@@ -12,9 +12,11 @@ import os
 
 import pytest
 import torch
-from layers import distance
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+
+import peft_subspace
+from layers import distance
 from saved_adapters import (
     BASE,
     CASES,
@@ -25,8 +27,6 @@ from saved_adapters import (
     read_expected,
     results,
 )
-
-import peft_subspace
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOLERANCE = 0.0 if os.environ.get("EQUAL_BITS") else 1e-6

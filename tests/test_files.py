@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import models
 import pytest
 import torch
 from peft import get_peft_model
 
+import models
 import peft_subspace
 from peft_subspace.initialization.gradient_cache import write_gradients
 from peft_subspace.runtime.files import atomic_write

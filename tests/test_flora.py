@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-import oracles
 import pytest
 import torch
-from layers import CASES, Net, adapt, distance, tuner_layer
-from methods import METHODS
 from peft import get_peft_model
 from torch import nn
 
+import oracles
+from layers import CASES, Net, adapt, distance, tuner_layer
+from methods import METHODS
 from peft_subspace import FLoRAConfig
 
 FLORA = next(method for method in METHODS if method.name == "flora")

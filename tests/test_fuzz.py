@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fuzzing import Adapter, attempt, configs, files, sound
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fuzzing import Adapter, attempt, configs, files, sound
 
 pytestmark = [pytest.mark.feature("adapters from strangers"), pytest.mark.timeout(600)]
 

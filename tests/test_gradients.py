@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from processes import run_in_two_processes, sharded
-from quantized import KINDS, WARNINGS, marked
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +15,8 @@ from peft_subspace import LoRASBConfig, initialize_from_gradient
 from peft_subspace.initialization import from_gradient as initialize
 from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import model_loss
+from processes import run_in_two_processes, sharded
+from quantized import KINDS, WARNINGS, marked
 
 
 class PaddedConv(nn.Conv2d):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import house
 import pytest
+
+import house
 
 SOURCE = '''\
 """A docstring of a module,

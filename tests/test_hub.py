@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from methods import METHODS
 
 LOADERS = ("peft", "own")

@@ -7,18 +7,18 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_subspace
 from layers import distance
 from methods import METHODS
 from models import bert, gpt2, llama, resnet
-from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract_models import logits
-
-import peft_subspace
 from peft_subspace.__main__ import main
 from peft_subspace.tools.inspection import layer_overlaps, layer_updates
 from peft_subspace.tools.plots import save_plot
 from peft_subspace.tools.read_adapter import read_adapter
 from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from test_contract_models import logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 

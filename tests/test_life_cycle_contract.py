@@ -10,6 +10,9 @@ import pickle
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+
+import peft_subspace
 from layers import (
     BOTH,
     FP32,
@@ -26,9 +29,6 @@ from layers import (
     two_adapters,
     weight_of,
 )
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-
-import peft_subspace
 
 pytestmark = [
     pytest.mark.typical("layers"),

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from methods import METHODS
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_subspace
+from methods import METHODS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import models
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+import models
 from peft_subspace import GradientInitCallback, RegularizationCallback
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

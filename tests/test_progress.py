@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from methods import METHODS
-from models import llama
 from peft import get_peft_model
 
 import peft_subspace
+from methods import METHODS
+from models import llama
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.progress import bar
 from peft_subspace.tools.inspection import layer_overlaps, layer_updates

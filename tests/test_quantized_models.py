@@ -9,10 +9,7 @@ import pytest
 import torch
 from hqq.core.quantize import BaseQuantizeConfig
 from hqq.models.hf.base import AutoHQQHFModel
-from layers import distance
-from models import LLAMA, TEXT, build
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quantized import BNB4, BNB8, HQQ, TORCHAO, WARNINGS, assert_same_parts, parts
 from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from transformers import (
@@ -27,7 +24,10 @@ from transformers import (
 )
 
 import peft_subspace
+from layers import distance
+from models import LLAMA, TEXT, build
 from peft_subspace.tuner.layer import SubspaceLayer
+from quantized import BNB4, BNB8, HQQ, TORCHAO, WARNINGS, assert_same_parts, parts
 
 pytestmark = [
     WARNINGS,

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
-from models import llama
 
 import peft_subspace
+from models import llama
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -11,7 +11,6 @@ import textwrap
 
 import pytest
 import torch
-from methods import METHODS
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -21,6 +20,7 @@ from peft.mapping import (
 from peft.utils import register_peft_method
 from torch import nn
 
+from methods import METHODS
 from peft_subspace.tuner.registry import peft_type, register
 
 

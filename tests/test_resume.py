@@ -5,15 +5,15 @@ import shutil
 import signal
 import sys
 
-import models
 import pytest
 import torch
-from methods import METHODS
 from peft import get_peft_model
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+import models
+from methods import METHODS
 from peft_subspace import (
     ContinualSVDConfig,
     GradientInitCallback,

@@ -1,10 +1,8 @@
 """Every method in the trainers of other libraries: they train it, save it, and it loads again."""
 
-import models
 import pytest
 import torch
 from datasets import Dataset
-from methods import METHODS
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from sentence_transformers import (
     SentenceTransformer,
@@ -25,7 +23,9 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+import models
 import peft_subspace
+from methods import METHODS
 from peft_subspace import GradientInitCallback, RegularizationCallback
 
 EFFORT = next(method for method in METHODS if method.name == "effort")

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import METHODS
-from models import LLAMA, TEXT, build, llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_subspace
+from methods import METHODS
+from models import LLAMA, TEXT, build, llama
 from test_loading import (
     ALL,
     CONFIG,
@@ -31,9 +34,6 @@ from test_loading import (
     change_tensor,
     snapshot,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import peft_subspace
 
 pytestmark = pytest.mark.feature("adapters from strangers")
 
