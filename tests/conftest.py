@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 ARGUMENTS = {"method": METHODS, "case": CASES, "setting": SETTINGS}
 
-for name, examples in {"some": 50, "many": 500}.items():
+for name, examples in {"some": 30, "many": 300}.items():
     hypothesis.settings.register_profile(
         name, max_examples=examples, derandomize=True, database=None, deadline=None
     )

@@ -32,23 +32,29 @@ def embeddings(draw) -> LayerCase:
     return LayerCase(_name(build), "embedding", build, draw(BATCH_SHAPES), tokens=rows)
 
 
+# The package convolves some of them in ways of their own, see `ConvOps`. Of each kind: the numbers of axes,
+# whether there are groups, channels per group, and kernel sizes.
+CONVOLUTIONS = {
+    "narrow": ((1, 3), False, (1, 3), (1, 4)),
+    "wide": ((2, 3), False, (24, 25), (2, 3)),
+    "grouped": ((1, 3), True, (1, 3), (1, 4)),
+    "depthwise": ((1, 3), True, (1, 1), (1, 4)),
+    "depthwise-large": ((2, 2), True, (1, 1), (5, 6)),
+}
+
+
 @st.composite
-def convolutions(draw) -> LayerCase:
-    axes = draw(st.integers(1, 3))
+def convolutions(draw, kind: str) -> LayerCase:
+    axis_counts, grouped, channels, sizes = CONVOLUTIONS[kind]
+    axes = draw(st.integers(*axis_counts))
 
     def per_axis(low, high):
         return draw(st.tuples(*[st.integers(low, high)] * axes))
 
-    groups = draw(st.sampled_from(["one", "some", "depthwise"]))
-    if groups == "one":
-        count, inputs, outputs = 1, draw(st.sampled_from([1, 3, 24])), draw(st.sampled_from([1, 2, 24]))
-    else:
-        count = draw(st.integers(2, 4))
-        factors = st.integers(1, 2) if groups == "some" else st.just(1)
-        inputs, outputs = count * draw(factors), count * draw(factors)
-    square = draw(st.integers(1, 6))
-    kernel = draw(st.sampled_from([(square,) * axes, per_axis(1, 3)])) if axes < 3 else per_axis(1, 3)
-    dilation = per_axis(1, 2)
+    groups = draw(st.integers(2, 4)) if grouped else 1
+    inputs, outputs = (groups * draw(st.integers(*channels)) for _ in range(2))
+    kernel = per_axis(*sizes)
+    dilation = draw(st.sampled_from([(1,) * axes, per_axis(1, 2)]))
     reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
     padding = draw(st.sampled_from(["same", "valid", per_axis(0, 3)]))
     margin = padding if isinstance(padding, tuple) else (0,) * axes
@@ -61,7 +67,7 @@ def convolutions(draw) -> LayerCase:
         stride=(1,) * axes if padding == "same" else per_axis(1, 3),
         padding=padding,
         dilation=dilation,
-        groups=count,
+        groups=groups,
         bias=draw(st.booleans()),
         padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"])),
     )

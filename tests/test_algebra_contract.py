@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch.func import functional_call
 
 import peft_subspace
-from geometries import convolutions, embeddings, linears
+from geometries import CONVOLUTIONS, convolutions, embeddings, linears
 from layers import (
     BOTH,
     FP32,
@@ -209,7 +209,7 @@ def assert_layer_keeps_the_contract(method, case):
     weight = case.layer().weight
     low = {"r": 1} if min(len(weight), weight[0].numel()) == 1 and "r" in method.options else {}
     model = adapt(method, case, **low).to(torch.float64)
-    x = case.inputs(torch.float64, batch=3)
+    x = case.inputs(torch.float64, batch=16)  # enough for a wide convolution to sum its weights
     assert_gradients_equal_the_oracles(model, method, x, 1e-10)
     output = outputs(model.eval(), x)
     model.merge_adapter()
@@ -233,8 +233,9 @@ def test_embeddings_of_any_size_and_padding_keep_the_contract(method):
     run()
 
 
-def test_convolutions_of_any_geometry_keep_the_contract(method):
-    @given(convolutions())
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_of_any_geometry_keep_the_contract(method, kind):
+    @given(convolutions(kind))
     def run(case):
         assert_layer_keeps_the_contract(method, case)
 
