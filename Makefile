@@ -55,7 +55,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tests/house.py --report
+	$(BIN)/python tests/house.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -22,6 +22,7 @@ from peft_subspace.continual import (
     save_heatmap,
     subspace_leak,
 )
+from peft_subspace.core import projection
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.methods.continual_svd import delta, subspaces
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -106,7 +107,7 @@ def test_singular_vectors_are_those_of_an_svd_for_any_spectrum(m, n, last):
     matrix = spectrum(values, m, n).float()
     U, _, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     for count in (0, 1, 12, 25):
-        left, right = subspaces.singular_vectors(matrix, count)
+        left, right = projection.singular_vectors(matrix, count)
         for found, true in ((left, U[:, :count]), (right, Vh[:count].T)):
             assert found.shape == true.shape
             assert (found.T @ found - torch.eye(count)).norm() < 1e-12
@@ -115,7 +116,7 @@ def test_singular_vectors_are_those_of_an_svd_for_any_spectrum(m, n, last):
 
 
 def test_weight_of_zeros_still_gives_orthonormal_directions():
-    left, right = subspaces.singular_vectors(torch.zeros(5, 8), 3)
+    left, right = projection.singular_vectors(torch.zeros(5, 8), 3)
     for found in (left, right):
         assert torch.allclose(found.T @ found, torch.eye(3, dtype=torch.float64))
 

@@ -17,7 +17,8 @@ from peft_subspace.__main__ import main
 from peft_subspace.tools.inspection import layer_overlaps, layer_updates
 from peft_subspace.tools.plots import save_plot
 from peft_subspace.tools.read_adapter import read_adapter
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from test_contract_models import logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_subspace.core.projection import singular_vectors
 from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
-from peft_subspace.methods.continual_svd.subspaces import singular_vectors
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
 
 _PARTS = {
     "both": {"output": "U", "input": "V"},

@@ -19,7 +19,8 @@ from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.merging import check_finite, merge_permanently
 
 

@@ -30,6 +30,12 @@ def check_count(name: str, value: Any, *, minimum: int = 1, maximum: int = 2**31
         raise ValueError(f"{name} must be at most {maximum}; try {name}={max(minimum, 8)}")
 
 
+def check_counts(name: str, value: Any) -> None:
+    """Raise unless `value` is a positive whole number, or a list of some."""
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        check_count(name, entry)
+
+
 def check_number(name: str, value: Any, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     """Raise unless `value` is a finite number with `minimum <= value < maximum`."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -20,7 +20,8 @@ from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import LossFunction, model_loss
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.progress import progress as shown
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 
 
 def initialize_from_gradient(

@@ -20,7 +20,8 @@ from peft_subspace.layers.linear import Conv1DKind
 from peft_subspace.persistence.card import LORA_FOLDER, write_card
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
 from peft_subspace.tuner.targets import weight_name
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 
 _NEGLIGIBLE = 1e-6
 """Part of the largest singular value below which a direction does not count as one of the update's."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 
 

@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor, unmergeable
+from peft_subspace.base_weights.quantization import unmergeable
 from peft_subspace.base_weights.weight import BaseWeight, keep_codes, offload_hook
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Update
-from peft_subspace.core.names import in_base
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.layers.base import Branch
 from peft_subspace.tuner import merging
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
+from peft_subspace.tuner.holder import AdapterHolder
 from peft_subspace.tuner.mixed_batch import forward_mixed_batch
-from peft_subspace.tuner.scaling import ScaledAdapters
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
 
-LayerT = TypeVar("LayerT", bound="SubspaceLayer")
 
-Watcher = Callable[[Update, str], bool]
-"""Called in each training step with an update and its adapter's name, until it returns False."""
-
-
-class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
+class SubspaceLayer(AdapterHolder):
     """A base layer with adapters: `y = base(x) + Σ s · ΔW x`, summed over the active adapters.
 
-    The classes of a method are made by `tuner.registry.method_classes`; the rest follows from its `Update`.
+    The classes of a method are made by `tuner.classes`; the rest follows from its `Update`.
 
     Args:
         base_layer: The layer to adapt, quantized or not, or another tuner layer around one.
         target: Its weight, as `analyze_module` sees it; by default it is analyzed here.
     """
-
-    prefix: ClassVar[str]
-    delta_cls: ClassVar[type[Update]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "prefix"):  # a kind of layer, not yet one of a method
-            return
-        cls.adapter_layer_names = (f"{cls.prefix}delta",)
-        cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
-        if cls.delta_cls.has_shared():
-            # By this name PEFT switches, counts and reports shared tensors with the others of the adapter.
-            attribute = f"{cls.prefix}{cls.delta_cls.shared_name}"
-            cls.adapter_layer_names = (*cls.adapter_layer_names, attribute)
-            setattr(cls, attribute, property(SubspaceLayer._shared_here))
 
     def __init__(self, base_layer: nn.Module, target: Target | None = None) -> None:
         super().__init__()
@@ -70,31 +49,8 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             setattr(self, name, getattr(target.module, name))
         self.in_features = self.kind.shape.in_features * self.kind.shape.groups
         self.out_features = self.kind.shape.out_features
-        self.add_module(f"{self.prefix}delta", nn.ModuleDict())
-        self.add_module(f"{self.prefix}dropout", nn.ModuleDict())
-        self.scaling, self.initial_scaling = {}, {}
-        self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self._disable_adapters = False
         self._deferred: dict[str, tuple[SubspaceConfig, str]] = {}
-        self._watchers: dict[str, list[Watcher]] = {}
-        # A tuple hides the container from torch: its holder alone moves and saves it.
-        self._shared: tuple[SharedTensors, ...] = ()
-
-    @property
-    def deltas(self) -> nn.ModuleDict:
-        """Updates by adapter name."""
-        return getattr(self, f"{self.prefix}delta")
-
-    @property
-    def dropouts(self) -> nn.ModuleDict:
-        """Dropout on the branch's input by adapter name, for those adapters that have any."""
-        return getattr(self, f"{self.prefix}dropout")
-
-    def _shared_here(self) -> nn.ModuleDict:
-        """Shared tensors of the adapters that this layer has."""
-        held: Any = self._shared[0] if self._shared else {}
-        return nn.ModuleDict({name: held[name] for name in self.deltas if name in held})
 
     def update_layer(
         self,
@@ -126,65 +82,6 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         if self._deferred:
             initialize_deferred(self, adapter_name)
         return self.deltas[adapter_name]
-
-    def watch(self, adapter_name: str, watcher: Watcher) -> None:
-        """Have a function look at an adapter in training steps, until it returns False."""
-        self._watchers.setdefault(adapter_name, []).append(watcher)
-
-    def _watch(self) -> None:
-        for name in [name for name in self.active_here() if name in self._watchers]:
-            self._watchers[name] = [look for look in self._watchers[name] if look(self.deltas[name], name)]
-            if not self._watchers[name]:
-                del self._watchers[name]
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; those that are frozen do not train."""
-        super().set_adapter(adapter_names, inference_mode)
-        for delta in self.deltas.values():
-            if delta.frozen:
-                delta.requires_grad_(False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with what it shares: the other layers are about to lose it too."""
-        if self._shared and adapter_name in self._shared[0]:
-            del self._shared[0][adapter_name]
-        super().delete_adapter(adapter_name)
-
-    def requires_grad_(self, requires_grad: bool = True) -> SubspaceLayer:
-        """Let all that belongs to the layer train, or freeze it."""
-        super().requires_grad_(requires_grad)
-        if self._shared:
-            self._shared_here().requires_grad_(requires_grad)
-        return self
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Move one adapter to where the base layer works; its parameters also take a floating dtype.
-
-        A weight on the meta device takes no adapter with it: it may be offloaded. What layers share leaves
-        the host if one of them does.
-        """
-        if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
-            return
-        base = self.get_base_layer()
-        base_device, dtype = self._get_base_layer_device_and_dtype(base)
-        target: Any = device or base_device
-        if target.type == "meta":
-            target = getattr(offload_hook(base), "execution_device", None)
-        self.deltas[adapter_name].to(device=target, dtype=dtype)
-        if self._shared and target is not None and torch.device(target).type != "cpu":
-            for parameter in self._shared[0][adapter_name].parameters():
-                if parameter.device.type == "cpu":
-                    parameter.data = parameter.data.to(target)
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device, torch.dtype | None]:
-        """Device and dtype that an adapter takes from the base layer; no dtype from packed values."""
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        device = device or stored_tensor(base_layer).device
-        return device, dtype if dtype is not None and can_compute_in(dtype) else None
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and add the active adapters, or one adapter per sample with `adapter_names`."""
@@ -292,10 +189,6 @@ class SubspaceLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         """Bytes that a merged layer keeps to be able to unmerge."""
         return self.base_weight.kept_bytes
 
-    def active_here(self) -> list[str]:
-        """Active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.deltas]
-
     def extra_repr(self) -> str:
         """Name the quantization of the base layer, if it has any."""
         return quantization_extra_repr(self)
@@ -307,12 +200,3 @@ def _check_trainable(delta: Update, adapter_name: str) -> None:
             f"adapter {adapter_name!r} is offloaded with its base layer, so it cannot be trained; give the "
             "layer a device in device_map, or load with is_trainable=False"
         )
-
-
-def adapted_layers(model: nn.Module, adapter_name: str, kind: type[LayerT]) -> dict[str, LayerT]:
-    """Layers of a kind that have an adapter, by their names in the base model."""
-    return {
-        in_base(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, kind) and adapter_name in module.deltas
-    }

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -19,24 +18,15 @@ from peft_subspace.runtime.progress import counting
 from peft_subspace.tuner import combination
 from peft_subspace.tuner.classes import layer_classes
 from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.injection import Injection
-from peft_subspace.tuner.layer import SubspaceLayer, adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.mixed_batch import adapter_names_passed, check_adapter_names
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
 from peft_subspace.tuner.shared import shared_containers
 from peft_subspace.tuner.state_hooks import StateHooks
-from peft_subspace.tuner.targets import check_same_parameters
-
-# Vision models that PEFT's own table lacks.
-_MORE_TARGETS = {
-    "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
-    "dinov2": ["q_proj", "v_proj", "query", "value"],
-    "clip_vision_model": ["q_proj", "v_proj"],
-    "resnet": ["convolution"],
-    "mobilenet_v2": ["convolution"],
-    "convnext": ["dwconv", "pwconv1", "pwconv2"],
-}
+from peft_subspace.tuner.targets import DEFAULT_TARGETS, check_same_parameters
 
 
 class SubspaceModel(StateHooks):
@@ -57,7 +47,7 @@ class SubspaceModel(StateHooks):
     parameter_layer_cls: ClassVar[type[SubspaceLayer]]
     after_injection: ClassVar[list[Callable[[SubspaceModel, nn.Module, str], None]]] = []
     """Called, with tuner, base model and adapter name, when an adapter has been added."""
-    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_TARGETS
+    target_module_mapping: dict[str, Any] = DEFAULT_TARGETS
     _injection: Any = None
 
     def __init_subclass__(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from peft_subspace.base_weights.quantization import quantization_of
@@ -12,6 +14,16 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
+
+DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+    "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
+    "dinov2": ["q_proj", "v_proj", "query", "value"],
+    "clip_vision_model": ["q_proj", "v_proj"],
+    "resnet": ["convolution"],
+    "mobilenet_v2": ["convolution"],
+    "convnext": ["dwconv", "pwconv1", "pwconv2"],
+}
+"""Modules to adapt by type of model: PEFT's own table, and vision models that it lacks."""
 
 
 def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.Module, str]]:

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Combined, Delta
+from peft_subspace.core.projection import singular_vectors
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
-from .subspaces import Side, reflect, singular_vectors
+from .subspaces import Side, reflect
 
 
 class ContinualSVDDelta(Delta):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.validation import check_counts, check_number, invalid
 from peft_subspace.tuner.config import ScaledConfig
 
 
@@ -64,19 +64,16 @@ class FLoRAConfig(ScaledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rank in self.kernel_r if isinstance(self.kernel_r, list) else [self.kernel_r]:
-            if rank is not None:
-                check_count("kernel_r", rank)
+        if self.kernel_r is not None:
+            check_counts("kernel_r", self.kernel_r)
         if self.scale is not None:
             check_number("scale", self.scale)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Accept a whole number, or a list of at least two."""
-        ranks = rank if isinstance(rank, list | tuple) else [rank, rank]
-        if len(ranks) < 2:
+        if isinstance(rank, list | tuple) and len(rank) < 2:
             raise invalid(name, rank, "must have a rank for each mode, [in, out, *kernel], or be one number")
-        for entry in ranks:
-            check_count(name, entry)
+        check_counts(name, rank)
 
     def scaling_for(self, module_name: str) -> float:
         """`scale` if set, else `alpha / r` of one module."""
@@ -94,10 +91,7 @@ class FLoRAConfig(ScaledConfig):
             kernel_r = dims[2:] if self.kernel_r is None else self.kernel_r
             wanted += [kernel_r] * (len(dims) - 2) if isinstance(kernel_r, int) else kernel_r
         if len(wanted) != len(dims):
-            given = (
-                f"with kernel_r={self.kernel_r!r} gives {len(wanted)} ranks for a weight of {len(dims)} modes"
-            )
-            remedy = f"{dims} (in, out, *kernel); give {len(dims)} ranks, or one number"
-            raise invalid("r", rank, f"{given} {remedy}")
+            rule = f"with kernel_r={self.kernel_r!r} gives {len(wanted)} ranks for {len(dims)} modes {dims}"
+            raise invalid("r", rank, f"{rule} (in, out, *kernel); give {len(dims)}, or one number")
         ranks = tuple(map(min, wanted, dims))
         return FLoRASpec(module_name, shape, min(ranks[:2]), ranks != tuple(wanted), ranks)

@@ -1,0 +1,139 @@
+"""The adapters of a tuner layer by name: their tensors, which of them are active, where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor
+from peft_subspace.base_weights.weight import offload_hook
+from peft_subspace.core.delta import Update
+from peft_subspace.core.names import in_base
+from peft_subspace.tuner.scaling import ScaledAdapters
+from peft_subspace.tuner.shared import SharedTensors
+
+HolderT = TypeVar("HolderT", bound="AdapterHolder")
+
+Watcher = Callable[[Update, str], bool]
+"""Called in each training step with an update and its adapter's name, until it returns False."""
+
+
+class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
+    """Part of a tuner layer: its adapters, under the names by which PEFT finds them."""
+
+    prefix: ClassVar[str]
+    delta_cls: ClassVar[type[Update]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "prefix"):  # a kind of layer, not yet one of a method
+            return
+        cls.adapter_layer_names = (f"{cls.prefix}delta",)
+        cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
+        if cls.delta_cls.has_shared():
+            # By this name PEFT switches, counts and reports shared tensors with the others of the adapter.
+            attribute = f"{cls.prefix}{cls.delta_cls.shared_name}"
+            cls.adapter_layer_names = (*cls.adapter_layer_names, attribute)
+            setattr(cls, attribute, property(AdapterHolder._shared_here))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module(f"{self.prefix}delta", nn.ModuleDict())
+        self.add_module(f"{self.prefix}dropout", nn.ModuleDict())
+        self.scaling, self.initial_scaling = {}, {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._watchers: dict[str, list[Watcher]] = {}
+        # A tuple hides the container from torch: its holder alone moves and saves it.
+        self._shared: tuple[SharedTensors, ...] = ()
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """Updates by adapter name."""
+        return getattr(self, f"{self.prefix}delta")
+
+    @property
+    def dropouts(self) -> nn.ModuleDict:
+        """Dropout on the branch's input by adapter name, for those adapters that have any."""
+        return getattr(self, f"{self.prefix}dropout")
+
+    def _shared_here(self) -> nn.ModuleDict:
+        """Shared tensors of the adapters that this layer has."""
+        held: Any = self._shared[0] if self._shared else {}
+        return nn.ModuleDict({name: held[name] for name in self.deltas if name in held})
+
+    def active_here(self) -> list[str]:
+        """Active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.deltas]
+
+    def watch(self, adapter_name: str, watcher: Watcher) -> None:
+        """Have a function look at an adapter in training steps, until it returns False."""
+        self._watchers.setdefault(adapter_name, []).append(watcher)
+
+    def _watch(self) -> None:
+        for name in [name for name in self.active_here() if name in self._watchers]:
+            self._watchers[name] = [look for look in self._watchers[name] if look(self.deltas[name], name)]
+            if not self._watchers[name]:
+                del self._watchers[name]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; those that are frozen do not train."""
+        super().set_adapter(adapter_names, inference_mode)
+        for delta in self.deltas.values():
+            if delta.frozen:
+                delta.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with what it shares: the other layers are about to lose it too."""
+        if self._shared and adapter_name in self._shared[0]:
+            del self._shared[0][adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def requires_grad_(self, requires_grad: bool = True) -> AdapterHolder:
+        """Let all that belongs to the layer train, or freeze it."""
+        super().requires_grad_(requires_grad)
+        if self._shared:
+            self._shared_here().requires_grad_(requires_grad)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move one adapter to where the base layer works; its parameters also take a floating dtype.
+
+        A weight on the meta device takes no adapter with it: it may be offloaded. What layers share leaves
+        the host if one of them does.
+        """
+        if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
+            return
+        base = self.get_base_layer()
+        base_device, dtype = self._get_base_layer_device_and_dtype(base)
+        target: Any = device or base_device
+        if target.type == "meta":
+            target = getattr(offload_hook(base), "execution_device", None)
+        self.deltas[adapter_name].to(device=target, dtype=dtype)
+        if self._shared and target is not None and torch.device(target).type != "cpu":
+            for parameter in self._shared[0][adapter_name].parameters():
+                if parameter.device.type == "cpu":
+                    parameter.data = parameter.data.to(target)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device, torch.dtype | None]:
+        """Device and dtype that an adapter takes from the base layer; no dtype from packed values."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        device = device or stored_tensor(base_layer).device
+        return device, dtype if dtype is not None and can_compute_in(dtype) else None
+
+
+def adapted_layers(model: nn.Module, adapter_name: str, kind: type[HolderT]) -> dict[str, HolderT]:
+    """Layers of a kind that have an adapter, by their names in the base model."""
+    return {
+        in_base(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and adapter_name in module.deltas
+    }
