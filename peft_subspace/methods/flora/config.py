@@ -91,7 +91,8 @@ class FLoRAConfig(ScaledConfig):
             kernel_r = dims[2:] if self.kernel_r is None else self.kernel_r
             wanted += [kernel_r] * (len(dims) - 2) if isinstance(kernel_r, int) else kernel_r
         if len(wanted) != len(dims):
-            rule = f"with kernel_r={self.kernel_r!r} gives {len(wanted)} ranks for {len(dims)} modes {dims}"
-            raise invalid("r", rank, f"{rule} (in, out, *kernel); give {len(dims)}, or one number")
+            given = f"gives {len(wanted)} ranks for a weight of {len(dims)} modes {dims} (in, out, *kernel)"
+            rule = f"with kernel_r={self.kernel_r!r} {given}; give {len(dims)} ranks, or one number"
+            raise invalid("r", rank, rule)
         ranks = tuple(map(min, wanted, dims))
         return FLoRASpec(module_name, shape, min(ranks[:2]), ranks != tuple(wanted), ranks)
