@@ -114,7 +114,7 @@ def check_base(
             with error_context(in_base(key.partition(f".{prefix}")[0])):
                 raise ValueError(
                     "the base weight is not the one whose directions the adapter was made from; load it on "
-                    "the model that it was trained on, with the tasks that were merged before in it"
+                    "the model that it was trained on, with the tasks that were merged before it"
                 )
 
 
