@@ -14,6 +14,7 @@ from .methods.lora_sb import LoRASBConfig, LoRASBModel
 from .methods.mos import MoSConfig, MoSModel
 from .persistence import card as _card  # noqa: F401 - completes the card of every config that is saved
 from .training import penalties as _penalties  # noqa: F401 - adds the loss terms of every adapter
+from .training import reach as _reach  # noqa: F401 - warns of adapters that take no part in training
 from .tuner import config as _config
 
 if TYPE_CHECKING:

@@ -147,16 +147,6 @@ def test_layer_equals_the_dense_oracle_and_trains(method, kind, record_property)
     assert distance(model(x), found) < 1e-5
 
 
-@pytest.mark.feature("`nn.MultiheadAttention`")
-def test_attention_of_torch_is_refused(method, record_property):
-    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(TypeError, match=r"reads this layer's weight and never calls it.*exclude_modules"):
-        get_peft_model(model, method.config(target_modules=["out_proj"]))
-    with pytest.raises(TypeError, match="MultiheadAttention cannot be adapted"):
-        get_peft_model(model, method.config(target_modules=["self_attn"]))
-    record_property("no", "torch's module reads the weights of its projections and never calls these layers")
-
-
 # ---------------------------------------------------------------------------------------- architectures
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter
-from torch import nn
 
 import peft_subspace
 from layers import CASES, FP32, adapt, dense, distance, tuner_layer
@@ -44,19 +43,6 @@ def test_kinds_of_layers(method, name, record_property):
     model = adapt(method, case)
     x = case.inputs()
     assert distance(model(x), dense(model, method, x)) < FP32.tolerance
-
-
-@pytest.mark.feature("`nn.MultiheadAttention`")
-@pytest.mark.parametrize("target", ["attention", "out_proj"])
-def test_multihead_attention(method, target, record_property):
-    model = nn.Module()
-    model.attention = nn.MultiheadAttention(4, 2)
-    before = snapshot(model)
-    with pytest.raises(TypeError, match=r"attention.*: .*(cannot be adapted|never calls it)"):
-        get_peft_model(model, method.config(target_modules=[target]))
-    assert_untouched(model, before)
-    reason = "torch's `F.multi_head_attention_forward` reads the weights and never calls the layers"
-    record_property("no", f"{reason}; LoRA merges into them at every forward pass")
 
 
 @pytest.mark.feature("`dropout`")

@@ -269,11 +269,10 @@ def test_configs_that_no_layer_could_take_are_refused(saved, changes, error, mes
 
 
 def test_modules_that_cannot_be_adapted_are_refused(saved):
-    for name, kind in (("upsample", "ConvTranspose1d"), ("norm", "LayerNorm")):
-        change_config(saved, target_modules=[name, "layer"])
-        message = f"{name}: {kind} cannot be adapted; supported are Linear, Conv1D .*, Embedding, Conv1d"
-        assert_refuses(saved, TypeError, message)
-        assert_peft_refuses(saved, TypeError, message)
+    change_config(saved, target_modules=["norm", "layer"])
+    message = "norm: LayerNorm cannot be adapted; supported are Linear, Conv1D .*, Embedding, Conv1d"
+    assert_refuses(saved, TypeError, message)
+    assert_peft_refuses(saved, TypeError, message)
 
 
 def test_targets_that_match_nothing_are_refused(saved):
@@ -296,12 +295,11 @@ def test_groups_that_do_not_divide_are_refused(saved, method):
 # ---------------------------------------------------------------------- the same without a file
 
 
-@pytest.mark.parametrize("target", ["upsample", "norm"])
-def test_wrapping_refuses_before_it_replaces_anything(method, target):
+def test_wrapping_refuses_before_it_replaces_anything(method):
     model = base_model()
     before = snapshot(model)
-    with pytest.raises(TypeError, match=f"{target}: .* cannot be adapted; supported are"):
-        get_peft_model(model, method.config(target_modules=["layer", "conv", target]))
+    with pytest.raises(TypeError, match=r"norm: .* cannot be adapted; supported are"):
+        get_peft_model(model, method.config(target_modules=["layer", "conv", "norm"]))
     assert_untouched(model, before)
 
 
@@ -314,16 +312,6 @@ def test_adapter_that_fails_to_be_added_is_forgotten(method):
     assert "new" not in model.peft_config
     assert torch.equal(model(X), output)
     model.add_adapter("new", method.config(target_modules=["layer"]))
-
-
-def test_layer_inside_multihead_attention_is_refused(method):
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2)
-
-    with pytest.raises(TypeError, match=r"attention.out_proj: .*MultiheadAttention.*exclude_modules"):
-        get_peft_model(Attending(), method.config(target_modules=["out_proj"]))
 
 
 def test_layer_without_a_weight_yet_is_refused(method):

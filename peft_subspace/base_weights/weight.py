@@ -11,6 +11,8 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from peft_subspace.base_weights.codes import unpack_codes
+from peft_subspace.base_weights.computed import ComputedWeight, computed_weight
 from peft_subspace.base_weights.fingerprint import fingerprint
 from peft_subspace.base_weights.quantization import (
     is_readable,
@@ -53,6 +55,16 @@ class BaseWeight:
         return stored_tensor(self.module) if self.backend else getattr(self.module, self.name)
 
     @property
+    def computed(self) -> ComputedWeight | None:
+        """How the module makes the weight of other tensors; None if it is a parameter."""
+        return None if self.backend else computed_weight(self.module, self.name)
+
+    def _refresh(self, weight: Tensor) -> None:
+        """Set what a hook would compute before the next call of the module."""
+        if self.name in vars(self.module):
+            setattr(self.module, self.name, weight)
+
+    @property
     def readable(self) -> bool:
         """Whether the weight can be read, if need be dequantized."""
         return is_readable(self.backend)
@@ -79,8 +91,13 @@ class BaseWeight:
 
     def set(self, weight: Tensor) -> None:
         """Replace the values; for a tied weight this module's alone: no adapter of the others is merged."""
+        computed = self.computed
         if self.backend is not None:
             self.backend.set_base_weight(self.holder, weight)
+        elif computed is not None:
+            for source, value in zip(computed.sources, computed.values_for(weight), strict=True):
+                source.data = value
+            self._refresh(weight)
         elif self.tied:
             setattr(self.module, self.name, nn.Parameter(weight, requires_grad=self.stored.requires_grad))
         else:
@@ -161,6 +178,8 @@ class _Kept:
     def __init__(self, weight: BaseWeight) -> None:
         self.data: Tensor | None = None
         self.shared: Tensor | None = None
+        computed = weight.computed
+        self.sources = [] if computed is None else [(source, source.data) for source in computed.sources]
         if weight.backend is None:
             self.shared = weight.stored if weight.tied else None
             self.data = weight.stored.data if weight.tied else _on_host_if_short(weight.stored.data)
@@ -175,6 +194,11 @@ class _Kept:
         """Put the weight back, on the device where the layer is now."""
         if self.data is None:
             self._restore_packed(weight.module)
+            return
+        for source, data in self.sources:
+            source.data = data.to(source.device, source.dtype)
+        if self.sources:
+            weight._refresh(self.data)
             return
         stored = weight.stored
         if stored.is_meta and not self.data.is_meta:
@@ -217,26 +241,6 @@ def offload_hook(module: nn.Module) -> Any:
     """Hook by which accelerate fetches a module's offloaded tensors before each call, or None."""
     hook: Any = getattr(module, "_hf_hook", None)
     return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
-
-
-def unpack_codes(base: nn.Module) -> None:
-    """Undo the repacking of 4-bit values that bitsandbytes does in place when a CPU evaluates in bf16.
-
-    Dequantizing repacked values gives garbage. Asking the layer for its state makes bitsandbytes undo it, but
-    for the order of scales that are not quantized themselves; and all scales stay rounded to bf16.
-    """
-    quant_state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        base.state_dict()
-        if not quant_state.nested:
-            quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
-
-
-def keep_codes(base: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit values, which loses precision and cannot be trained on."""
-    if hasattr(base, "support_avx512bf16_for_cpu"):
-        unpack_codes(base)
-        base.support_avx512bf16_for_cpu = False
 
 
 def _on_host_if_short(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peft_subspace.base_weights.weight import unpack_codes
+from peft_subspace.base_weights.codes import unpack_codes
 from peft_subspace.tuner.layer import SubspaceLayer
 
 

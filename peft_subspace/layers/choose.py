@@ -7,11 +7,16 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.base import LayerKind
-from peft_subspace.layers.convolution import ConvKind
+from peft_subspace.layers.convolution import ConvKind, TransposedConvKind
 from peft_subspace.layers.embedding import EmbeddingKind
 from peft_subspace.layers.linear import Conv1DKind, LinearKind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class UnknownLayerError(TypeError):
+    """A module of no kind that can be adapted as a whole."""
 
 
 def kind_of(base: nn.Module, *, sizes: tuple[int, int] | None = None) -> LayerKind:
@@ -22,7 +27,7 @@ def kind_of(base: nn.Module, *, sizes: tuple[int, int] | None = None) -> LayerKi
         sizes: `(in, out)` of a layer that stands for a linear one by its quantized weight, else None.
 
     Raises:
-        TypeError: If no method can adapt layers of this type.
+        UnknownLayerError: If no method can adapt layers of this type.
         ValueError: If the layer has no weight yet, or groups that do not divide its channels.
     """
     if getattr(base, "has_uninitialized_params", lambda: False)():
@@ -33,6 +38,10 @@ def kind_of(base: nn.Module, *, sizes: tuple[int, int] | None = None) -> LayerKi
         return EmbeddingKind(shape, has_custom_forward=custom)
     if isinstance(base, _CONVOLUTIONS):
         return _convolution(base)
+    if isinstance(base, _TRANSPOSED):
+        outputs = base.out_channels // base.groups
+        shape = WeightShape(outputs, base.in_channels, tuple(base.kernel_size))
+        return TransposedConvKind(shape, has_custom_forward=_has_custom_forward(base))
     if isinstance(base, Conv1D):
         return Conv1DKind(WeightShape(base.nf, base.nx), has_custom_forward=_custom(base, sizes))
     if isinstance(base, nn.Linear):
@@ -40,9 +49,10 @@ def kind_of(base: nn.Module, *, sizes: tuple[int, int] | None = None) -> LayerKi
         return LinearKind(sizes_of_weight, has_custom_forward=_custom(base, sizes))
     if sizes is not None:
         return LinearKind(WeightShape(sizes[1], sizes[0]))
-    raise TypeError(
+    raise UnknownLayerError(
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
-        "Conv1d, Conv2d, Conv3d, their subclasses, and quantized linear layers"
+        "Conv1d, Conv2d, Conv3d, their transposes and subclasses, quantized linear layers, and modules that "
+        "own parameters with two axes or more"
     )
 
 
@@ -65,6 +75,10 @@ def _custom(base: nn.Module, sizes: tuple[int, int] | None) -> bool:
 
 def _has_custom_forward(base: nn.Module) -> bool:
     """Whether a subclass has changed the forward of its kind of layer."""
-    kind = next(kind for kind in (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS) if isinstance(base, kind))
+    kind = next(
+        kind
+        for kind in (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
+        if isinstance(base, kind)
+    )
     methods = ("forward", "_conv_forward")
     return any(getattr(type(base), name, None) is not getattr(kind, name, None) for name in methods)

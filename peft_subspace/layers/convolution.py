@@ -92,6 +92,51 @@ class ConvKind(LayerKind):
         return _add_pointwise(result, x, factors[0]) if joint else (result + x).to(result.dtype)
 
 
+class TransposedConvKind(LayerKind):
+    """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`.
+
+    The layer stores `(in, out / groups, *kernel)`, of which the update is `(out / groups, in, *kernel)`.
+    """
+
+    def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
+        super().__init__(shape, has_custom_forward=has_custom_forward)
+        self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
+
+    def from_layout(self, weight: Tensor) -> Tensor:
+        """Put the outputs first."""
+        return weight.transpose(0, 1)
+
+    def to_layout(self, delta: Tensor) -> Tensor:
+        """Put the inputs first."""
+        return delta.transpose(0, 1)
+
+    def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
+        """One convolution with `ΔW`, beside the layer: the size of its output is known there."""
+        return ["dense"] * len(branches)
+
+    def add(self, result: Tensor, base: nn.Module, branch: Branch, x: Tensor, route: Route) -> Tensor:
+        """Convolve with `ΔW`."""
+        weight = self.to_layout(multiply(branch.factors)).contiguous()
+        return (result + _convolve_transposed(base, x, weight, result)).to(result.dtype)
+
+    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        """Add what autograd makes of one more convolution."""
+        weight = base.weight.detach().float().requires_grad_()
+        with torch.enable_grad():
+            y = _convolve_transposed(base, x.float(), weight, grad_output)
+        (gradient,) = torch.autograd.grad(y, weight, grad_output.float())
+        total.add_(self.from_layout(gradient))
+
+
+def _convolve_transposed(base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    """Transposed convolution without bias, whose output has the size of another tensor."""
+    axes = weight.ndim - 2
+    size = list(like.shape[-axes:])
+    padding = base._output_padding(x, size, base.stride, base.padding, base.kernel_size, axes, base.dilation)
+    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
+    return convolve(x, weight, None, base.stride, base.padding, padding, base.groups, base.dilation)
+
+
 def _pointwise(x: Tensor, factor: Tensor) -> Tensor:
     """1×1 convolution of `x`, `(…, channels, *spatial)`, with a matrix `(out, channels)`."""
     axes = x.ndim - 2

@@ -40,9 +40,9 @@ class SubspaceConfig(PeftConfig):
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, `"all-linear"`,
             or `None` for PEFT's default choice where it knows the architecture.
         exclude_modules: Modules to leave out, as a list of names or suffixes, or a regular expression.
-        target_parameters: Parameters to adapt that are no layer's weight, by name or suffix, such as
-            `["experts.gate_up_proj", "experts.down_proj"]`: the stacked weights of fused experts. Without
-            `target_modules` nothing else is adapted. Not all methods can.
+        target_parameters: Parameters to adapt by name or suffix, such as
+            `["experts.gate_up_proj", "experts.down_proj"]`, the stacked weights of fused experts, or
+            `["attention.in_proj_weight"]`. Without `target_modules` nothing else is adapted.
         layers_to_transform: Index, or indices, of the blocks to adapt; all if `None`.
         layers_pattern: Name of the module list that holds the blocks, if it is not recognized.
         rank_pattern: Ranks of single modules, by name or regular expression, in place of `r`.
@@ -65,7 +65,6 @@ class SubspaceConfig(PeftConfig):
     """
 
     peft_type_name: ClassVar[str]
-    adapts_parameters: ClassVar[bool] = False
     init_choices: ClassVar[tuple[str, ...]] = ()
     bounded_rank: ClassVar[bool] = False
     """Whether the rank of a weight limits `r`: the default is lowered to it, and others are errors."""

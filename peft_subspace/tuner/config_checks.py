@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
 from peft_subspace.core.validation import check_count, check_flag, invalid
 from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns
 
@@ -113,23 +111,9 @@ def _check_parameters(config: Any) -> None:
             "must be a list, such as ['experts.down_proj']",
             TypeError,
         )
-    if names and not config.adapts_parameters:
-        raise invalid(
-            "target_parameters",
-            names,
-            f"cannot be adapted by {type(config).__name__}: its factors belong to one matrix, the weight "
-            f"of a module, and a stack of experts is many matrices in one parameter; use {_able()}, or name "
-            "modules in target_modules",
-        )
     config.target_parameters = list(names)
     if names and config.target_modules is None:
         config.target_modules = []
-
-
-def _able() -> str:
-    """Configs of the methods that adapt parameters."""
-    configs = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values())
-    return " or ".join(c.__name__ for c in configs if getattr(c, "adapts_parameters", False))
 
 
 def _check_choices(config: Any) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor
 from peft_subspace.base_weights.weight import offload_hook
@@ -20,6 +20,13 @@ HolderT = TypeVar("HolderT", bound="AdapterHolder")
 
 Watcher = Callable[[Update, str], bool]
 """Called in each training step with an update and its adapter's name, until it returns False."""
+
+
+class Reach(Protocol):
+    """What wants to know which layers take part in a training step."""
+
+    def note(self, layer: AdapterHolder, result: Tensor) -> None:
+        """Take notice of what a layer has computed."""
 
 
 class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
@@ -48,6 +55,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._watchers: dict[str, list[Watcher]] = {}
+        self._reach: Reach | None = None
         # A tuple hides the container from torch: its holder alone moves and saves it.
         self._shared: tuple[SharedTensors, ...] = ()
 
@@ -73,6 +81,27 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
     def watch(self, adapter_name: str, watcher: Watcher) -> None:
         """Have a function look at an adapter in training steps, until it returns False."""
         self._watchers.setdefault(adapter_name, []).append(watcher)
+
+    def trains(self, adapter_name: str) -> bool:
+        """Whether an adapter is active here and has tensors, its own or shared ones, that train."""
+        own = [self.deltas[adapter_name], *self._shared_here().values()]
+        active = adapter_name in self.active_here() and not self.disable_adapters
+        return active and any(p.requires_grad for module in own for p in module.parameters())
+
+    def watch_reach(self, reach: Reach | None) -> None:
+        """Have an object note the first training step's results and gradients; None ends that."""
+        self._reach = reach
+
+    def noted(self, result: Tensor) -> Tensor:
+        """Result of a training step, noted as such where somebody wants to know."""
+        if self._reach is not None and self.takes_training_step:
+            self._reach.note(self, result)
+        return result
+
+    @property
+    def takes_training_step(self) -> bool:
+        """Whether this forward pass is one of training, and none that is being compiled."""
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _watch(self) -> None:
         for name in [name for name in self.active_here() if name in self._watchers]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from logging import getLogger
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft_subspace.base_weights.quantization import is_readable, unreadable
 from peft_subspace.base_weights.weight import BaseWeight, tied_parameters
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
+from peft_subspace.layers.base import innermost
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.plan import Plan, Planned, plan_module
@@ -48,6 +50,10 @@ class Injection:
                 _check_start(plan.modules[name], config)
         self.starts = WeightStarts(len(reading))
         self.tied = tied_parameters(tuner.model)
+        self._missed = {n for n, item in plan.modules.items() if not item.target.is_parameter}
+        of_modules = self._missed or any(item.target.part_of for item in plan.modules.values())
+        if config.target_modules and plan.modules and not of_modules:
+            warnings.warn(f"target_modules={config.target_modules!r} match no module", stacklevel=2)
         lowered = [name for name, item in plan.modules.items() if item.spec.lowered]
         if lowered and config.r != type(config).r:
             logger.warning(
@@ -56,7 +62,7 @@ class Injection:
                 *(config.r, len(lowered), lowered[0]),
             )
 
-    def planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:
+    def _planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:
         """What is planned for a target; injecting by a state dict's keys reaches others as well.
 
         Raises:
@@ -74,7 +80,77 @@ class Injection:
         update_cls = self.tuner.tuner_layer_cls.delta_cls
         return plan_module(module, name, self.config, update_cls, **get_quantization_kwargs(self.tuner.model))
 
-    def wrap(self, module: nn.Module, planned: Planned) -> SubspaceLayer:
+    def add(
+        self,
+        adapter_name: str,
+        module: nn.Module,
+        name: str,
+        parent: nn.Module,
+        full_name: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Add the adapter to a target that PEFT hands over, or to the parts by which it is adapted.
+
+        Args:
+            adapter_name: The adapter.
+            module: The target, or a wrapper of it.
+            name: Its name in `parent`.
+            parent: The module that has it.
+            full_name: Its name in the model.
+            parameter_name: Name in the target of the parameter to adapt.
+        """
+        self._missed.discard(full_name)
+        parts = {n: item for n, item in self.plan.modules.items() if item.target.part_of == full_name}
+        for part, item in parts.items():
+            self._missed.discard(part)
+            own = part.rpartition(".")[2]
+            if item.target.is_parameter:
+                self._add(adapter_name, parent.get_submodule(name), name, parent, item, own)
+            else:
+                owner = innermost(parent.get_submodule(name))
+                self._add(adapter_name, owner.get_submodule(own), own, owner, item)
+        if not parts:
+            planned = self._planned(full_name, module, parameter_name)
+            self._add(adapter_name, module, name, parent, planned, parameter_name)
+
+    def add_missed(self, adapter_name: str) -> None:
+        """Add the adapter to targets inside of wrapped modules, which PEFT does not look into."""
+        for full_name in sorted(self._missed):
+            path, _, name = full_name.rpartition(".")
+            parent = self.tuner.model.get_submodule(path)
+            self._add(adapter_name, parent.get_submodule(name), name, parent, self.plan.modules[full_name])
+
+    def _add(
+        self,
+        adapter_name: str,
+        module: nn.Module,
+        name: str,
+        parent: nn.Module,
+        planned: Planned,
+        parameter_name: str | None = None,
+    ) -> None:
+        configs = self.tuner.peft_config
+        source = next((n for n, c in configs.items() if c is self.config and n != adapter_name), None)
+        layer = found = self._find(module, parameter_name)
+        if layer is None:
+            layer = self._wrap(module, planned)
+            layer._active_adapter = adapter_name
+        shared = self._shared_tensors(adapter_name)
+        layer.update_layer(adapter_name, self.config, planned.spec, source, self.starts, shared)
+        if found is None:
+            if adapter_name not in self.tuner.active_adapters:
+                layer.requires_grad_(False)
+            self.tuner._replace_module(parent, name, layer, module)
+
+    def _find(self, module: Any, parameter_name: str | None) -> SubspaceLayer | None:
+        """Tuner layer of a weight among the wrappers of a module."""
+        while isinstance(module, self.tuner.tuner_layer_cls):
+            if parameter_name in (None, module.parameter_name):
+                return module
+            module = module.base_layer
+        return None
+
+    def _wrap(self, module: nn.Module, planned: Planned) -> SubspaceLayer:
         """Make the tuner layer for a target."""
         target = planned.target
         if target.is_parameter:
@@ -86,7 +162,7 @@ class Injection:
             layer.base_weight.tied = id(layer.base_weight.stored) in self.tied
         return layer
 
-    def shared_tensors(self, adapter_name: str) -> SharedTensors | None:
+    def _shared_tensors(self, adapter_name: str) -> SharedTensors | None:
         """Tensors that the layers of each adapter share, those of the new one among them."""
         if self.plan.shared is None:
             return None

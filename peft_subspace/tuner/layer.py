@@ -10,17 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
+from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.base_weights.quantization import unmergeable
-from peft_subspace.base_weights.weight import BaseWeight, keep_codes, offload_hook
+from peft_subspace.base_weights.weight import BaseWeight, offload_hook
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Update
 from peft_subspace.core.shapes import ModuleSpec
-from peft_subspace.layers.base import Branch
+from peft_subspace.layers.base import Branch, updated_weight
 from peft_subspace.tuner import merging
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
 from peft_subspace.tuner.holder import AdapterHolder
-from peft_subspace.tuner.mixed_batch import forward_mixed_batch
+from peft_subspace.tuner.mixed_batch import forward_mixed_batch, names_at_work
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -44,9 +45,11 @@ class SubspaceLayer(AdapterHolder):
         self.parameter_name = target.parameter_name
         self.quantization_backend = target.backend
         self.base_weight = BaseWeight(self, target.parameter_name, target.backend)
+        self.is_read, self.is_called = target.is_read, target.is_called
         keep_codes(target.module)
         for name in getattr(target.module, "__constants__", ()):  # models read some, such as a stride
-            setattr(self, name, getattr(target.module, name))
+            if not hasattr(type(self), name):
+                setattr(self, name, getattr(target.module, name))
         self.in_features = self.kind.shape.in_features * self.kind.shape.groups
         self.out_features = self.kind.shape.out_features
         self.cast_input_dtype_enabled = True
@@ -90,9 +93,31 @@ class SubspaceLayer(AdapterHolder):
         branches = self._branches()
         if not branches:
             return self.base_layer(x, *args, **kwargs)
-        return self.kind.forward(
+        result = self.kind.forward(
             self.base_layer, branches, x, args, kwargs, whole=self._whole, cast=self.cast
         )
+        return self.noted(result)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the base layer, `W + ΔW` where the model is known to compute with it."""
+        return self.updated_weight() if self.is_read else super().weight
+
+    def updated_weight(self) -> Tensor:
+        """`W` plus the updates of the active adapters, as the base layer stores it.
+
+        Raises:
+            ValueError: In a batch with one adapter per sample: all samples share one weight.
+            RuntimeError: If the weight is offloaded: its module fetches it too late to be updated.
+        """
+        if names_at_work.get() and not self.disable_adapters:
+            raise ValueError(
+                f"adapter_names cannot be used where the model itself computes with {self.parameter_name!r}: "
+                "it is one weight for all samples of a batch; run the samples of each adapter by themselves"
+            )
+        branches = self._branches()
+        stored = self.base_weight.stored
+        return self.noted(updated_weight(stored, self.kind, branches)) if branches else stored
 
     def _branches(self) -> list[Branch]:
         """Active adapters at work; none where only the base layer is to run."""
@@ -121,11 +146,6 @@ class SubspaceLayer(AdapterHolder):
         if torch.is_grad_enabled() and offload_hook(delta) is not None:
             _check_trainable(delta, adapter_name)
         return Branch.scaled(delta(self.read_weight), self.scaling[adapter_name], dropout)
-
-    @property
-    def takes_training_step(self) -> bool:
-        """Whether this forward pass is one of training, and none that is being compiled."""
-        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def get_base_weight(self) -> Tensor:
         """Weight of the base layer as it stores it, dequantized, or read from where it is offloaded.
@@ -175,14 +195,21 @@ class SubspaceLayer(AdapterHolder):
         """Put the base weight back, bit for bit."""
         merging.unmerge(self)
 
-    def check_merge(self) -> None:
-        """Raise unless adapters can be merged into the base weight.
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise unless the given (default: all active) adapters can be merged into the base weight.
 
         Raises:
-            TypeError: If the base layer's quantization cannot be written.
+            TypeError: If the base layer's quantization cannot be written, or its weight is made of others
+                that cannot make the sum.
         """
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise TypeError(unmergeable(self.quantization_backend))
+        computed = self.base_weight.computed
+        if computed is not None:
+            names = self.active_here() if adapter_names is None else adapter_names
+            weight = self.base_weight.original()
+            total = self.with_updates(weight, [name for name in names if name in self.deltas])
+            computed.values_for(self.kind.to_layout(total).to(weight.dtype))
 
     @property
     def kept_bytes(self) -> int:

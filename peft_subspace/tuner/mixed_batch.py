@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+names_at_work: ContextVar[bool] = ContextVar("names_at_work", default=False)
+"""Whether the model runs with one adapter per sample."""
 
 
 def check_adapter_names(adapter_names: Any, known: Collection[str], *, training: bool) -> None:
@@ -67,9 +71,11 @@ def adapter_names_passed(
             names = [n for n in adapter_names for _ in range(repeats)]
             hook = partial(_pass_adapter_names, adapter_names=names)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    token = names_at_work.set(True)
     try:
         yield
     finally:
+        names_at_work.reset(token)
         for handle in handles:
             handle.remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_subspace.base_weights.weight import keep_codes
+from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import counting
@@ -22,6 +23,7 @@ from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.mixed_batch import adapter_names_passed, check_adapter_names
+from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
 from peft_subspace.tuner.shared import shared_containers
@@ -69,6 +71,8 @@ class SubspaceModel(StateHooks):
         # PeftModel gives a dict of configs, and keeps the tuner; inject_adapter_in_model gives one config.
         self._stays = isinstance(peft_config, dict)
         self.handles: list[RemovableHandle] = []
+        self._merging: list[str] | None = None
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -92,7 +96,10 @@ class SubspaceModel(StateHooks):
         held = [container for _, container in shared_containers(self, self.shared_attribute())]
         flags = [(parameter, parameter.requires_grad) for c in held for parameter in c.parameters()]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():  # PEFT does not look into wrapped modules
+                warnings.filterwarnings("ignore", ".* were set but no module was matched", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._injection.add_missed(adapter_name)
             for parameter, flag in flags:  # PEFT keeps those of other adapters that are in the base model
                 parameter.requires_grad_(flag)
         except Exception:
@@ -102,6 +109,7 @@ class SubspaceModel(StateHooks):
                     del container[adapter_name]
             raise
         finally:
+            self._places = {}
             if self._injection is not None:
                 self._injection.starts.close()
                 self._injection = None
@@ -121,8 +129,9 @@ class SubspaceModel(StateHooks):
         """Plan the adapter, and check every targeted module before the first one is replaced."""
         holder = self if self._stays else model
         plan = self.plan(model, peft_config)
-        check_same_parameters(model, peft_config, self.peft_config.values())
+        check_same_parameters(model, {n for n, item in plan.modules.items() if item.target.is_parameter})
         self._injection = Injection(self, plan, peft_config, holder)
+        self._places = shared_places(model)
 
     def _create_and_replace(
         self,
@@ -134,32 +143,17 @@ class SubspaceModel(StateHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        injection = self._injection
-        planned = injection.planned(current_key, target, parameter_name)
-        source = next(
-            (n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None
-        )
-        layer = target
-        if not isinstance(target, self.tuner_layer_cls) or parameter_name not in (
-            None,
-            target.parameter_name,
-        ):
-            layer = injection.wrap(target, planned)
-            layer._active_adapter = adapter_name
-        shared = injection.shared_tensors(adapter_name)
-        layer.update_layer(adapter_name, peft_config, planned.spec, source, injection.starts, shared)
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        self._injection.add(adapter_name, target, target_name, parent, current_key, parameter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
-        """Put a layer in the place of another.
+        """Put a layer in the place of another, under all names that the model has for it.
 
         PEFT also asks for a `weight`, which not all layers have, and sends the adapter after it, offloaded or
         not.
         """
         setattr(parent, child_name, new_module)
+        for module, name in self._places.get(child, ()):
+            setattr(module, name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model, but not tensors that layers share and its root holds."""
@@ -182,20 +176,27 @@ class SubspaceModel(StateHooks):
         """Look, before anything is merged, for a layer that adapters cannot be merged into."""
         super()._check_merge_allowed()
         for name, layer in self.model.named_modules():
-            if isinstance(layer, self.tuner_layer_cls) and layer.active_here():
+            if isinstance(layer, self.tuner_layer_cls):
                 with error_context(name):
-                    layer.check_merge()
+                    layer.check_merge(self._merging)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters, with a progress bar if it takes more than two seconds."""
+        self._merging = adapter_names
         with counting(self._count_layers(), "merging"):
-            super().merge_adapter(*args, **kwargs)
+            super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
-        self, merge: bool = True, progressbar: bool = False, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._merging = adapter_names
+        self._places = shared_places(self.model)
         with counting(self._count_layers(), "merging", hidden=progressbar or not merge):
-            model: Any = super()._unload_and_optionally_merge(merge, progressbar, *args, **kwargs)
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for holder in (self._modules, model._modules):
             holder.pop(self.shared_attribute(), None)
         for handle in self.handles:

@@ -2,23 +2,55 @@
 
 PEFT finds such parameters by `target_parameters` and has the module that owns one wrapped; if several are in
 one module, each wrapper wraps the one before. The module's forward is its own: it is called with `W + ΔW` in
-the place of the parameter.
+the place of the parameter, and whoever reads the parameter from outside is given `W + ΔW` too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_subspace.layers.base import updated_weight
 from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.target import Target
+
+_OWN = ("_hf_hook", "_old_forward")
+"""What accelerate puts on a module; it must not be found on the wrapper as well."""
 
 
 class ParameterLayer(SubspaceLayer):
-    """A module with adapters on one of its parameters, the `target`'s."""
+    """A module with adapters on one of its parameters, the `target`'s; all else is read from the module."""
+
+    def __init__(self, base_layer: nn.Module, target: Target | None = None) -> None:
+        super().__init__(base_layer, target)
+        stored = self.base_weight.stored
+        # Lists of parameters that the module keeps, as recurrent layers do.
+        self._lists = [
+            name
+            for name, value in vars(self.get_base_layer()).items()
+            if isinstance(value, list) and any(entry is stored for entry in value)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _OWN or "base_layer" not in self._modules:
+                raise
+        if name == self.parameter_name:
+            return self.updated_weight()
+        return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter, if that is its name, else what the module inside calls so."""
+        return self.updated_weight() if self.parameter_name == "weight" else self.base_layer.weight
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Call the module with the updated parameter.
@@ -35,14 +67,17 @@ class ParameterLayer(SubspaceLayer):
         branches = self._branches()
         if not branches:
             return self.base_layer(*args, **kwargs)
-        weight = updated_weight(self.base_weight.stored, self.kind, branches)
-        return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
+        weight = self.noted(updated_weight(self.base_weight.stored, self.kind, branches))
+        if not self._lists:
+            return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
+        with _replaced(self._lists, self.get_base_layer(), self.base_weight.stored, weight):
+            return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
 
     @property
     def _path(self) -> str:
         """Name of the parameter in `base_layer`, which may be another wrapper."""
         depth, module = 0, self.base_layer
-        while hasattr(module, "base_layer"):
+        while isinstance(module, SubspaceLayer):
             depth, module = depth + 1, module.base_layer
         return "base_layer." * depth + self.parameter_name
 
@@ -52,14 +87,34 @@ class ParameterLayer(SubspaceLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Take this wrapper and those inside it off the module."""
+        """Take this wrapper, those inside it and those of layers inside the module off."""
         layer: Any = self
         while isinstance(layer, SubspaceLayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
+        for module in list(layer.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, SubspaceLayer) and not isinstance(module, BaseTunerLayer):
+                    if merge:
+                        child.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    setattr(module, name, child.get_base_layer())
         return layer
 
     def extra_repr(self) -> str:
         """Name the parameter: wrappers of one module differ by it."""
         return f"parameter_name={self.parameter_name!r}"
+
+
+@contextmanager
+def _replaced(names: list[str], module: nn.Module, parameter: Tensor, weight: Tensor) -> Iterator[None]:
+    """Put a weight in the place of a parameter in lists that a module keeps."""
+    lists = [getattr(module, name) for name in names]
+    places = [(entries, i) for entries in lists for i, entry in enumerate(entries) if entry is parameter]
+    for entries, i in places:
+        entries[i] = weight
+    try:
+        yield
+    finally:
+        for entries, i in places:
+            entries[i] = parameter

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
@@ -16,14 +14,9 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.core.names import BASE
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.tuner.config import SubspaceConfig
-from peft_subspace.tuner.target import Target, analyze_module, analyze_parameter
-from peft_subspace.tuner.targets import (
-    include_all_linear_layers,
-    refuse_unreachable,
-    targeted_parameters,
-    targets,
-    wrapper_places,
-)
+from peft_subspace.tuner.places import wrapper_places
+from peft_subspace.tuner.target import Target, analyze_module
+from peft_subspace.tuner.targets import analyze_targets, include_all_linear_layers
 
 # The largest updates have five times the entries of their weight, and sums of some of them accordingly more.
 _MOST_TIMES = 64
@@ -103,7 +96,7 @@ def make_plan(
             proportion to its weights.
     """
     include_all_linear_layers(config, model)
-    found = dict(_analyze(model, config))
+    found = dict(analyze_targets(model, config))
     for name, target in found.items():
         if target.kind.shape.lookup_axis == 1 and not update_cls.on_embeddings:
             raise TypeError(f"{name}: {tuner} adapts no embeddings; exclude it with exclude_modules")
@@ -117,18 +110,6 @@ def make_plan(
         plan = Plan(prefix, modules, update_cls.shared(config, list(specs.values())) if specs else None)
     _check_size(plan, model, config)
     return plan
-
-
-def _analyze(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, Target]]:
-    """Targets by name, in PEFT's order."""
-    backend_kwargs = get_quantization_kwargs(model)
-    for name, module in targets(model, config):
-        with error_context(name):
-            refuse_unreachable(model, name)
-            yield name, analyze_module(module, **backend_kwargs)
-    for name, owner, parameter_name in targeted_parameters(model, config):
-        with error_context(name):
-            yield name, analyze_parameter(owner, parameter_name)
 
 
 def plan_module(

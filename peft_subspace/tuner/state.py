@@ -18,6 +18,7 @@ from peft_subspace.core.state import check_state
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.declared import check_declared
+from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.plan import Plan
 from peft_subspace.tuner.shared import shared_containers
 
@@ -60,6 +61,21 @@ def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> 
         target = item.target
         weights[key] = BaseWeight(target, target.parameter_name, target.backend), target.kind
     check_base(weights, state, plan.prefix)
+
+
+def without_aliases(model: nn.Module, kind: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of layers under their further names."""
+    others = tuple(f"{name}." for name in aliases(model, kind))
+    return {key: tensor for key, tensor in state.items() if not (others and key.startswith(others))}
+
+
+def with_aliases(model: nn.Module, kind: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, and those of layers under their further names as well."""
+    result = dict(state)
+    for other, first in aliases(model, kind).items():
+        start = f"{first}."
+        result |= {f"{other}.{k.removeprefix(start)}": t for k, t in state.items() if k.startswith(start)}
+    return result
 
 
 def is_optional(key: str) -> bool:

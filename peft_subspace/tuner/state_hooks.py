@@ -35,6 +35,7 @@ class StateHooks(BaseTuner):
         own = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names=unwanted_adapter_names
         )
+        own = state.without_aliases(model, cls.tuner_layer_cls, own)
         return own | state.shared_state(model, cls.shared_attribute(), adapter_name, state_dict)
 
     @classmethod
@@ -54,13 +55,13 @@ class StateHooks(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
         if state.already_checked.get():
-            return remapped
+            return state.with_aliases(model, cls.tuner_layer_cls, remapped)
         try:
             state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
         except ValueError:
             _discard(model, adapter_name, cls)
             raise
-        return remapped
+        return state.with_aliases(model, cls.tuner_layer_cls, remapped)
 
 
 def _discard(model: nn.Module, adapter_name: str, cls: type[StateHooks]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from peft_subspace.base_weights.computed import computed_weight
 from peft_subspace.base_weights.quantization import quantization_of, quantized_sizes
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.layers.choose import kind_of
-from peft_subspace.layers.experts import parameter_kind
+from peft_subspace.layers.parameter import parameter_kind
+from peft_subspace.layers.usage import usage_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Target:
         kind: What an update does in place of the module.
         backend: PEFT's backend if the weight is quantized.
         is_parameter: Whether the module is called as it is, with an updated parameter.
+        is_read: Whether the model is known to compute with the weight by itself.
+        is_called: Whether the module is called, as far as is known.
+        part_of: Name of the targeted module that is adapted by its parts, of which this is one.
     """
 
     module: nn.Module
@@ -31,6 +37,9 @@ class Target:
     kind: LayerKind
     backend: Any
     is_parameter: bool = False
+    is_read: bool = False
+    is_called: bool = True
+    part_of: str | None = None
 
     @property
     def base_layer(self) -> nn.Module:
@@ -55,7 +64,33 @@ def analyze_module(module: nn.Module, **backend_kwargs: Any) -> Target:
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     backend = quantization_of(base, **backend_kwargs)
-    return Target(base, "weight", kind_of(base, sizes=quantized_sizes(base) if backend else None), backend)
+    kind = kind_of(base, sizes=quantized_sizes(base) if backend else None)
+    if kind.has_custom_forward and computed_weight(base, "weight") is not None:
+        raise TypeError(
+            f"{type(base).__name__} has a forward of its own and a weight made of other tensors, so that it "
+            "cannot be called with another one; make the weight permanent, or exclude it by exclude_modules"
+        )
+    return Target(base, "weight", kind, backend)
+
+
+def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Target:
+    """Add how a model uses the weight of a module.
+
+    Args:
+        target: The weight.
+        name: Name of the module in the one that has it.
+        around: The modules that have it, innermost last.
+
+    Raises:
+        TypeError: If the model reads packed values and never calls the module.
+    """
+    called, read = usage_of(name, around)
+    if read and not called and target.backend is not None:
+        raise TypeError(
+            "the model reads this weight, which is quantized, and never calls the layer, so an adapter would "
+            "have no effect; load the base model unquantized, or exclude the module with exclude_modules"
+        )
+    return replace(target, is_read=read and target.backend is None, is_called=called or not read)
 
 
 def analyze_parameter(owner: nn.Module, name: str) -> Target:
@@ -63,6 +98,6 @@ def analyze_parameter(owner: nn.Module, name: str) -> Target:
 
     Raises:
         TypeError: If the parameter is quantized.
-        ValueError: If it has not two or three axes.
+        ValueError: If it is a vector.
     """
     return Target(owner, name, parameter_kind(owner, name), None, is_parameter=True)

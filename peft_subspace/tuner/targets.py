@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
 from peft_subspace.base_weights.quantization import quantization_of
 from peft_subspace.core.errors import error_context
+from peft_subspace.layers.choose import UnknownLayerError
+from peft_subspace.layers.parameter import is_vector
+from peft_subspace.layers.usage import usage_of
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
+from peft_subspace.tuner.places import surroundings
+from peft_subspace.tuner.target import Target, analyze_module, analyze_parameter, analyze_use
 
 DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
     "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
@@ -30,6 +36,7 @@ def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tu
     """Parameters that PEFT will hand over: full name, module and name in it, in PEFT's order.
 
     Raises:
+        TypeError: If one is parametrized.
         ValueError: If one belongs to the model itself, or to a module that is adapted as a whole.
     """
     targets = tuple(config.target_parameters or ())
@@ -39,6 +46,12 @@ def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tu
     for module_name, module in model.named_modules():
         if ".base_layer" in module_name:
             continue
+        for name in getattr(module, "parametrizations", ()):
+            if f".{module_name}.{name}".endswith(endings):
+                raise TypeError(
+                    f"{module_name}.{name}: it is parametrized, and a parametrization makes it anew at every "
+                    "use; name the module in target_modules, or remove the parametrization before"
+                )
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, _ in base.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
@@ -59,23 +72,6 @@ def _check_owner(config: SubspaceConfig, name: str, module: nn.Module) -> None:
         )
 
 
-def check_same_parameters(model: nn.Module, config: SubspaceConfig, others: Iterable[SubspaceConfig]) -> None:
-    """Raise unless all adapters with `target_parameters` adapt the same ones: their wrappers are nested.
-
-    Raises:
-        ValueError: Naming one that only some of them adapt.
-    """
-    names = {name for name, _, _ in targeted_parameters(model, config)}
-    for other in others:
-        theirs = {name for name, _, _ in targeted_parameters(model, other)}
-        if names and theirs and names != theirs:
-            raise ValueError(
-                f"target_parameters={config.target_parameters!r} must be those of the other adapters, "
-                f"{other.target_parameters!r}, and {min(names ^ theirs)} is in one of them only; load the "
-                "adapters into separate models"
-            )
-
-
 def weight_name(name: str, layer: SubspaceLayer) -> str:
     """Full name of the weight that a layer adapts: of a parameter its own, else its module's."""
     if not isinstance(layer, ParameterLayer):
@@ -85,33 +81,25 @@ def weight_name(name: str, layer: SubspaceLayer) -> str:
     return f"{name}.{layer.parameter_name}"
 
 
-def wrapper_places(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Where in a model the wrapper of each named module or parameter is, or will be."""
-    modules = {name for name, _ in model.named_modules()}
-    siblings: dict[str, list[str]] = {}
-    for name in names:
-        owner = name if name in modules else name.rpartition(".")[0]
-        siblings.setdefault(owner, []).append(name)
-    return {
-        name: owner + ".base_layer" * depth
-        for owner, group in siblings.items()
-        for depth, name in enumerate(reversed(group))
-    }
-
-
 def include_all_linear_layers(config: SubspaceConfig, model: nn.Module) -> None:
-    """Replace the shorthand "all-linear" in place; PEFT leaves out codes that are in no `nn.Linear`."""
+    """Replace the shorthand "all-linear" in place.
+
+    PEFT leaves out codes that are in no `nn.Linear`. Layers that are never called are left out here: what the
+    model makes of their weights is no linear layer's output, and LoRA could not serve an export of them.
+    """
     given = config.target_modules
     _maybe_include_all_linear_layers(config, model)
     if config.target_modules is given:
         return
+    found = set(config.target_modules or ())
+    dead = {name for name in found if usage_of(*surroundings(model, name)) == (False, True)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     more = {
         name
         for name, module in _outermost(model)
         if not isinstance(module, nn.Linear | nn.Embedding) and module is not head and quantization_of(module)
     }
-    config.target_modules = sorted(more.union(config.target_modules or ()))
+    config.target_modules = sorted((more | found) - dead)
 
 
 def targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -122,31 +110,72 @@ def targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a model that lie in no tuner layer."""
+    """Modules of a model that lie in no tuner layer, but for those of a module with adapted parameters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, ParameterLayer):
+            inside = (*inside, *(f"{name}.{own}" for own in module._modules if own != "base_layer"))
+        elif isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
-        yield name, module
+        if not name.endswith(".base_layer"):
+            yield name, module
 
 
-def refuse_unreachable(model: nn.Module, name: str) -> None:
-    """Raise if adapters of a module would have no effect, or get in the way of others.
+def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, Target]]:
+    """Weights that a config targets, by the names of their modules or parameters, in PEFT's order.
+
+    A module of no known kind is adapted by its parts: the parameters that it owns, and the layers in it that
+    it reads and never calls.
 
     Raises:
-        TypeError: If the module's parent never calls it.
-        ValueError: If one of its parameters is adapted.
+        TypeError: If a targeted module's type cannot be adapted.
+        ValueError: If one of a module's parameters is adapted.
     """
-    if isinstance(model.get_submodule(name), ParameterLayer):
+    backend_kwargs = get_quantization_kwargs(model)
+    for name, module in targets(model, config):
+        with error_context(name):
+            try:
+                target = analyze_module(module, **backend_kwargs)
+            except UnknownLayerError:
+                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                parts = _analyze_parts(name, base)
+                if not parts:
+                    raise
+                yield from parts.items()
+                continue
+            if isinstance(module, ParameterLayer):
+                raise ValueError(
+                    "another adapter adapts a parameter of it; load the adapters into separate models, or "
+                    "leave the module out of target_modules"
+                )
+            yield name, analyze_use(target, *surroundings(model, name))
+    for name, owner, parameter_name in targeted_parameters(model, config):
+        with error_context(name):
+            yield name, analyze_parameter(owner, parameter_name)
+
+
+def _analyze_parts(name: str, base: nn.Module) -> dict[str, Target]:
+    parts = {}
+    for own, parameter in base.named_parameters(recurse=False):
+        if not is_vector(parameter):
+            parts[f"{name}.{own}"] = replace(analyze_parameter(base, own), part_of=name)
+    for own, child in base.named_children():
+        if usage_of(own, [base]) == (False, True):
+            parts[f"{name}.{own}"] = replace(analyze_use(analyze_module(child), own, [base]), part_of=name)
+    return parts
+
+
+def check_same_parameters(model: nn.Module, names: set[str]) -> None:
+    """Raise unless a new adapter adapts the parameters that others adapt, or none: wrappers are nested.
+
+    Raises:
+        ValueError: Naming one that only some adapters adapt.
+    """
+    theirs = {weight_name(n, m) for n, m in model.named_modules() if isinstance(m, ParameterLayer)}
+    if names and theirs and names != theirs:
         raise ValueError(
-            "another adapter adapts a parameter of it; load the adapters into separate models, or leave the "
-            "module out of target_modules"
-        )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise TypeError(
-            "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would have "
-            "no effect; exclude it with exclude_modules"
+            f"target_parameters must be those of the other adapters, {sorted(theirs)}, and "
+            f"{min(names ^ theirs)} is in one of them only; load the adapters into separate models"
         )

@@ -54,7 +54,6 @@ class FLoRAConfig(ScaledConfig):
     """
 
     peft_type_name: ClassVar[str] = "FLORA"
-    adapts_parameters: ClassVar[bool] = True
     init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal", "zero_output")
     values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "alpha_pattern": {}, "scale": 1.0}
 
