@@ -21,6 +21,7 @@ from peft_subspace.persistence.folder import adapter_folder
 from peft_subspace.persistence.read_config import read_config
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
+from peft_subspace.tuner.source import incomplete
 from peft_subspace.tuner.state import check_updates, is_optional
 
 
@@ -92,9 +93,7 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
             check_state(expected, state)
             check_updates(plan, model, state)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); download or save it again"
-        ) from error
+        raise incomplete(path, error) from error
     return config
 
 

@@ -74,6 +74,8 @@ class SubspaceConfig(PeftConfig):
     """Called, with the folder, when a config has been saved."""
 
     trained = 0  # trainable parameters of the adapter that was made with this object; no field
+    source: ClassVar[Path | None] = None
+    """Folder that the config was read from, in an object that was."""
 
     r: Any = field(default=8)
     target_modules: list[str] | str | None = field(default=None)
@@ -101,6 +103,15 @@ class SubspaceConfig(PeftConfig):
         self.check_rank("r", self.r)
         if self.seed is not None:
             check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> SubspaceConfig:
+        """Read a config as PEFT does, and note where it was."""
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        vars(config)["source"] = Path(pretrained_model_name_or_path, subfolder or "")
+        return config
 
     @property
     def frozen(self) -> bool:

@@ -16,7 +16,7 @@ from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import counting
-from peft_subspace.tuner import combination
+from peft_subspace.tuner import callers, combination
 from peft_subspace.tuner.classes import layer_classes
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.holder import adapted_layers
@@ -27,6 +27,8 @@ from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
 from peft_subspace.tuner.shared import shared_containers
+from peft_subspace.tuner.snapshot import Snapshot
+from peft_subspace.tuner.source import check_source
 from peft_subspace.tuner.state_hooks import StateHooks
 from peft_subspace.tuner.targets import DEFAULT_TARGETS, check_same_parameters
 
@@ -88,13 +90,14 @@ class SubspaceModel(StateHooks):
     # PEFT adds an adapter by inject_adapter, which calls _prepare_model, then _create_and_replace per target.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; if that fails, forget its config and what its layers would share.
+        """Add an adapter; if that fails, or PEFT cannot load its tensors afterwards, all is as it was before.
 
         The packed values of 4-bit layers stay as they are from then on, in the layers without adapter as
         well: what bitsandbytes makes of them when a CPU evaluates in bf16 passes no gradient on.
         """
         held = [container for _, container in shared_containers(self, self.shared_attribute())]
         flags = [(parameter, parameter.requires_grad) for c in held for parameter in c.parameters()]
+        before = Snapshot(self, adapter_name)
         try:
             with warnings.catch_warnings():  # PEFT does not look into wrapped modules
                 warnings.filterwarnings("ignore", ".* were set but no module was matched", RuntimeWarning)
@@ -103,16 +106,14 @@ class SubspaceModel(StateHooks):
             for parameter, flag in flags:  # PEFT keeps those of other adapters that are in the base model
                 parameter.requires_grad_(flag)
         except Exception:
-            self.peft_config.pop(adapter_name, None)
-            for _, container in shared_containers(self, self.shared_attribute()):
-                if adapter_name in container:
-                    del container[adapter_name]
+            before.restore()
             raise
         finally:
             self._places = {}
             if self._injection is not None:
                 self._injection.starts.close()
                 self._injection = None
+        self._before_loading = before if callers.reads_file() else None
         self.peft_config[adapter_name].trained = sum(
             parameter.numel()
             for name, parameter in self.named_parameters()
@@ -130,6 +131,8 @@ class SubspaceModel(StateHooks):
         holder = self if self._stays else model
         plan = self.plan(model, peft_config)
         check_same_parameters(model, {n for n, item in plan.modules.items() if item.target.is_parameter})
+        if peft_config.source is not None and callers.reads_file():
+            check_source(peft_config.source, model, peft_config.modules_to_save)
         self._injection = Injection(self, plan, peft_config, holder)
         self._places = shared_places(model)
 

@@ -14,9 +14,10 @@ from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.names import BASE, in_base
-from peft_subspace.core.state import check_state
+from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.runtime.progress import progress
+from peft_subspace.tuner import callers
 from peft_subspace.tuner.declared import check_declared
 from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.plan import Plan
@@ -42,8 +43,13 @@ def check_loaded(
         for name, layer in model.named_modules()
         if isinstance(layer, layer_cls) and adapter_name in layer.deltas
     }
-    check_declared(model, config, [key for key in here if prefix not in key])
-    check_state({key: own[key] for key in here if prefix in key}, dict(state))
+    ours = {key for key in here if f".{prefix}" in f".{key}"}
+    others = [key for key in here if key not in ours]
+    if callers.reads_file():
+        check_declared(model, config, others)
+    check_state({key: own[key] for key in ours}, dict(state))
+    if not callers.ignores_mismatched_sizes():
+        check_shapes({k: own[k] for k in others}, {k: tuple(state[k].shape) for k in others})
     check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, state)
     check_base({key: (layer.base_weight, layer.kind) for key, layer in layers.items()}, state, prefix)
 

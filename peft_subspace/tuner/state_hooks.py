@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_subspace.tuner import state
 from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.snapshot import Snapshot
 
 
 class StateHooks(BaseTuner):
@@ -16,6 +17,7 @@ class StateHooks(BaseTuner):
 
     prefix: str
     tuner_layer_cls: type[SubspaceLayer]
+    _before_loading: Snapshot | None = None
 
     @classmethod
     def shared_attribute(cls) -> str:
@@ -49,27 +51,20 @@ class StateHooks(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check the tensors that PEFT is about to load; if they are unfit, remove the new adapter again."""
+        """Check the tensors that PEFT is about to load; if they are unfit, all is as before the call."""
         keys = state.shared_keys(model, cls.shared_attribute(), adapter_name)
         renamed = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
-        if state.already_checked.get():
-            return state.with_aliases(model, cls.tuner_layer_cls, remapped)
+        tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         try:
-            state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
+            if not state.already_checked.get():
+                state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
         except ValueError:
-            _discard(model, adapter_name, cls)
+            if tuner is not None and tuner._before_loading is not None:
+                tuner._before_loading.restore()
             raise
+        finally:
+            if tuner is not None:
+                tuner._before_loading = None
         return state.with_aliases(model, cls.tuner_layer_cls, remapped)
-
-
-def _discard(model: nn.Module, adapter_name: str, cls: type[StateHooks]) -> None:
-    """Take an unfit adapter off a wrapped model; if it was the only one, restore the base model."""
-    tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
-    if tuner is None:  # injected into a plain model, before and apart from loading
-        return
-    if set(tuner.peft_config) == {adapter_name}:
-        tuner.unload()
-    else:
-        tuner.delete_adapter(adapter_name)
