@@ -13,7 +13,7 @@ help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
-	@echo "make test-slow   run the tests that train for longer, and every method on all layers and settings"
+	@echo "make test-slow   run the tests that train for longer, every method on all layers, and the benchmarks' own"
 	@echo "make features    run all tests, and write the table of features into README.md"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make lint        check style, formatting and types"
@@ -28,16 +28,17 @@ $(INSTALLED): pyproject.toml constraints.txt examples/data-packages.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/finetune.py --demo digits
+	$(BIN)/python examples/benchmarks/finetune.py --demo digits
 
 demo-text: $(INSTALLED)
-	$(BIN)/python examples/finetune.py --demo bbcnews
+	$(BIN)/python examples/benchmarks/finetune.py --demo bbcnews
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+	$(PYTEST) examples/benchmarks/tests
 	$(PYTEST) --dist load --all-layers tests/test_algebra_contract.py tests/test_life_cycle_contract.py
 
 # A row of the table needs all of its tests, slow or not, from one run.

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 import claims
 import timing
 from claims import kind_of, spread
-from huggingface_hub import EvalResult, ModelCardData
 from verdicts import SEQUENCES
 
 NAMES = {

@@ -18,11 +18,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import timing
 import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import timing
 from peft_subspace import ContinualSVDConfig
 from peft_subspace.continual import subspace_leak
 

@@ -17,7 +17,6 @@ import math
 import statistics
 from collections.abc import Callable
 
-import timing
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from transformers import (
     ResNetModel,
 )
 
+import timing
 from peft_subspace import FLoRAConfig
 
 NETWORKS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timing
 
-SCRIPT = Path(__file__).resolve().parents[1] / "finetune.py"
+SCRIPT = Path(__file__).with_name("finetune.py")
 SEEDS = (0, 1)
 RUNS = (("digits", "flora"), ("bbcnews", "flora"), ("bbcnews", "mos"), ("bbcnews", "lora-sb"))
 

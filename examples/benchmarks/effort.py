@@ -21,11 +21,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import timing
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
+import timing
 from peft_subspace import EffortConfig
 from peft_subspace.core.linalg import smallest_triples
 from peft_subspace.core.shapes import ModuleSpec, WeightShape

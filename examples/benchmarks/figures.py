@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
 import claims
 import timing
 from claims import SMALL_TASKS, TASKS, Entry
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
-from verdicts import SEQUENCES
-
 from peft_subspace.continual.metrics import draw_heatmap
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support import sequences
+from verdicts import SEQUENCES
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "figures"
 

@@ -17,14 +17,15 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import timing
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import timing
 from peft_subspace import FLoRAConfig
 
 RANK = 16
@@ -105,11 +106,14 @@ def one_peak(name: str, layers: int) -> None:
     timing.print_peak(work)
 
 
+def wrap_1b(config: Callable[[], Any]) -> None:
+    """Add an adapter to a model without weights."""
+    get_peft_model(llama_1b(), config())
+
+
 def wrapping(repeats: int) -> dict[str, Any]:
     """Seconds to wrap a 1B model on the meta device, and to load an adapter onto a real one."""
-    wrap = timing.interleaved(
-        {name: lambda c=config: get_peft_model(llama_1b(), c()) for name, config in CONFIGS.items()}, repeats
-    )
+    wrap = timing.interleaved({name: partial(wrap_1b, config) for name, config in CONFIGS.items()}, repeats)
     build = timing.interleaved({"build": llama_1b}, repeats)["build"]
     wrap = {name: [a - b for a, b in zip(times, build, strict=True)] for name, times in wrap.items()}
     base = llama_1b().to(torch.bfloat16).to_empty(device="cpu")
@@ -118,7 +122,11 @@ def wrapping(repeats: int) -> dict[str, Any]:
             model = get_peft_model(base, config())
             model.save_pretrained(f"{folder}/{name}", save_embedding_layers=False)
             base = model.unload()
-        steps = {n: lambda n=n: PeftModel.from_pretrained(base, f"{folder}/{n}").unload() for n in CONFIGS}
+
+        def load_onto(name: str) -> None:
+            PeftModel.from_pretrained(base, f"{folder}/{name}").unload()
+
+        steps = {name: partial(load_onto, name) for name in CONFIGS}
         load = timing.interleaved(steps, repeats)
     results = {"wrap": wrap, "load": load}
     return {

@@ -13,18 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import sys
-from pathlib import Path
 
-import timing
 import torch
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 from torch.utils.data import RandomSampler as Shuffle
 
+import timing
 from peft_subspace import FLoRAConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.demos import TASKS
 from support.run import keep_batch_norm_frozen
 from support.task import Task

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import timing
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraGAConfig
@@ -28,6 +27,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import timing
 from peft_subspace import LoRASBConfig, initialize_from_gradient
 from peft_subspace.methods.lora_sb import LoRASBDelta
 
@@ -168,7 +168,7 @@ def time_starts(layers: int, repeats: int) -> dict[str, Any]:
     loraga(base, wrap=True)()  # changes the base, so it runs once
     seconds["LoRA-GA, gradients and start"] = [time.perf_counter() - begin] * repeats
     peaks = {name: timing.peak_mib(__file__, name, str(layers)) for name in PEAKS}
-    results = {
+    results: dict[str, Any] = {
         name: {
             "seconds": statistics.median(values),
             "ratio": timing.ratio(seconds, name, "plain passes"),

@@ -7,7 +7,7 @@ Every method trains with three learning rates and seed 0, and with further ones 
 smallest or the largest; the least validation loss chooses, and the other seeds train with it. A new head
 trains with the rate that is best for the head alone, beside every method. Schedules, early stopping and rows
 are the same for all. Sizes are ranks, or chosen to train as many parameters as another method. `--small` uses
-what installed packages carry; `FOLDER` is described in examples/support/graded.py. The predicted hours are
+what installed packages carry; `FOLDER` is described in support/graded.py. The predicted hours are
 printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the
 tables. With `--results FILE` all is measured anew, and compared with the published results. `--longer 3`
 takes three times as many steps, to see what the others cost.
@@ -24,7 +24,6 @@ import dataclasses
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -33,8 +32,6 @@ from typing import Any
 
 import timing
 from claims import CLAIMS, PROBE, SMALL_TASKS, TASKS, WITH_HEAD, Entry, kind_of, label, reproduced, table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PACKAGES = ("torch", "transformers", "peft")
 

@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import timing
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+import timing
 from peft_subspace.tools.inspection import layer_updates
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support import device, graded, trial
 from support.contestants import CONTESTANTS, trainable
 from support.task import Sizes, Task

@@ -17,22 +17,18 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import timing
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import timing
 from support import device
 from support.contestants import CONTESTANTS
 from support.language import DECODER

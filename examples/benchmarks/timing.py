@@ -20,8 +20,6 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support import device
 
 RESULTS = Path(__file__).parent / "results"

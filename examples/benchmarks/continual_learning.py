@@ -1,9 +1,9 @@
 """Learn one text classification task after another, and see what is forgotten.
 
 Commands:
-    python examples/continual_learning.py
-    python examples/continual_learning.py --data FOLDER --tasks agnews sst2 trec6 --orders agnews,sst2,trec6
-    python examples/continual_learning.py --model MODEL --tasks fancyzhx/ag_news stanfordnlp/sst2
+    python examples/benchmarks/continual_learning.py
+    python examples/benchmarks/continual_learning.py --data FOLDER --tasks agnews sst2 trec6
+    python examples/benchmarks/continual_learning.py --model MODEL --tasks fancyzhx/ag_news stanfordnlp/sst2
 
 Continual SVD is compared with sequential LoRA, O-LoRA, sequential full fine-tuning, PEFT's OSF (merged
 between tasks), the head alone, and joint training, the upper bound. All have one head with a row for every

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 import peft_subspace
+from methods import METHODS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 PAGES = [README, *CARDS]
@@ -23,12 +24,6 @@ MARKER = re.compile(r"<!-- (table|figure): ([\w-]+) -->")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 every_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
-
-
-@pytest.fixture(autouse=True)
-def _paths(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
 
 
 @pytest.fixture
@@ -333,3 +328,23 @@ def test_header_has_the_results_of_every_comparison(results):
     svd = ModelCard(cards.with_results(text, "continual-svd")).data
     assert [r.dataset_name for r in svd.eval_results] == ["a, then b"]
     assert svd.datasets is None
+
+
+def test_table_of_features_numbers_its_reasons():
+    import features
+    import readme
+
+    def entry(text, reason=""):
+        return {"entry": text, "reason": reason}
+
+    no = entry("no", "rule")
+    found = {
+        "first": {"flora": entry("yes"), "mos": no, "effort": entry("failed", "test_x")},
+        "second": {"flora": entry("not run", "no library"), "mos": no, "effort": entry("no")},
+    }
+    rows = features.table(found, readme.markdown).splitlines()
+    assert [cell.strip() for cell in rows[0].strip("|").split("|")] == ["", *features.METHODS.values()]
+    assert rows[2] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
+    assert rows[3] == "| second | not run (3) | no (1) | no |  |  |  |"
+    assert rows[4:] == ["", "1. rule", "2. test_x", "3. no library"]
+    assert {*features.METHODS} == {method.name for method in METHODS}

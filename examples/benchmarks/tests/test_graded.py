@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_outputs import CausalLMOutput
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARKS = Path(__file__).resolve().parents[1]
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 END = "~"
 
@@ -29,11 +29,6 @@ PROBLEMS = [
     {"question": "7 and 2?", "equation": "( 7.0 + 2.0 )", "answer": 9.0},
 ]
 NEWS = [("a match", "Sports"), ("a vote", "World"), ("a goal", "Sports"), ("a war", "World")]
-
-
-@pytest.fixture(autouse=True)
-def _paths(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 @pytest.fixture

@@ -62,8 +62,6 @@ def _finish(
     if not options.skip_checks and not _is_sharded(trainer):
         checks.reload_and_export(task, model, options.output)
     report.write(results, trainer.state.log_history, task, options.output)
-    if options.push_to_hub:
-        model.push_to_hub(options.push_to_hub)
 
 
 def _adapt(
@@ -73,27 +71,14 @@ def _adapt(
     rank = {"r": options.rank} if options.rank else {}
     config = getattr(peft_subspace, config_class)(
         task_type=task.peft_task_type,
-        target_modules=options.target_modules or task.target_modules or _adaptable(base, task.new_modules),
+        target_modules=options.target_modules or task.target_modules,
         modules_to_save=task.new_modules or None,
         **rank,
         **options.config,
     )
-    if options.quantize:
-        base = peft.prepare_model_for_kbit_training(base)
     model = peft.get_peft_model(base, config)
     keep_batch_norm_frozen(model)
     return model
-
-
-def _adaptable(base: PreTrainedModel, new_modules: list[str]) -> list[str]:
-    """Names of all linear and convolution layers but the new ones and the output embedding."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers.Conv1D)
-    output = base.get_output_embeddings()
-    return [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, kinds) and module is not output and name not in new_modules
-    ]
 
 
 def keep_batch_norm_frozen(model: nn.Module) -> None:

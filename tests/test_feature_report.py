@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from methods import METHODS
-
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.slow  # each run of pytest takes seconds to begin
 
@@ -123,24 +121,3 @@ def test_partial_run_replaces_what_it_found_and_forgets_rows_without_tests(run):
     expected["mixed"] = {"a": "yes", "b": "yes", "c": "not run"}
     assert entries(table) == expected
     assert [*table] == [*expected]
-
-
-def test_table_of_the_readme_numbers_its_reasons(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples" / "benchmarks")
-    import features
-    import readme
-
-    def entry(text, reason=""):
-        return {"entry": text, "reason": reason}
-
-    no = entry("no", "rule")
-    found = {
-        "first": {"flora": entry("yes"), "mos": no, "effort": entry("failed", "test_x")},
-        "second": {"flora": entry("not run", "no library"), "mos": no, "effort": entry("no")},
-    }
-    rows = features.table(found, readme.markdown).splitlines()
-    assert [cell.strip() for cell in rows[0].strip("|").split("|")] == ["", *features.METHODS.values()]
-    assert rows[2] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
-    assert rows[3] == "| second | not run (3) | no (1) | no |  |  |  |"
-    assert rows[4:] == ["", "1. rule", "2. test_x", "3. no library"]
-    assert {*features.METHODS} == {method.name for method in METHODS}

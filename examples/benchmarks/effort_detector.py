@@ -1,12 +1,12 @@
 """Train a detector of generated images with Effort, and see whether it finds generators it has never seen.
 
 Commands:
-    python examples/effort_detector.py
-    python examples/effort_detector.py --model openai/clip-vit-large-patch14 --images PHOTOS --image-size 112
-    python examples/effort_detector.py --images PHOTOS --train-on transposed shuffle diffusion --seeds 5
+    python examples/benchmarks/effort_detector.py
+    python examples/benchmarks/effort_detector.py --images PHOTOS --image-size 112 --model MODEL
+    python examples/benchmarks/effort_detector.py --images PHOTOS --train-on shuffle vae --seeds 5
 
 The real class is a folder of photos, the generated class what small generators of several families make of
-them (examples/support/generators.py). A detector learns from one family and is tested on all. Effort is
+them (support/generators.py). A detector learns from one family and is tested on all. Effort is
 compared with LoRA, full fine-tuning and a linear probe, each with the learning rate that does best on
 validation images of the training family. Without options, network and photos come out of installed packages
 (`examples/data-packages.txt`). An interrupted run goes on where it stopped.

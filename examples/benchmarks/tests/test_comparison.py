@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARKS = Path(__file__).resolve().parents[1]
 WIDTH, WORDS, CLASSES = 128, 12, 3
 NAMES = (
     "full", "probe", "lora", "rslora", "pissa", "lora-ga", "vb-lora", "loha", "lokr", "randlora", "tinylora",
@@ -20,12 +20,6 @@ NAMES = (
 SIZES = {"mos": 2, "vb-lora": 4}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-
-
-@pytest.fixture(autouse=True)
-def _paths(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
 
 
 def network():
@@ -191,7 +185,6 @@ def runs(task, monkeypatch):
 
 def test_grid_tunes_with_one_seed_resumes_and_tells_its_length(runs, tmp_path, monkeypatch, capsys):
     import quality
-
     from support.contestants import CONTESTANTS
 
     results = tmp_path / "results.json"
@@ -228,7 +221,6 @@ def test_longer_comparisons_have_a_file_and_steps_of_their_own(runs, tmp_path, m
 
 def test_grid_stops_where_no_rate_trains(runs, tmp_path, monkeypatch):
     import quality
-
     from support import trial
 
     diverged = lambda *call: {**runs(*call), "validation_loss": math.inf}  # noqa: E731
