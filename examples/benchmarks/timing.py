@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from support import device
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each step, `repeats` times, taken in turn so that a drifting machine is fair to all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(warmup + repeats):
