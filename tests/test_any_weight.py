@@ -287,6 +287,26 @@ def test_adapter_saves_and_loads(method, use, tmp_path):
         again.delete_adapter("second")
 
 
+def test_lora_export_gives_the_same_outputs_or_is_refused(method, use, tmp_path):
+    model = get_peft_model(use.model(), fitting(method, use)).eval()
+    try:
+        peft_subspace.export_lora(model, tmp_path)
+    except ValueError as error:
+        assert "have no LoRA form that PEFT runs" in str(error)  # noqa: PT017 - either is right
+        assert not list(tmp_path.iterdir())
+        return
+    served = PeftModel.from_pretrained(use.model(), tmp_path).eval()
+    with torch.no_grad():
+        assert distance(run(served, use.x), run(model, use.x)) < 1e-5
+        assert distance(run(served, use.x), run(use.model(), use.x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "bilinear", "weight-norm-linear", "weight-norm-old"])
+def test_lora_export_of_these_is_not_refused(method, name, tmp_path):
+    peft_subspace.export_lora(get_peft_model(USES[name].model(), fitting(method, USES[name])), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 # ------------------------------------------------------------------------------------------- computed
 
 

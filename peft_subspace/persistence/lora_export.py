@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_subspace.core.chain import split
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.names import in_base, saved_key
+from peft_subspace.layers.convolution import TransposedConvKind
 from peft_subspace.layers.embedding import EmbeddingKind
 from peft_subspace.layers.linear import Conv1DKind
 from peft_subspace.persistence.card import LORA_FOLDER, write_card
@@ -23,6 +24,7 @@ from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
+from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.targets import weight_name
 
 
@@ -41,16 +43,18 @@ def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
 
     Raises:
         ValueError: If the model has no such adapter of this package, or the adapter has layers whose update
-            is no LoRA that PEFT runs: grouped or dilated convolutions, convolutions with a `padding_mode`
-            other than `"zeros"`, and layers with a forward of their own.
+            is no LoRA that PEFT runs: grouped, dilated or transposed convolutions, convolutions with a
+            `padding_mode` other than `"zeros"`, layers with a forward of their own or several names, and
+            layers whose weight the model reads.
     """
     layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
+    several = {in_base(name) for name in aliases(model, SubspaceLayer).values()}
     reasons = {
         name: reason
         for name, layer in sorted(layers.items())
-        if (reason := _no_lora_form(layer, adapter_name))
+        if (reason := _no_lora_form(layer, adapter_name, shared=name in several))
     }
     if reasons:
         listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
@@ -90,8 +94,12 @@ def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str 
         write_card(folder.parent, model.peft_config[adapter_name])
 
 
-def _no_lora_form(layer: SubspaceLayer, adapter_name: str) -> str | None:
+def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> str | None:
     """Reason why no LoRA of PEFT is equal to the layer's update; None if there is such a LoRA."""
+    if shared:
+        return "several names, of which PEFT's LoRA adapts one"
+    if layer.is_read:
+        return "a weight that the model computes with, where PEFT's LoRA is not heard"
     if not isinstance(layer.deltas[adapter_name], Delta):
         return "an update that is no chain of matrices"
     if isinstance(layer, ParameterLayer):
@@ -99,6 +107,8 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str) -> str | None:
     base: Any = layer.get_base_layer()
     if layer.kind.shape.groups > 1:
         return f"groups={base.groups}"
+    if isinstance(layer.kind, TransposedConvKind):
+        return "a transposed convolution"
     if layer.kind.shape.kernel_size:  # PEFT builds its convolution with the base's stride and padding only
         if set(base.dilation) != {1}:
             return f"dilation={base.dilation}"
