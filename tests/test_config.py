@@ -177,3 +177,30 @@ def test_public_names_are_sorted_and_exist():
     assert peft_subspace.__all__ == sorted(peft_subspace.__all__)
     assert all(hasattr(peft_subspace, name) for name in peft_subspace.__all__)
     assert {method.config_cls.__name__ for method in METHODS} <= set(peft_subspace.__all__)
+
+
+@pytest.mark.parametrize("pattern", [{}, {r".*layer\d": 40}], ids=["r", "expression"])
+def test_rank_that_a_layer_cannot_hold_is_lowered_there_with_one_warning(method, pattern, caplog):
+    if method.name.startswith("continual"):
+        pytest.skip("its rank may exceed what the constraint leaves")
+    base = nn.ModuleDict(
+        {"layer1": nn.Linear(4, 30), "layer2": nn.Linear(64, 64), "layer3": nn.Linear(30, 3)}
+    )
+    options = {"target_modules": ["layer1", "layer2", "layer3"], "r": 40, "rank_pattern": pattern}
+    if method.name == "mos":
+        options |= {"equivalent_r": 2, "r": 40}
+    with caplog.at_level("WARNING"):
+        model = get_peft_model(base, method.config(**options))
+    ranks = {name: layer.deltas["default"].spec.rank for name, layer in base.items()}
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "peft_subspace"]
+    lowered = {name: rank for name, rank in ranks.items() if rank < 40}
+    assert set(lowered) >= {"layer1", "layer3"}
+    assert message == (
+        f"r=40 is more than {len(lowered)} of the adapted modules can hold, and is lowered there: "
+        + ", ".join(f"{name} to {rank}" for name, rank in lowered.items())
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    if method.name != "flora":  # which lowers every mode by itself
+        named = method.config(**{**options, "rank_pattern": {"layer3": 40}})
+        with pytest.raises(ValueError, match=r"layer3: r=40 exceeds 3|r=40 must be at most .* 'layer3'"):
+            get_peft_model(nn.ModuleDict({"layer3": nn.Linear(30, 3)}), named)

@@ -162,7 +162,7 @@ def test_lowered_ranks_are_reported_once(caplog):
         get_peft_model(small_network(), FLoRAConfig(target_modules=["0", "1", "2"], r=30))
     messages = [r.getMessage() for r in caplog.records if r.name == "peft_subspace"]
     assert messages == [
-        "r=30 exceeds a dimension in 3 of the adapted modules, such as '0', and is lowered to it there"
+        "r=30 is more than 3 of the adapted modules can hold, and is lowered there: 0 to 4, 1 to 6, 2 to 6"
     ]
 
 

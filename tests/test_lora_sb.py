@@ -205,10 +205,11 @@ def test_bad_configs(options, error, message):
         LoRASBConfig(**options)
 
 
-def test_explicit_rank_above_the_weight_is_refused_before_anything_is_replaced():
+def test_rank_of_a_named_layer_above_its_weight_is_refused_before_anything_is_replaced():
     base = llama()
-    with pytest.raises(ValueError, match=r"q_proj: r=33 exceeds 32, .* shape \(32, 32\); lower r"):
-        adapted(r=33, base=base)
+    message = r"q_proj: r=33 exceeds 32, .* shape \(32, 32\); lower rank_pattern"
+    with pytest.raises(ValueError, match=message):
+        adapted(rank_pattern={"q_proj": 33}, base=base)
     assert not any("lorasb" in name for name, _ in base.named_modules())
 
 

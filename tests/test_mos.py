@@ -840,8 +840,8 @@ def test_values_that_fit_no_model_are_refused_at_once(options, error, message):
     [
         ({"shards_per_vector": 3}, r"shards_per_vector=3 must divide .* 16 .*layers\.0\.self_attn\.q_proj'"),
         ({"shards_per_vector": 3}, "; try 1, 2, 4, 8, 16, or None"),
-        ({"r": 13, "equivalent_r": 4}, "r=13 must be at most the 12 .*equivalent_r=4 .*q_proj.* 3 modules"),
-        ({"r": 9, "equivalent_r": 4, "private_r": 2}, "r=9 must be at most the 8 vectors .*private_r=2"),
+        ({"rank_pattern": {"q_proj": 13}}, "r=13 must be at most the 12 .*equivalent_r=4 .*q_proj.* 3 mod"),
+        ({"rank_pattern": {"q_proj": 9}, "private_r": 2}, "r=9 must be at most the 8 vectors .*private_r=2"),
         ({"rank_pattern": {"up_proj": 40}}, r"r=40 must be at most .*layers\.0\.mlp\.up_proj"),
         ({"r": 5, "subset_selection": False, "private_r": 0}, "r=5 must be all of the 12 vectors"),
     ],

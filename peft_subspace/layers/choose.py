@@ -51,8 +51,8 @@ def kind_of(base: nn.Module, *, sizes: tuple[int, int] | None = None) -> LayerKi
         return LinearKind(WeightShape(sizes[1], sizes[0]))
     raise UnknownLayerError(
         f"{type(base).__name__} cannot be adapted; supported are Linear, Conv1D (transformers), Embedding, "
-        "Conv1d, Conv2d, Conv3d, their transposes and subclasses, quantized linear layers, and modules that "
-        "own parameters with two axes or more"
+        "Conv1d, Conv2d, Conv3d, their transposes and subclasses, quantized linear layers, and modules with "
+        "weights of two axes or more, such as nn.LSTM; other parameters are for target_parameters"
     )
 
 

@@ -17,10 +17,12 @@ from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
-from peft_subspace.tuner.patterns import look_up
+from peft_subspace.tuner.patterns import is_named, look_up
 from peft_subspace.tuner.registry import peft_type
 
 VERSION = version("peft-subspace")
+
+_LARGEST_RANK = 2**20  # no weight has more
 
 FORMAT_VERSION = 1
 """Version of the files that the package writes; a reader refuses newer ones."""
@@ -67,7 +69,7 @@ class SubspaceConfig(PeftConfig):
     peft_type_name: ClassVar[str]
     init_choices: ClassVar[tuple[str, ...]] = ()
     bounded_rank: ClassVar[bool] = False
-    """Whether the rank of a weight limits `r`: the default is lowered to it, and others are errors."""
+    """Whether the rank of a weight limits `r`, which is lowered to it there."""
     values_of_sums: ClassVar[Mapping[str, Any]] = {}
     """Fields that the result of `add_weighted_adapter` has at a value of its own."""
     on_save: ClassVar[list[Callable[[Path, SubspaceConfig], None]]] = []
@@ -144,7 +146,7 @@ class SubspaceConfig(PeftConfig):
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Raise unless `rank` is a rank that some layer could have."""
-        check_count(name, rank)
+        check_count(name, rank, maximum=_LARGEST_RANK)
 
     def rank_for(self, module_name: str) -> Any:
         """Rank of one module: its entry in `rank_pattern`, else `r`."""
@@ -163,8 +165,10 @@ class SubspaceConfig(PeftConfig):
         rank = self.rank_for(module_name)
         if not self.bounded_rank or rank <= shape.full_rank:
             return ModuleSpec(module_name, shape, rank)
-        if rank != type(self).r:
-            rule = f"exceeds {shape.full_rank}, the rank of a weight of shape {shape.dims}; lower r"
+        if is_named(self.rank_pattern, module_name):
+            rule = (
+                f"exceeds {shape.full_rank}, the rank of a weight of shape {shape.dims}; lower rank_pattern"
+            )
             raise invalid("r", rank, rule)
         return ModuleSpec(module_name, shape, shape.full_rank, lowered=True)
 

@@ -54,12 +54,11 @@ class Injection:
         of_modules = self._missed or any(item.target.part_of for item in plan.modules.values())
         if config.target_modules and plan.modules and not of_modules:
             warnings.warn(f"target_modules={config.target_modules!r} match no module", stacklevel=2)
-        lowered = [name for name, item in plan.modules.items() if item.spec.lowered]
+        lowered = [f"{name} to {item.spec.rank}" for name, item in plan.modules.items() if item.spec.lowered]
         if lowered and config.r != type(config).r:
             logger.warning(
-                "r=%s exceeds a dimension in %d of the adapted modules, such as %r, and is lowered to it "
-                "there",
-                *(config.r, len(lowered), lowered[0]),
+                "r=%s is more than %d of the adapted modules can hold, and is lowered there: %s%s",
+                *(config.r, len(lowered), ", ".join(lowered[:8]), ", …" if len(lowered) > 8 else ""),
             )
 
     def _planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:

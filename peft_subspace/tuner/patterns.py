@@ -30,6 +30,12 @@ def look_up(patterns: Mapping[str, Any], module_name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if _fitting(key).match(module_name)), default)
 
 
+def is_named(patterns: Mapping[str, Any], module_name: str) -> bool:
+    """Whether the pattern that counts for a module is its name, or the end of it, and no expression."""
+    key = next((key for key in patterns if _fitting(key).match(module_name)), None)
+    return key is not None and f".{module_name}".endswith(f".{key}")
+
+
 def patterns_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Patterns by which `look_up` finds the value of each module by its full name.
 

@@ -126,8 +126,8 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, Target]]:
     """Weights that a config targets, by the names of their modules or parameters, in PEFT's order.
 
-    A module of no known kind is adapted by its parts: the parameters that it owns, and the layers in it that
-    it reads and never calls.
+    A module of no known kind is adapted by its parts: the parameters that it calls weights, and the layers in
+    it that it reads and never calls.
 
     Raises:
         TypeError: If a targeted module's type cannot be adapted.
@@ -159,7 +159,7 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
 def _analyze_parts(name: str, base: nn.Module) -> dict[str, Target]:
     parts = {}
     for own, parameter in base.named_parameters(recurse=False):
-        if not is_vector(parameter):
+        if "weight" in own and not is_vector(parameter):
             parts[f"{name}.{own}"] = replace(analyze_parameter(base, own), part_of=name)
     for own, child in base.named_children():
         if usage_of(own, [base]) == (False, True):

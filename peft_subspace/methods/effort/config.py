@@ -20,8 +20,7 @@ class EffortConfig(SubspaceConfig):
     with LoRA, and never erases a part of its weights.
 
     Args:
-        r: Number of trained triples. The default is lowered on layers that have no such rank; any other value
-            that exceeds `min(out, in · kernel)` is an error.
+        r: Number of trained triples. It is lowered on layers of a smaller rank, `min(out, in · kernel)`.
         orthogonality_weight: `λ1`, the weight of `‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` in the loss, averaged over the
             layers, where `Û` and `V̂` are the kept singular vectors and the trained ones side by side.
         energy_weight: `λ2`, the weight of `|‖W + ΔW‖² − ‖W‖²|` in the loss, averaged over the layers.

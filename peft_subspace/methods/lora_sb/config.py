@@ -18,8 +18,7 @@ class LoRASBConfig(DropoutConfig):
     in a Trainer. Until then they come from the base weight.
 
     Args:
-        r: Rank of the update. The default is lowered on layers that have no such rank; any other value that
-            exceeds `min(out, in · kernel)` is an error.
+        r: Rank of the update. It is lowered on layers of a smaller rank, `min(out, in · kernel)`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
         init_weights: Bases before any gradient is known. `"svd"`: the leading singular vectors of the base
             weight, with `R = 0`, which is LoRA-XS. `True`: the same, with a warning if training starts

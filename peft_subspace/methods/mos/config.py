@@ -26,8 +26,7 @@ class MoSConfig(ScaledConfig):
     update is a LoRA.
 
     Args:
-        r: Rank of each module's update. The default is lowered where a group is too small to offer as many
-            vectors; another value is not.
+        r: Rank of each module's update. It is lowered where a group is too small to offer as many vectors.
         equivalent_r: Budget: rank of the LoRA that has as many trainable numbers.
         private_r: Rank, out of `r`, of which the shards are a module's own. `None` takes half the smaller of
             `equivalent_r` and `r`, or less where `r` needs more to be shared.

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import invalid
+from peft_subspace.tuner.patterns import is_named
 
 Kind = tuple[tuple[str, ...], tuple[int, ...]]
 """What makes modules a group: their type, as parts of a name, and the axes of their weight."""
@@ -85,14 +86,14 @@ def _label(kind: Kind, kinds: Collection[Kind]) -> str:
 
 
 def _slice(config: Any, name: str, shape: WeightShape, group: str, members: list[str]) -> MoSSpec:
-    rank, private_r = _ranks(config, name, group, len(members))
+    rank, private_r, lowered = _ranks(config, name, group, len(members))
     shards = _shards(config, name, (shape.columns, shape.out_features))
     place = (group, len(members), members.index(name))
-    return MoSSpec(name, shape, rank, False, *place, config.equivalent_r, private_r, shards)
+    return MoSSpec(name, shape, rank, lowered, *place, config.equivalent_r, private_r, shards)
 
 
-def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int]:
-    """Rank and private rank of one module; a default is made to fit its group."""
+def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int, bool]:
+    """Rank and private rank of one module, made to fit its group, and whether the rank was lowered."""
     e, p, wanted = config.equivalent_r, config.private_r, config.rank_for(name)
     given = wanted != type(config).r
     if p is None:
@@ -100,9 +101,8 @@ def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int]:
         if given and members > 1:  # the most that leaves r − p ≤ (e − p) · L
             p = max(0, min(p, (e * members - wanted) // (members - 1)))
     most = p + (e - p) * members
-    if not given:
-        return (min(wanted, most) if config.subset_selection else most), p
-    if wanted > most or (wanted < most and not config.subset_selection):
+    named = is_named(config.rank_pattern, name)
+    if (wanted > most and named) or (given and wanted < most and not config.subset_selection):
         raise invalid(
             "r",
             wanted,
@@ -110,7 +110,7 @@ def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int]:
             f"equivalent_r={e} and private_r={p} offer {name!r}, one of {members} modules in group "
             f"{group!r}; set r, or its rank_pattern, to {most}, or change equivalent_r",
         )
-    return wanted, p
+    return (min(wanted, most) if config.subset_selection else most), p, wanted > most
 
 
 def _shards(config: Any, name: str, widths: tuple[int, int]) -> tuple[int, int]:
