@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_subspace
 from peft_subspace import LoRASBConfig, initialize_from_gradient
 from peft_subspace.initialization import from_gradient as initialize
+from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import model_loss
 from processes import run_in_two_processes, sharded
@@ -85,7 +86,8 @@ def adapted(layer, r=2, **options):
 def estimate(model, batches, loss_fn=model_loss, max_memory=None, offload=False):
     layers = initialize._fresh_layers(model, "default")
     stream = GradientEstimate(layers, "default", loss_fn, max_memory, offload)
-    return dict(stream.means(model, batches, None, progress=False))
+    read = Batches.of_samples(batches, None, torch.device("cpu"))
+    return dict(stream.means(model, read, progress=False))
 
 
 def by_autograd(layer, batches, **options):

@@ -465,7 +465,7 @@ def train(model, folder, callbacks, resume=None, **options):
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_callback_starts_from_the_trainers_own_batches(tmp_path):
     model = adapted(init_weights=True)
-    _, watch = train(model, tmp_path / "one", [GradientInitCallback(num_batches=6)])
+    _, watch = train(model, tmp_path / "one", [GradientInitCallback(num_batches=6, learning_rate="schedule")])
     _, plain = train(adapted(), tmp_path / "two", [])
     assert watch.seen == plain.seen  # the order of the data, all of which the callback has read
     wanted = adapted()

@@ -1,15 +1,57 @@
-"""First batches of a data loader, read in such a way that the loader stays as it was."""
+"""First batches of a data loader, read in such a way that the loader stays as it was, and their weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import find_batch_size
 
 from peft_subspace.initialization.evaluating import restored_generators
+from peft_subspace.runtime import distributed as processes
+
+
+@dataclass
+class Batches:
+    """Batches, and the weights of their losses.
+
+    Attributes:
+        items: What a loss function takes.
+        weights: Weight of the loss of each item.
+        total: What the weighted sum is divided by, over all processes.
+    """
+
+    items: list[Any]
+    weights: list[float]
+    total: float
+
+    @classmethod
+    def of_samples(cls, dataloader: Iterable[Any], num_batches: int | None, device: torch.device) -> Batches:
+        """Read batches whose samples all have the same weight.
+
+        Raises:
+            ValueError: If there are none in any process.
+        """
+        with processes.raise_in_all_processes(device, "reading the batches"):
+            items = read_batches(dataloader, num_batches)
+            weights = [float(find_batch_size(item) or 1) for item in items]
+        return cls(items, weights, sum_over_processes(weights, device))
+
+
+def sum_over_processes(weights: Iterable[float], device: torch.device) -> float:
+    """Sum of the weights of all processes.
+
+    Raises:
+        ValueError: If it is zero.
+    """
+    total = float(processes.total(torch.tensor(float(sum(weights)), device=device)))
+    if not total:
+        raise ValueError("the dataloader is empty; give it at least one batch")
+    return total
 
 
 def read_batches(dataloader: Iterable[Any], num_batches: int | None) -> list[Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_subspace.initialization.from_gradient import initialize_from_gradient, is_initialized
 from peft_subspace.initialization.loss import LossFunction
+from peft_subspace.initialization.trainer_batches import TrainerBatches
 
 
 class GradientInitCallback(TrainerCallback):
@@ -21,11 +23,11 @@ class GradientInitCallback(TrainerCallback):
 
     Args:
         adapter_name: Adapter to initialize.
-        num_batches: Batches to read; by default those of one optimizer step, and at least 8.
-        loss_fn: Function of model and batch that returns the loss, such as `trainer.compute_loss`; by default
-            the loss that the model returns.
-        learning_rate: `η`; by default the first learning rate of the schedule that is not zero, which suits
-            a schedule with warm-up. Without warm-up, give the rate of full fine-tuning, about 1e-4 or less.
+        num_batches: Batches to read; by default those of as many optimizer steps as have 8 batches.
+        loss_fn: Function of model and batch that returns the mean loss of the batch's samples; by default the
+            Trainer's own loss, with its weights of labels and accumulated batches.
+        learning_rate: `η`; by default the one that lowers the loss of these batches most. `"schedule"` takes
+            the first learning rate of the schedule that is not zero.
         max_memory: As for `initialize_from_gradient`.
         offload: As for `initialize_from_gradient`.
         cache: As for `initialize_from_gradient`.
@@ -37,15 +39,14 @@ class GradientInitCallback(TrainerCallback):
         adapter_name: str = "default",
         num_batches: int | None = None,
         loss_fn: LossFunction | None = None,
-        learning_rate: float | None = None,
+        learning_rate: float | Literal["auto", "schedule"] = "auto",
         max_memory: int | str | None = None,
         offload: bool = False,
         cache: str | Path | None = None,
     ) -> None:
         self.adapter_name, self.learning_rate, self.num_batches = adapter_name, learning_rate, num_batches
-        self.options: dict[str, Any] = {
-            "loss_fn": loss_fn, "max_memory": max_memory, "offload": offload, "cache": cache,
-        }  # fmt: skip
+        self.loss_fn = loss_fn
+        self.options: dict[str, Any] = {"max_memory": max_memory, "offload": offload, "cache": cache}
 
     def on_train_begin(
         self,
@@ -53,22 +54,45 @@ class GradientInitCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        train_dataloader: Iterable[Any] = (),
+        train_dataloader: Any = (),
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         """Initialize the adapter, unless training resumes or the adapter has been initialized."""
         if model is None or state.global_step > 0 or is_initialized(model, self.adapter_name):
             return
+        steps = -(-8 // args.gradient_accumulation_steps)
+        count = self.num_batches or steps * args.gradient_accumulation_steps
+        rate = self.learning_rate
+        if rate == "schedule":
+            rate = first_learning_rate(lr_scheduler, args.learning_rate)
+        batches: Any = train_dataloader
+        loss_fn = self.loss_fn
+        trainer = calling_trainer()
+        if loss_fn is None and trainer is not None:
+            batches = TrainerBatches(trainer, train_dataloader, count, next(model.parameters()).device)
+            loss_fn = batches.loss
         initialize_from_gradient(
             model,
-            train_dataloader,
+            batches,
             adapter_name=self.adapter_name,
-            learning_rate=self.learning_rate or first_learning_rate(lr_scheduler, args.learning_rate),
-            num_batches=self.num_batches or max(8, args.gradient_accumulation_steps),
+            learning_rate=rate,
+            num_batches=count,
+            loss_fn=loss_fn,
             progress=not args.disable_tqdm,
             **self.options,
         )
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer that is calling a callback, which it does not tell who it is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def first_learning_rate(scheduler: Any, default: float, steps: int = 10_000) -> float:

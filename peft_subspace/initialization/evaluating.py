@@ -15,7 +15,9 @@ from peft_subspace.tuner.layer import SubspaceLayer
 
 
 @contextmanager
-def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: str) -> Iterator[None]:
+def evaluating(
+    model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: str, *, adapted: bool = False
+) -> Iterator[None]:
     """Context manager in which a model is in evaluation mode, without one adapter and with nothing to train.
 
     Modes, flags, active adapters and global random generators are restored at the end.
@@ -24,6 +26,7 @@ def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: 
         model: The model.
         layers: Layers in which the adapter is switched off.
         adapter_name: The adapter.
+        adapted: Whether the adapter is active all the same.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -39,7 +42,8 @@ def evaluating(model: nn.Module, layers: Sequence[SubspaceLayer], adapter_name: 
             parameter.requires_grad_(False)
         for layer in layers:
             others = [name for name in layer.active_adapters if name != adapter_name]
-            layer._active_adapter = others if adapter_name in layer.active_adapters else []
+            others = others if adapter_name in layer.active_adapters else []
+            layer._active_adapter = [*others, adapter_name] if adapted else others
         with restored_generators():
             yield
     finally:

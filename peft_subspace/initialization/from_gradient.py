@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.gradient_cache import read_gradients, write_gradients
 from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import LossFunction, model_loss
+from peft_subspace.initialization.step_length import StepSearch, set_tensors
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.progress import progress as shown
 from peft_subspace.tuner.holder import adapted_layers
@@ -26,9 +28,9 @@ from peft_subspace.tuner.layer import SubspaceLayer
 
 def initialize_from_gradient(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | Batches,
     *,
-    learning_rate: float,
+    learning_rate: float | Literal["auto"] = "auto",
     adapter_name: str = "default",
     num_batches: int | None = 8,
     loss_fn: LossFunction | None = None,
@@ -47,10 +49,10 @@ def initialize_from_gradient(
 
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
-        dataloader: Batches to take gradients from; they are kept in memory.
-        learning_rate: `η`, the first learning rate above zero of full fine-tuning. Where the adapter trains
-            with a far larger one from its first step on, `η` has to stay at the former (about 1e-4 or less),
-            or the initialization changes the model more than a step of fine-tuning would.
+        dataloader: Batches to take gradients from, which are kept in memory; or `Batches` with weights.
+        learning_rate: `η`. `"auto"` takes the one that lowers the loss of the batches most, found by at most
+            eight forward passes; zero, with a warning, if none lowers it. A number, such as the first
+            learning rate of full fine-tuning (1e-4 or less), saves these passes.
         adapter_name: Adapter to initialize.
         num_batches: Batches to read; `None` for all.
         loss_fn: Function of model and batch that returns the mean loss of the batch's samples; by default
@@ -70,27 +72,46 @@ def initialize_from_gradient(
     Warns:
         UserWarning: If no sample reached some of the modules; they keep the tensors that they have.
     """
-    check_number("learning_rate", learning_rate, minimum=0.0)
-    if learning_rate == 0:
-        raise invalid("learning_rate", learning_rate, "must be above zero")
-    if num_batches is not None:
-        check_count("num_batches", num_batches)
+    _check(learning_rate, num_batches)
     model = _unwrap(model)
     layers = _fresh_layers(model, adapter_name)
-    shapes = {name: layer.kind.shape.dims for name, layer in layers.items()}
-    if cache is not None and Path(cache).is_file():
-        gradients = read_gradients(Path(cache), shapes)
+    known = cache is not None and Path(cache).is_file()
+    if not isinstance(dataloader, Batches):
+        device = next(model.parameters()).device
+        needed = not known or learning_rate == "auto"
+        read = (dataloader, num_batches, device)
+        dataloader = Batches.of_samples(*read) if needed else Batches([], [], 1.0)
+    if known:
+        gradients = read_gradients(Path(str(cache)), _shapes(layers))
     else:
         budget = None if max_memory is None else convert_file_size_to_int(max_memory)
         estimate = GradientEstimate(layers, adapter_name, loss_fn or model_loss, budget, offload)
-        gradients = estimate.means(model, dataloader, num_batches, progress=progress)
+        gradients = estimate.means(model, dataloader, progress=progress)
         if cache is not None and processes.rank() == 0:
-            gradients = write_gradients(Path(cache), shapes, gradients)
+            gradients = write_gradients(Path(cache), _shapes(layers), gradients)
     with closing(gradients):
         counted = shown(gradients, len(layers), "decomposing gradients", hidden=not progress)
-        states = _states_from(layers, adapter_name, counted, learning_rate)
+        length = 1.0 if learning_rate == "auto" else float(learning_rate)
+        states = _states_from(layers, adapter_name, counted, length)
+    if learning_rate == "auto":
+        search = StepSearch(model, layers, adapter_name, loss_fn or model_loss, dataloader)
+        states = search.scaled(states, progress=progress)
     for name, layer in layers.items():
-        _write(layer.deltas[adapter_name], states.get(name, {}))
+        set_tensors(layer.deltas[adapter_name], states.get(name, {}))
+        layer.deltas[adapter_name].initialized = True
+
+
+def _check(learning_rate: Any, num_batches: Any) -> None:
+    if learning_rate != "auto":
+        check_number("learning_rate", learning_rate, minimum=0.0)
+        if learning_rate == 0:
+            raise invalid("learning_rate", learning_rate, 'must be above zero, or "auto"')
+    if num_batches is not None:
+        check_count("num_batches", num_batches)
+
+
+def _shapes(layers: Mapping[str, SubspaceLayer]) -> dict[str, tuple[int, ...]]:
+    return {name: layer.kind.shape.dims for name, layer in layers.items()}
 
 
 def is_initialized(model: nn.Module, adapter_name: str) -> bool:
@@ -158,19 +179,6 @@ def _states_from(
     if unreached:
         warnings.warn(f"no sample reached {unreached}; they keep the start that they have", stacklevel=3)
     return states
-
-
-@torch.no_grad()
-def _write(delta: Delta, state: Mapping[str, Tensor]) -> None:
-    """Copy new tensors into a delta, in place; its own may be sharded."""
-    for name, value in state.items():
-        tensor = getattr(delta, name)
-        if hasattr(tensor, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
-    delta.initialized = True
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from peft_subspace.initialization.batches import read_batches
+from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.evaluating import evaluating
 from peft_subspace.initialization.gradient_sum import GradientSum
 from peft_subspace.initialization.loss import LossFunction, check_loss
@@ -44,30 +44,22 @@ class GradientEstimate:
         self.layers, self.adapter_name, self.loss_fn = layers, adapter_name, loss_fn
         self.max_memory, self.offload = max_memory, offload
 
-    def means(
-        self, model: nn.Module, dataloader: Iterable[Any], num_batches: int | None, *, progress: bool
-    ) -> Gradients:
+    def means(self, model: nn.Module, batches: Batches, *, progress: bool) -> Gradients:
         """Yield name and mean gradient of each layer, `(out, in, *kernel)` in fp32.
 
         A layer that no sample reached has the mean gradient zero.
         """
         with evaluating(model, list(self.layers.values()), self.adapter_name):
             device = next(model.parameters()).device
-            with processes.raise_in_all_processes(device, "reading the batches"):
-                batches = read_batches(dataloader, num_batches)
-                sizes = [find_batch_size(batch) or 1 for batch in batches]
-            samples = int(processes.total(torch.tensor(float(sum(sizes)), device=device)))
-            if not samples:
-                raise ValueError("the dataloader is empty; give it at least one batch")
             with processes.raise_in_all_processes(device, "planning the passes"):
-                groups = self._groups(model, batches, device)
-            with bar(len(groups) * len(batches), "gradients", hidden=not progress) as shown:
+                groups = self._groups(model, batches.items, device)
+            with bar(len(groups) * len(batches.items), "gradients", hidden=not progress) as shown:
                 for group in groups:
                     sums = {name: GradientSum(self.layers[name], self.offload) for name in group}
                     with processes.raise_in_all_processes(device, "taking gradients"):
-                        self._run(model, sums.values(), batches, sizes, device, shown)
+                        self._run(model, sums.values(), batches, device, shown)
                     for name in group:
-                        yield name, self._mean(sums.pop(name), device, samples)
+                        yield name, self._mean(sums.pop(name), device, batches.total)
 
     def _groups(self, model: nn.Module, batches: Sequence[Any], device: torch.device) -> list[list[str]]:
         """Groups of layers that a pass over the batches takes gradients of; one, if memory has no limit."""
@@ -81,29 +73,28 @@ class GradientEstimate:
         self,
         model: nn.Module,
         sums: Iterable[GradientSum],
-        batches: Sequence[Any],
-        sizes: Sequence[int],
+        batches: Batches,
         device: torch.device,
         shown: Any,
     ) -> None:
         """Run forward and backward passes over all batches, in which the gradients of one group add up."""
         handles = [receiver.base.register_forward_hook(receiver.hook) for receiver in sums]
         try:
-            for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            for number, (batch, weight) in enumerate(zip(batches.items, batches.weights, strict=True)):
                 with torch.enable_grad():
                     loss = self.loss_fn(model, send_to_device(batch, device))
                     check_loss(loss, number)
-                    (loss * size).backward()
+                    (loss * weight).backward()
                 shown.update()
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _mean(self, gradient_sum: GradientSum, device: torch.device, samples: int) -> Tensor:
-        """Mean over the samples of all processes."""
+    def _mean(self, gradient_sum: GradientSum, device: torch.device, weight: float) -> Tensor:
+        """Weighted mean over the batches of all processes."""
         total = gradient_sum.total
         if total is None:
             total = torch.zeros(gradient_sum.kind.shape.dims, device="cpu" if self.offload else device)
         if processes.world_size() > 1:
             total = processes.total(total.to(device)).to(total.device)
-        return total.div_(samples)
+        return total.div_(weight)
