@@ -18,7 +18,7 @@ from .training import reach as _reach  # noqa: F401 - warns of adapters that tak
 from .tuner import config as _config
 
 if TYPE_CHECKING:
-    from . import continual
+    from . import continual, merging
     from .continual.callback import NextTaskCallback
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
@@ -53,6 +53,7 @@ __all__ = [
     "initialize_from_gradient",
     "load",
     "lora_state_dict",
+    "merging",
     "prepare_for_ddp",
     "push_to_hub",
     "regularization_loss",
@@ -76,8 +77,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "continual":
-        return import_module(".continual", __name__)
+    if name in ("continual", "merging"):
+        return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

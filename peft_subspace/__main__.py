@@ -1,9 +1,11 @@
-"""Inspection and export of adapters from the command line.
+"""Inspection, export and merging of adapters from the command line.
 
 python -m peft_subspace inspect ADAPTER [OTHER] [--base MODEL] [--plot adapter.png]
 python -m peft_subspace export ADAPTER --lora FOLDER [--base MODEL]
+python -m peft_subspace merge A B … --method ties --density 0.2 (--lora FOLDER --rank 32 | --model FOLDER)
 
-Both commands need the config of the base model, by default of the one that the adapter names, and no weights.
+The commands need the config of the base model, by default of the one that an adapter names, and its weights
+only for full checkpoints and merged models.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
+from .merging import Merge, merge
 from .persistence.lora_export import export_lora
 from .tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
 from .tools.plots import save_plot
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m peft_subspace", description="Inspect adapters, and export them"
+        "python -m peft_subspace", description="Inspect, export and merge adapters"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="ranks, counts, norms, spectra and overlap of adapters")
@@ -48,7 +51,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
     export.add_argument("--lora", metavar="FOLDER", required=True, help="folder to write")
     export.set_defaults(run=_export)
-    for command in (inspect, export):
+    merging = commands.add_parser("merge", help="make one adapter, or one model, of several")
+    merging.add_argument("adapters", nargs="+", help="folders of adapters, or of full checkpoints")
+    merging.add_argument("--method", default="task_arithmetic", help="name of the method")
+    merging.add_argument("--weights", help="weights of the adapters, separated by commas")
+    merging.add_argument("--density", type=float, help="part of the entries that stays")
+    merging.add_argument("--scale", type=float, default=1.0, help="factor of the merged update")
+    merging.add_argument("--space", choices=("weight", "aligned"), default="weight", help="where entries are")
+    merging.add_argument("--seed", type=int, default=0, help="seed of methods that draw")
+    merging.add_argument("--others", default="error", help="whose heads and biases are kept, or 'drop'")
+    merging.add_argument("--rank", type=int, help="rank to cut the LoRA to")
+    merging.add_argument("--energy", type=float, help="part of the squared norm to keep instead")
+    merging.add_argument("--dry-run", action="store_true", help="tell sizes, and write nothing")
+    written = merging.add_mutually_exclusive_group(required=True)
+    written.add_argument("--lora", metavar="FOLDER", help="folder of the LoRA to write")
+    written.add_argument("--model", metavar="FOLDER", help="folder of the merged model to write")
+    merging.set_defaults(run=_merge)
+    for command in (inspect, export, merging):
         default = "by default the model that the adapter names"
         command.add_argument("--base", metavar="MODEL", help=f"folder or id of the base model, {default}")
     return parser
@@ -70,6 +89,46 @@ def _inspect(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     export_lora(read_adapter(options.adapter, options.base), options.lora)
     print(f"LoRA: {options.lora}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    weights = None if options.weights is None else [float(weight) for weight in options.weights.split(",")]
+    given = {} if options.density is None else {"density": options.density}
+    made = merge(
+        options.adapters,
+        options.method,
+        weights=weights,
+        scale=options.scale,
+        space=options.space,
+        base=options.base,
+        seed=options.seed,
+        others=options.others,
+        **given,
+    )
+    if options.dry_run:
+        print(aligned([["module", "rank", "rows", "columns"], *map(_planned(made), made.modules)]))
+    elif options.lora:
+        made.to_lora(options.lora, options.rank, options.energy)
+        print(f"{aligned(_merge_table(made))}\n\nLoRA: {options.lora}")
+    else:
+        made.to_model(options.model)
+        print(f"model: {options.model}")
+
+
+def _planned(made: Merge) -> Callable[[str], list[str]]:
+    """Row of a module: the rank of the exact sum, and the size of its weight."""
+
+    def row(module: str) -> list[str]:
+        pairs = [source.pair(module) for source in made.sources if module in source.modules]
+        columns = pairs[0][1][0].numel()
+        return [module, str(sum(left.shape[1] for left, _ in pairs)), str(len(pairs[0][0])), str(columns)]
+
+    return row
+
+
+def _merge_table(made: Merge) -> list[list[str]]:
+    rows = [["module", "rank", "norm", "error of the cut"]]
+    return rows + [[n, str(r.rank), f"{r.norm:.4g}", f"{r.error:.3g}"] for n, r in made.report.items()]
 
 
 def _summary(path: str, model: PeftModel) -> str:

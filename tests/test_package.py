@@ -22,6 +22,7 @@ FUNCTIONS = [
     "initialize_from_gradient",
     "load",
     "lora_state_dict",
+    "merging",
     "prepare_for_ddp",
     "push_to_hub",
     "regularization_loss",

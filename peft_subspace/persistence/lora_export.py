@@ -67,7 +67,7 @@ def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     rank = max(left.shape[1] for left, _ in pairs.values())
     state = _other_state(model, adapter_name)
     for name, (left, right) in pairs.items():
-        state.update(_lora_tensors(name, layers[name], _pad(left, 1, rank), _pad(right, 0, rank)))
+        state.update(_lora_tensors(name, layers[name], pad(left, 1, rank), pad(right, 0, rank)))
     return _lora_config(model, adapter_name, layers, rank), state
 
 
@@ -145,7 +145,7 @@ def _other_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if f".{prefix}" not in f".{key}"}
 
 
-def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
+def pad(tensor: Tensor, axis: int, size: int) -> Tensor:
     """The tensor, lengthened along `axis` with zeros."""
     missing = list(tensor.shape)
     missing[axis] = size - tensor.shape[axis]

@@ -1,0 +1,23 @@
+"""Many adapters into one: exactly where that is possible, with a reported error where it is not."""
+
+from . import entries as _entries  # noqa: F401 - registers functions of entries
+from .cutting import ModuleReport
+from .driver import Merge
+from .methods import METHODS, Coefficients, Entries, Factors, register
+from .prepare import merge
+from .sources import Source, open_source
+from .stack import Stack
+
+__all__ = [
+    "METHODS",
+    "Coefficients",
+    "Entries",
+    "Factors",
+    "Merge",
+    "ModuleReport",
+    "Source",
+    "Stack",
+    "merge",
+    "open_source",
+    "register",
+]

@@ -1,0 +1,137 @@
+"""Full checkpoints in safetensors files: read as differences from a base, and written anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_subspace.runtime.files import atomic_write
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Files of a checkpoint by the names of their tensors.
+
+    Raises:
+        FileNotFoundError: If the folder has no safetensors file.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        places = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in places.items()}
+    path = folder / _ONE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has neither an adapter_config.json nor {_ONE}; give the folder of an adapter, or of a "
+            "model saved with save_pretrained"
+        )
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def read_tensor(places: dict[str, Path], name: str) -> Tensor:
+    """One tensor of a checkpoint."""
+    with safe_open(places[name], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@dataclass
+class Checkpoint:
+    """A full checkpoint as a source: `τ = W − W_0` of all its weights with two axes or more.
+
+    Attributes:
+        name: What reports and errors call it.
+        modules: Names of the modules that it changes.
+        base: Folder of the base model.
+        others: Changed tensors with one axis, by their names.
+        places: Files by tensor.
+    """
+
+    name: str
+    modules: list[str]
+    base: str | None
+    others: dict[str, Tensor]
+    places: dict[str, Path] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+
+    @classmethod
+    def open(cls, folder: Path, base: str | Path | None) -> Any:
+        """Open a checkpoint beside its base.
+
+        Raises:
+            ValueError: If no base is given, or a tensor has another shape there.
+        """
+        places = shards(folder)
+        if base is None:
+            raise ValueError(f"{folder} is a full checkpoint, of which a base is subtracted; give base=")
+        origin = shards(Path(base))
+        modules, others = [], {}
+        for name in places:
+            if name not in origin:
+                others[name] = read_tensor(places, name)
+                continue
+            ours, theirs = read_tensor(places, name), read_tensor(origin, name)
+            if ours.shape != theirs.shape:
+                raise ValueError(
+                    f"{folder}: {name} has shape {tuple(ours.shape)}, and {tuple(theirs.shape)} in the base "
+                    f"{base}; give the base that it was trained from"
+                )
+            if torch.equal(ours, theirs):
+                continue
+            if name.endswith(".weight") and ours.ndim > 1:
+                modules.append(name.removesuffix(".weight"))
+            else:
+                others[name] = ours
+        return cls(str(folder), modules, str(base), others, places)
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """`τ` times the identity: a checkpoint's update has no factors."""
+        origin = shards(Path(str(self.base)))
+        name = f"{module}.weight"
+        change = read_tensor(self.places, name).float() - read_tensor(origin, name).float()
+        if len(change) <= change[0].numel():
+            return torch.eye(len(change)), change
+        columns = change[0].numel()
+        return change.flatten(1), torch.eye(columns).reshape(columns, *change.shape[1:])
+
+
+def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | None]) -> None:
+    """Write a checkpoint that is a base plus updates, file by file.
+
+    Args:
+        base: Folder of the base model.
+        directory: Folder to write.
+        updates: Function of a module's name that returns its update, or None.
+    """
+    places = shards(base)
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in sorted(set(places.values())):
+        tensors = {}
+        for name in sorted(n for n, place in places.items() if place == file):
+            tensor = read_tensor(places, name)
+            change = updates(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if change is not None:
+                tensor = (tensor.float() + change.reshape(tensor.shape)).to(tensor.dtype)
+            tensors[name] = tensor.contiguous()
+        with atomic_write(directory / file.name) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    for file in _rest(base, directory):
+        shutil.copy2(file, directory / file.name)
+
+
+def _rest(base: Path, directory: Path) -> Iterator[Path]:
+    """Files of the base model besides its weights."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):
+            yield file

@@ -1,0 +1,169 @@
+"""Merging module by module: read, merge, report, write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.core.errors import error_context
+from peft_subspace.core.linalg import local_generator
+from peft_subspace.core.validation import invalid
+from peft_subspace.merging.checkpoints import write_merged
+from peft_subspace.merging.cutting import ModuleReport, check_cut, cut
+from peft_subspace.merging.methods import METHODS, Coefficients, Entries, Factors
+from peft_subspace.merging.output import add_lora, write_lora
+from peft_subspace.merging.sources import Source, check_finite
+from peft_subspace.merging.stack import Stack
+from peft_subspace.runtime.progress import progress as shown
+
+TILE_BYTES = 2**28
+"""Default of the memory for tiles of entries."""
+
+
+@dataclass
+class Merge:
+    """A merge that is computed module by module when it is written.
+
+    Attributes:
+        sources: What is merged.
+        method: Name of the method.
+        weights: Weights of the sources.
+        scale: Factor of the merged update.
+        space: `"weight"`, or `"aligned"` for functions of entries in the common singular basis.
+        seed: Seed of what is drawn.
+        options: Options of the method.
+        report: What became of each module, filled by the last output.
+        others: Tensors besides the updates that the result keeps.
+    """
+
+    sources: list[Source]
+    method: str
+    weights: list[float]
+    scale: float = 1.0
+    space: Literal["weight", "aligned"] = "weight"
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    tile_bytes: int = TILE_BYTES
+    base: str | Path | None = None
+    others: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, ModuleReport] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules that any of the sources changes."""
+        return list(dict.fromkeys(module for source in self.sources for module in source.modules))
+
+    def update(self, module: str) -> Tensor:
+        """The merged update of one module, `(m, n)` without cutting."""
+        with error_context(module):
+            merged = self._merged(self._stack(module)[0], module)
+        return merged if isinstance(merged, Tensor) else merged[0] @ merged[1]
+
+    def factors(
+        self, module: str, rank: int | None = None, energy: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Factors `(m, k)` and `(k, n, *kernel)` of one module, cut to a rank or to a part of the energy.
+
+        Raises:
+            ValueError: If the merged update has no exact factors and neither is given.
+        """
+        with error_context(module):
+            stack, kernel = self._stack(module)
+            merged = self._merged(stack, module)
+        left, right, error, norm = cut(merged, rank, energy, self.method)
+        gram = stack.gram().double()
+        lengths = gram.diagonal().clamp(min=0).sqrt()
+        self.report[module] = ModuleReport(left.shape[1], norm, error, gram / lengths[:, None] / lengths)
+        return left, right.reshape(-1, *kernel)
+
+    def pairs(
+        self, rank: int | None = None, energy: float | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Factors of all modules, one after the other."""
+        self.report.clear()
+        for module in shown(self.modules, len(self.modules), "merging"):
+            yield (module, *self.factors(module, rank, energy))
+
+    def to_lora(self, directory: str | Path, rank: int | None = None, energy: float | None = None) -> None:
+        """Write the merge as a LoRA of PEFT, with a card that names sources, weights, method and seed.
+
+        Args:
+            directory: Folder to write.
+            rank: Rank to cut to; None keeps the exact sum where there is one.
+            energy: Part of the squared norm to keep in each module, in place of a rank.
+        """
+        check_cut(rank, energy)
+        write_lora(self, Path(directory), list(self.pairs(rank, energy)))
+
+    def add_to(
+        self, model: nn.Module, adapter_name: str, rank: int | None = None, energy: float | None = None
+    ) -> nn.Module:
+        """Add the merge to a model as a LoRA; returns the `PeftModel`."""
+        check_cut(rank, energy)
+        return add_lora(self, model, adapter_name, list(self.pairs(rank, energy)))
+
+    def to_model(self, directory: str | Path) -> None:
+        """Write the base model plus the merged update, nothing cut.
+
+        Raises:
+            ValueError: If no base was given.
+        """
+        if self.base is None:
+            raise invalid("base", None, "must be the folder of the base model; give it to merge()")
+        modules = set(self.modules)
+        write_merged(
+            Path(self.base), Path(directory), lambda name: self.update(name) if name in modules else None
+        )
+
+    def _stack(self, module: str) -> tuple[Stack, tuple[int, ...]]:
+        """Updates of all sources, zero where one has none, and the axes of the right factors."""
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        for source in self.sources:
+            pair = source.pair(module) if module in source.modules else None
+            if pair is not None:
+                check_finite(source, pair)
+            pairs.append(pair)
+        left, right = next(pair for pair in pairs if pair is not None)
+        for source, pair in zip(self.sources, pairs, strict=True):
+            if pair is not None and (len(pair[0]), pair[1].shape[1:]) != (len(left), right.shape[1:]):
+                shapes = (len(pair[0]), *pair[1].shape[1:]), (len(left), *right.shape[1:])
+                raise ValueError(
+                    f"{source.name} is for a weight of shape {shapes[0]}, and another source for one of "
+                    f"{shapes[1]}; the adapters have different base models"
+                )
+        zero = (left.new_zeros(len(left), 1), right.new_zeros(1, *right.shape[1:]))
+        known = [zero if pair is None else pair for pair in pairs]
+        return Stack([p[0] for p in known], [p[1].flatten(1) for p in known]), tuple(right.shape[1:])
+
+    def _merged(self, stack: Stack, module: str) -> tuple[Tensor, Tensor] | Tensor:
+        generators = [local_generator(self.seed, module, source.name) for source in self.sources]
+        weights = torch.tensor(self.weights, dtype=stack.lefts[0].dtype)
+        options = {
+            key: value[module] if isinstance(value, dict) else value for key, value in self.options.items()
+        }
+        result = METHODS[self.method](stack, weights, generators, **options)
+        if isinstance(result, Coefficients):
+            return stack.left(), self.scale * stack.right(result.values.to(weights))
+        if isinstance(result, Factors):
+            return self.scale * result.left, result.right
+        if self.space == "aligned":
+            basis, coordinates = stack.aligned()
+            limits = [result.limits(rows) if result.limits else None for rows in coordinates]
+            return self.scale * basis, result.merge(coordinates, limits)
+        return self.scale * self._by_entries(stack, result)
+
+    def _by_entries(self, stack: Stack, entries: Entries) -> Tensor:
+        rows, columns = stack.shape
+        limits = [
+            entries.limits(stack.dense(source)) if entries.limits else None for source in range(len(stack))
+        ]
+        count = max(1, self.tile_bytes // (4 * columns * len(stack)))
+        result = stack.lefts[0].new_empty(rows, columns)
+        for place, tile in stack.tiles(count):
+            result[place] = entries.merge(tile, limits)
+        return result

@@ -1,0 +1,110 @@
+"""What a merge is written as: a LoRA in a folder or on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_subspace.core.names import saved_key
+from peft_subspace.core.validation import invalid
+from peft_subspace.persistence.lora_export import pad
+from peft_subspace.runtime.files import atomic_write
+
+Pairs = Sequence[tuple[str, Tensor, Tensor]]
+
+
+def check_others(sources: Iterable[Any], choice: str) -> dict[str, Tensor]:
+    """Tensors besides the updates that a merge keeps.
+
+    Raises:
+        ValueError: If several sources have some and none is chosen.
+    """
+    found = {source.name: source.others for source in sources if source.others}
+    if choice == "drop" or not found:
+        return {}
+    if choice in found:
+        return found[choice]
+    if len(found) > 1 or choice != "error":
+        raise invalid(
+            "others",
+            choice,
+            f"must be 'drop', or one of {sorted(found)}, which all have heads, biases or token rows",
+        )
+    return next(iter(found.values()))
+
+
+def write_lora(merge: Any, directory: Path, pairs: Pairs) -> None:
+    """Write a LoRA, and a card beside it."""
+    config, state = _lora(merge, pairs)
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_write(directory / SAFETENSORS_WEIGHTS_NAME) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    with atomic_write(directory / CONFIG_NAME) as partial:
+        config.save_pretrained(str(partial.parent))
+    with atomic_write(directory / "README.md") as partial:
+        partial.write_text(card(merge))
+
+
+def add_lora(merge: Any, model: nn.Module, adapter_name: str, pairs: Pairs) -> PeftModel:
+    """Add a LoRA to a model.
+
+    Raises:
+        ValueError: If the model has an adapter of the name.
+    """
+    config, state = _lora(merge, pairs)
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise invalid("adapter_name", adapter_name, "exists already on the model; choose a new name")
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name)
+    set_peft_model_state_dict(model, state, adapter_name)
+    return model
+
+
+def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Config and tensors of a LoRA, of one rank for all modules: some servers read no other."""
+    rank = max(left.shape[1] for _, left, _ in pairs)
+    embeddings = {module for source in merge.sources for module in source.embeddings}
+    state = dict(merge.others)
+    for module, left, right in pairs:
+        key, left, right = saved_key(module), pad(left, 1, rank), pad(right, 0, rank)
+        if module in embeddings:
+            state |= {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
+            continue
+        ones = (1,) * (right.ndim - 2)
+        state |= {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(module for module, _, _ in pairs),
+        base_model_name_or_path=next((s.base for s in merge.sources if s.base), None),
+        inference_mode=True,
+    )
+    return config, {key: tensor.contiguous() for key, tensor in state.items()}
+
+
+def card(merge: Any) -> str:
+    """Model card: sources, weights, method, seed, and a table of the report."""
+    lines = ["---", "library_name: peft", "tags:", "- merge", "---", "", "# Merged adapter", ""]
+    lines += [f"Method `{merge.method}`, space `{merge.space}`, scale {merge.scale:g}, seed {merge.seed}."]
+    if merge.options:
+        lines += ["", "Options: " + ", ".join(f"`{k}={v}`" for k, v in merge.options.items())]
+    lines += ["", "| source | weight |", "|---|---|"]
+    lines += [f"| {s.name} | {w:g} |" for s, w in zip(merge.sources, merge.weights, strict=True)]
+    errors = torch.tensor([report.error for report in merge.report.values()])
+    ranks = [report.rank for report in merge.report.values()]
+    if ranks:
+        lines += [
+            "",
+            f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}; relative error of cutting to them at "
+            f"most {float(errors.max()):.3g}, {float(errors.mean()):.3g} on average.",
+        ]
+    return "\n".join(lines) + "\n"

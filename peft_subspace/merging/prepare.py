@@ -1,0 +1,73 @@
+"""What a merge needs to be right, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.merging.driver import TILE_BYTES, Merge
+from peft_subspace.merging.methods import METHODS
+from peft_subspace.merging.output import check_others
+from peft_subspace.merging.sources import open_source
+
+
+def merge(
+    sources: Sequence[Any],
+    method: str = "task_arithmetic",
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    space: Literal["weight", "aligned"] = "weight",
+    base: str | Path | None = None,
+    seed: int = 0,
+    others: str = "error",
+    memory: int = TILE_BYTES,
+    **options: Any,
+) -> Merge:
+    """Prepare a merge of adapters, LoRAs and checkpoints; it is computed when it is written.
+
+    Args:
+        sources: Folders of adapters or checkpoints, models, or pairs of model and adapter name; of different
+            methods and ranks. A module that a source does not change counts as an update of zero there.
+        method: Name in `METHODS`.
+        weights: Weights of the sources; all 1 if None.
+        scale: Factor of the merged update.
+        space: Where functions of entries work: `"weight"`, or `"aligned"`, KnOTS, whose result has factors.
+        base: Folder of the base model, for checkpoints and `to_model`.
+        seed: Seed of what methods draw; each module and source has a stream of its own.
+        others: What to do where several sources have heads, biases or token rows: `"error"`, `"drop"`, or
+            the name of the source whose are kept.
+        memory: Bytes for tiles of entries.
+        options: Options of the method, of which a dictionary has one value for each module.
+
+    Raises:
+        TypeError: If an argument or option has the wrong type.
+        ValueError: If the sources do not fit each other, or the method.
+    """
+    if method not in METHODS:
+        raise invalid("method", method, f"must be one of {tuple(METHODS)}")
+    if space not in ("weight", "aligned"):
+        raise invalid("space", space, "must be 'weight' or 'aligned'")
+    check_number("scale", scale)
+    check_count("memory", memory, maximum=2**62)
+    opened = [open_source(source, base) for source in sources]
+    if not opened:
+        raise invalid("sources", list(sources), "must name at least one adapter")
+    names = [source.name for source in opened]
+    if len(set(names)) < len(names):
+        raise invalid("sources", names, "must differ; give an adapter once, with the sum of its weights")
+    weights = [1.0] * len(opened) if weights is None else list(weights)
+    if len(weights) != len(opened):
+        raise invalid("weights", weights, f"must have one entry for each of the {len(opened)} sources")
+    for weight in weights:
+        check_number("weights", weight)
+    bases = {source.base for source in opened if source.base is not None}
+    if len(bases) > 1:
+        raise ValueError(f"the sources name different base models, {sorted(bases)}; merge adapters of one")
+    kept = check_others(opened, others)
+    made = Merge(opened, method, weights, scale, space, seed, options, memory, base, kept)
+    if made.modules:
+        made.update(made.modules[0])  # an option that does not fit is an error here, not when half is written
+    return made

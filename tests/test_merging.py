@@ -1,0 +1,575 @@
+"""Merging: methods against loops in double precision, invariance, sources, outputs, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import methods
+import models
+from layers import distance
+from peft_subspace.merging import METHODS, Coefficients, Source, Stack, merge, register
+from peft_subspace.merging.cutting import cut
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+
+
+class Made(Source):
+    """A source of given factors."""
+
+    def __init__(self, name, pairs):
+        super().__init__(name, list(pairs))
+        self.pairs = pairs
+
+    def pair(self, module):
+        return self.pairs[module]
+
+
+def sources(count=3, m=7, n=9, ranks=(2, 3, 1), dtype=torch.float64, kernel=()):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    made = []
+    for t in range(count):
+        left = draw(m, ranks[t])
+        made.append(Made(f"s{t}", {"layer": (left, draw(ranks[t], n, *kernel))}))
+    return made
+
+
+def updates(made, module="layer"):
+    return [left.double() @ right.flatten(1).double() for left, right in (s.pair(module) for s in made)]
+
+
+WEIGHTS = [0.7, 1.0, -0.4]
+
+
+# ------------------------------------------------------------------------------------------- oracles
+# Entry by entry on Python's own floats.
+
+
+def by_entry(function):
+    def oracle(taus, weights):
+        m, n = taus[0].shape
+        result = torch.zeros(m, n, dtype=torch.float64)
+        for i, j in itertools.product(range(m), range(n)):
+            result[i, j] = function([float(t[i, j]) for t in taus], weights)
+        return result
+
+    return oracle
+
+
+def trimmed(taus, density):
+    result = []
+    for tau in taus:
+        sizes = sorted((abs(float(x)) for x in tau.flatten()), reverse=True)
+        limit = sizes[int(density * len(sizes) + 1e-9) - 1]
+        result.append(torch.where(tau.abs() >= limit, tau, torch.zeros_like(tau)))
+    return result
+
+
+def elected(entries, weights):
+    total = sum(w * x for w, x in zip(weights, entries, strict=True))
+    agreeing = [(w, x) for w, x in zip(weights, entries, strict=True) if w * x * total > 0]
+    return sum(w * x for w, x in agreeing) / sum(abs(w) for w, _ in agreeing) if agreeing else 0.0
+
+
+def mattering(entries, weights):
+    scaled = [w * x for w, x in zip(weights, entries, strict=True)]
+    total = sum(scaled)
+    return total if sum(abs(x) > 0.4 * abs(total - x) for x in scaled) >= 2 else 0.0
+
+
+def largest(entries, weights):
+    scaled = [w * x for w, x in zip(weights, entries, strict=True)]
+    sign = math.copysign(1, sum(scaled))
+    return sign * max([abs(x) for x in scaled if x * sign > 0], default=0.0)
+
+
+def total(taus, weights):
+    return sum(w * t for w, t in zip(weights, taus, strict=True))
+
+
+def crumbs(taus, weights):
+    kept = []
+    for tau in taus:
+        flat = sorted((abs(float(x)) for x in tau.flatten()), reverse=True)
+        high, low = flat[int(0.1 * len(flat)) - 1], flat[int(0.6 * len(flat)) - 1]
+        kept.append(torch.where((tau.abs() >= low) & (tau.abs() < high), tau, torch.zeros_like(tau)))
+    return total(kept, weights)
+
+
+def orthogonalized(taus, weights):
+    most = min(taus[0].shape) // len(taus)
+    lefts, values, rights = [], [], []
+    for tau, w in zip(taus, weights, strict=True):
+        U, S, Vh = torch.linalg.svd(tau, full_matrices=False)
+        count = min(most, int((1e-9 * S[0] < S).sum()))
+        lefts.append(U[:, :count])
+        values.append(w * S[:count])
+        rights.append(Vh[:count])
+    polar = [a @ torch.linalg.inv(_root(a.T @ a)) for a in (torch.cat(lefts, 1), torch.cat(rights).T)]
+    return polar[0] @ torch.diag(torch.cat(values)) @ polar[1].T
+
+
+def _root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+
+def isotropic(taus, weights):
+    U, S, Vh = torch.linalg.svd(total(taus, weights), full_matrices=False)
+    count = int((1e-9 * S[0] < S).sum())
+    return S[:count].mean() * U[:, :count] @ Vh[:count]
+
+
+def arc(taus, weights):
+    share = weights[1] / sum(weights)
+    cosine = float((taus[0] * taus[1]).sum() / taus[0].norm() / taus[1].norm())
+    angle = math.acos(cosine)
+    parts = [math.sin((1 - share) * angle), math.sin(share * angle)]
+    return sum(p / math.sin(angle) * t for p, t in zip(parts, taus, strict=True))
+
+
+def truncated(taus, weights):
+    U, S, Vh = torch.linalg.svd(total(taus, weights))
+    return U[:, :2] @ torch.diag(S[:2]) @ Vh[:2]
+
+
+ORACLES = {
+    "task_arithmetic": ({}, total),
+    "average": ({}, lambda taus, w: total(taus, w) / sum(w)),
+    "svd": ({"keep": 2}, truncated),
+    "tsv_m": ({}, orthogonalized),
+    "iso_c": ({}, isotropic),
+    "ties": ({"density": 0.3}, lambda taus, w: by_entry(elected)(trimmed(taus, 0.3), w)),
+    "magnitude": ({"density": 0.3}, lambda taus, w: total(trimmed(taus, 0.3), w)),
+    "breadcrumbs": ({"density": 0.5, "outliers": 0.1}, crumbs),
+    "consensus": ({}, by_entry(mattering)),
+    "emr": ({}, by_entry(largest)),
+}
+
+
+@pytest.mark.parametrize("method", list(ORACLES))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_method_equals_its_oracle(method, dtype, tolerance):
+    made = sources(dtype=dtype)
+    options, oracle = ORACLES[method]
+    truth = oracle(updates(made), WEIGHTS)
+    found = merge(made, method, weights=WEIGHTS, scale=0.5, **options).update("layer")
+    assert found.dtype == dtype
+    assert distance(found, 0.5 * truth) < tolerance
+    if method == "average":
+        assert distance(truth, total(updates(made), WEIGHTS)) > 0.1
+
+
+def test_slerp_equals_its_oracle_and_has_the_length_of_equal_sources():
+    made = sources(2, ranks=(2, 3))
+    truth = arc(updates(made), [0.3, 0.9])
+    assert distance(merge(made, "slerp", weights=[0.3, 0.9]).update("layer"), truth) < 1e-10
+    left, right = made[0].pair("layer")
+    turned = Made("turned", {"layer": (left.flip(0), right)})
+    length = merge([made[0], turned], "slerp").update("layer").norm()
+    assert float(length) == pytest.approx(float((left @ right).norm()), rel=1e-10)
+    same = Made("same", {"layer": (left, right.clone())})
+    assert distance(merge([made[0], same], "slerp").update("layer"), left @ right) < 1e-10
+
+
+def test_regmean_solves_least_squares():
+    made = sources()
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(30, 9, generator=generator, dtype=torch.float64) for _ in made]
+    grams = [x.T @ x for x in inputs]
+    found = merge(made, "regmean", grams={"layer": grams}).update("layer")
+    stacked = torch.cat(inputs)
+    wanted = torch.cat([x @ t.T for x, t in zip(inputs, updates(made), strict=True)])
+    truth = torch.linalg.lstsq(stacked, wanted).solution.T
+    assert distance(found, truth) < 1e-9
+    assert torch.linalg.matrix_rank(found) <= 6
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
+def test_random_methods_are_unbiased_seeded_and_do_not_depend_on_tiles(method):
+    made = sources()
+    one = merge(made, method, density=0.6, seed=3).update("layer")
+    assert torch.equal(one, merge(made, method, density=0.6, seed=3, memory=4).update("layer"))
+    assert not torch.equal(one, merge(made, method, density=0.6, seed=4).update("layer"))
+    spread = {"spread": 0.0} if method == "della" else {}
+    full = merge(made, method, density=1.0, **spread).update("layer")
+    plain = "task_arithmetic" if method == "dare" else "ties"
+    options = {} if method == "dare" else {"density": 1.0}
+    assert distance(full, merge(made, plain, **options).update("layer")) < 1e-12
+    if method == "dare":
+        mean = sum(merge(made, method, density=0.5, seed=s).update("layer") for s in range(400)) / 400
+        assert distance(mean, total(updates(made), [1, 1, 1])) < 0.12
+
+
+def test_della_keeps_large_entries_more_often():
+    tau = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)[None]
+    made = [Made("s", {"layer": (torch.ones(1, 1, dtype=torch.float64), tau)})]
+    kept = sum(merge(made, "della", density=0.5, spread=0.4, seed=s).update("layer") != 0 for s in range(500))
+    assert kept[0, 0] < 100
+    assert kept[0, 9] > 400
+
+
+# ---------------------------------------------------------------------------------------- invariance
+
+
+def everywhere():
+    for method, (options, _) in ORACLES.items():
+        yield method, options, "weight"
+    for method in ("ties", "magnitude", "breadcrumbs", "consensus", "emr"):
+        yield method, ORACLES[method][0], "aligned"
+
+
+@pytest.mark.parametrize(("method", "options", "space"), list(everywhere()))
+def test_merge_does_not_depend_on_how_updates_are_factored_nor_on_order_and_tiles(method, options, space):
+    made = sources()
+    plain = merge(made, method, weights=WEIGHTS, space=space, **options).update("layer")
+    generator = torch.Generator().manual_seed(2)
+    changed = []
+    for source in made:
+        left, right = source.pair("layer")
+        mix = torch.randn(len(right), len(right), generator=generator, dtype=torch.float64)
+        changed.append(Made(source.name, {"layer": (left @ mix, torch.linalg.solve(mix, right))}))
+    refactored = merge(changed, method, weights=WEIGHTS, space=space, **options).update("layer")
+    assert distance(refactored, plain) < 1e-8
+    backwards = merge(made[::-1], method, weights=WEIGHTS[::-1], space=space, **options).update("layer")
+    assert distance(backwards, plain) < 1e-8
+    tiled = merge(made, method, weights=WEIGHTS, space=space, memory=100, **options).update("layer")
+    assert distance(tiled, plain) < 1e-12
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("slerp", "regmean", "svd", "iso_c")])
+@pytest.mark.parametrize("space", ["weight", "aligned"])
+def test_one_source_with_full_density_is_itself(method, space):
+    if method == "consensus":
+        options = {"votes": 1}
+    elif method == "breadcrumbs":
+        options = {"density": 1.0, "outliers": 0.0}
+    elif method == "della":
+        options = {"density": 1.0, "spread": 0.0}
+    else:
+        options = {"density": 1.0} if method in ("ties", "magnitude", "dare", "dare_ties") else {}
+    made = sources(1)
+    assert distance(merge(made, method, space=space, **options).update("layer"), updates(made)[0]) < 1e-10
+
+
+def test_aligned_space_gives_exact_factors_in_the_common_basis():
+    made = sources()
+    found = merge(made, "ties", space="aligned", density=0.5)
+    left, right = found.factors("layer")
+    assert left.shape[1] <= 6
+    assert distance(left @ right, found.update("layer")) < 1e-12
+    stacked = torch.cat(updates(made), dim=1)
+    U, S, _ = torch.linalg.svd(stacked, full_matrices=False)
+    basis = U[:, 1e-9 * S[0] < S]
+    coordinates = [basis.T @ tau for tau in updates(made)]
+    truth = basis @ by_entry(elected)(trimmed(coordinates, 0.5), [1, 1, 1])
+    assert distance(found.update("layer"), truth) < 1e-8
+
+
+# ------------------------------------------------------------------------------------ ranks, reports
+
+
+def test_reported_error_is_that_of_the_cut():
+    made = sources(ranks=(3, 3, 3))
+    for method, options in (("task_arithmetic", {}), ("ties", {"density": 0.5})):
+        prepared = merge(made, method, **options)
+        whole = prepared.update("layer")
+        for rank in (1, 2, 4):
+            left, right = prepared.factors("layer", rank=rank)
+            report = prepared.report["layer"]
+            assert left.shape[1] == report.rank == rank
+            assert report.error == pytest.approx(
+                float((left @ right - whole).norm() / whole.norm()), rel=1e-4
+            )
+            assert report.norm == pytest.approx(float(whole.norm()), rel=1e-5)
+        left, right = prepared.factors("layer", energy=0.9)
+        error = float((left @ right - whole).norm() / whole.norm())
+        assert error**2 <= 0.1 + 1e-9
+        fewer = cut(whole, left.shape[1] - 1, None, method) if left.shape[1] > 1 else None
+        assert fewer is None or fewer[2] ** 2 > 0.1
+    taus = updates(made)
+    cosine = float((taus[0] * taus[1]).sum() / taus[0].norm() / taus[1].norm())
+    assert float(prepared.report["layer"].cosines[0, 1]) == pytest.approx(cosine, rel=1e-9)
+
+
+def test_kernels_are_a_part_of_the_columns():
+    made = sources(kernel=(3, 2))
+    left, right = merge(made, "task_arithmetic", weights=WEIGHTS).factors("layer")
+    assert right.shape == (6, 9, 3, 2)
+    assert distance(left @ right.flatten(1), total(updates(made), WEIGHTS)) < 1e-12
+
+
+def test_a_module_that_a_source_does_not_change_counts_as_zero():
+    one, two = sources(2, ranks=(2, 3))
+    two.pairs["more"] = two.pairs["layer"]
+    two.modules.append("more")
+    found = merge([one, two], "average")
+    assert found.modules == ["layer", "more"]
+    assert distance(found.update("more"), updates([two], "more")[0] / 2) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------- sources
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def lora(folder, base=None, **options):
+    torch.manual_seed(len(str(folder)))
+    config = LoraConfig(**{"target_modules": TARGETS, "r": 2, "init_lora_weights": False, **options})
+    model = get_peft_model(models.llama() if base is None else base, config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model.eval()
+
+
+def ours(method, folder=None, **options):
+    config = method.config(**{"target_modules": TARGETS, "init_weights": False, "seed": 5, **options})
+    model = get_peft_model(models.llama(), config).eval()
+    if folder:
+        model.save_pretrained(folder)
+    return model
+
+
+def deltas(model):
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            found[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
+    return found
+
+
+def test_loras_of_all_kinds_are_read_as_peft_computes_them(tmp_path):
+    kinds = [
+        {"lora_alpha": 3},
+        {"use_rslora": True, "lora_alpha": 5, "r": 4},
+        {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ]
+    for number, options in enumerate(kinds):
+        model = lora(tmp_path / str(number), **options)
+        wanted = deltas(model)
+        found = merge([tmp_path / str(number)])
+        assert set(found.modules) == set(wanted)
+        for name, update in wanted.items():
+            transposed = update.T if "embed" in name else update
+            assert distance(found.update(name), transposed) < 1e-6, (options, name)
+        found.to_lora(tmp_path / f"again{number}")
+        again = PeftModel.from_pretrained(models.llama(), tmp_path / f"again{number}").eval()
+        ids = torch.arange(3, 15).reshape(2, 6)
+        with torch.no_grad():
+            assert distance(again(ids).logits, model(ids).logits) < 1e-5
+
+
+def test_every_method_of_ours_is_a_source(method, tmp_path):
+    model = ours(method)
+    found = merge([model])
+    for name, update in deltas(model).items():
+        assert distance(found.update(name), update) < 1e-5
+    assert len(found.modules) == 6
+
+
+def test_mixed_methods_and_a_checkpoint_become_one_lora(tmp_path):
+    base = models.llama()
+    base.save_pretrained(tmp_path / "base")
+    for number, rank in enumerate((2, 4)):
+        lora(tmp_path / f"lora{number}", r=rank)
+    flora = ours(next(m for m in methods.METHODS if m.name == "flora"))
+    mos = ours(next(m for m in methods.METHODS if m.name == "mos"))
+    tuned = models.llama()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "q_proj" in name:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    tuned.save_pretrained(tmp_path / "tuned")
+    given = [tmp_path / "lora0", tmp_path / "lora1", (flora, "default"), mos, tmp_path / "tuned"]
+    with pytest.raises(ValueError, match="must differ; give an adapter once"):
+        merge(given, base=tmp_path / "base")
+    mos.add_adapter("second", mos.peft_config["default"])
+    given[3] = (mos, "second")
+    made = merge(given, "average", base=tmp_path / "base")
+    made.to_lora(tmp_path / "merged")
+    model = PeftModel.from_pretrained(models.llama(), tmp_path / "merged").eval()
+    plain = models.llama()
+    loras = [
+        deltas(PeftModel.from_pretrained(models.llama(), tmp_path / f"lora{i}").eval()) for i in range(2)
+    ]
+    pools = {
+        n.removeprefix("base_model.model."): m.get_delta_weight("second").detach()
+        for n, m in mos.named_modules()
+        if hasattr(m, "get_delta_weight")
+    }
+    parts = [*loras, deltas(flora), pools]
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if name.endswith(tuple(TARGETS)):
+                change = sum(part.get(name, torch.zeros(())) for part in parts)
+                module.weight += (
+                    change + tuned.get_submodule(name).weight - base.get_submodule(name).weight
+                ) / 5
+        assert distance(model(ids).logits, plain(ids).logits) < 1e-5
+        made.to_model(tmp_path / "whole")
+        whole = type(plain).from_pretrained(tmp_path / "whole").eval()
+        assert distance(whole(ids).logits, plain(ids).logits) < 1e-5
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert all(str(name) in card for name in ("lora0", "lora1", "tuned", "average", "second"))
+
+
+def test_a_merge_is_added_to_a_model(tmp_path):
+    lora(tmp_path / "a")
+    model = lora(tmp_path / "bb", r=3)
+    made = merge([tmp_path / "a", tmp_path / "bb"], "task_arithmetic", weights=[0.5, 2.0])
+    assert made.add_to(model, "sum") is model
+    model.set_adapter("sum")
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            found = module.get_delta_weight("sum")
+            assert distance(found, made.update(name.removeprefix("base_model.model."))) < 1e-5
+    fresh = made.add_to(models.llama(), "default", rank=2)
+    assert fresh.peft_config["default"].r == 2
+    with pytest.raises(ValueError, match="adapter_name='sum' exists already"):
+        made.add_to(model, "sum")
+
+
+def test_heads_are_kept_dropped_or_refused(tmp_path):
+    for name in ("a", "bb"):
+        lora(tmp_path / name, modules_to_save=["lm_head"])
+    both = [tmp_path / "a", tmp_path / "bb"]
+    with pytest.raises(ValueError, match="others='error' must be 'drop', or one of"):
+        merge(both)
+    assert not merge(both, others="drop").others
+    kept = merge(both, others=str(tmp_path / "bb")).others
+    wanted = load_file(tmp_path / "bb" / "adapter_model.safetensors")
+    assert kept
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in kept.items())
+
+
+def test_users_add_methods():
+    @register("first_only")
+    def first_only(stack: Stack, weights: Tensor, generators, *, times: float = 1.0):
+        """`times · τ_1`."""
+        return Coefficients(times * (torch.arange(len(stack)) == 0).to(weights))
+
+    try:
+        made = sources()
+        assert distance(merge(made, "first_only", times=2.0).update("layer"), 2 * updates(made)[0]) < 1e-12
+        with pytest.raises(ValueError, match="'first_only' exists already"):
+            register("first_only")
+    finally:
+        del METHODS["first_only"]
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "mean"}, ValueError, r"method='mean' must be one of"),
+        ({"space": "both"}, ValueError, r"space='both' must be"),
+        ({"weights": [1.0]}, ValueError, r"weights=\[1\.0\] must have one entry for each of the 3"),
+        ({"weights": [1.0, float("nan"), 1.0]}, ValueError, r"weights=nan must be finite"),
+        ({"scale": "a"}, TypeError, r"scale='a' must be a number"),
+        ({"method": "ties", "density": 0.001}, ValueError, r"layer: density=0.001 keeps nothing of 63"),
+        ({"method": "ties", "density": 0}, ValueError, r"density=0 must be above 0"),
+        ({"method": "dare", "density": None}, ValueError, r"density=None must be above 0"),
+        ({"method": "slerp"}, ValueError, r"takes two sources, and there are 3"),
+        ({"method": "della", "density": 0.9, "spread": 0.2}, ValueError, r"spread=0.2 must be from 0 to 0.1"),
+        ({"method": "regmean", "grams": {"layer": []}}, ValueError, r"one matrix for each of the 3"),
+        ({"method": "ties", "dense": 1}, TypeError, r"dense"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options, error, message):
+    with pytest.raises(error, match=message):
+        merge(sources(), **options)
+
+
+def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
+    lora(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"sources=.* must name at least one"):
+        merge([])
+    with pytest.raises(ValueError, match="must differ; give an adapter once"):
+        merge([tmp_path / "a", tmp_path / "a"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither an adapter_config\.json nor model\.safetensors"):
+        merge([tmp_path / "a", tmp_path / "empty"])
+    lora(tmp_path / "dora", use_dora=True)
+    with pytest.raises(ValueError, match="use_dora is set, and DoRA rescales the weight"):
+        merge([tmp_path / "a", tmp_path / "dora"])
+    lora(tmp_path / "wide", base=models.build(type(models.llama()), _wider()))
+    with pytest.raises(ValueError, match=r"is for a weight of shape .*different base models"):
+        merge([tmp_path / "a", tmp_path / "wide"])
+    state = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    key = next(iter(state))
+    save_file({**state, key: state[key] * float("nan")}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
+        list(merge([tmp_path / "a"]).pairs())
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="pickled tensors are not read"):
+        merge([tmp_path / "a"])
+    made = merge(sources(), "ties", density=0.5)
+    for options, message in (
+        ({}, "rank=None is needed"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"rank": 2, "energy": 0.5}, "cannot be given beside rank=2"),
+        ({"energy": 1.5}, "energy=1.5 must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.to_lora(tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="base=None must be the folder"):
+        made.to_model(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _wider():
+    import transformers as hf
+
+    return hf.LlamaConfig(**models.TEXT, **{**models.LLAMA, "hidden_size": 24})
+
+
+def test_different_named_bases_are_refused(tmp_path):
+    for name, base in (("a", "one"), ("bb", "two")):
+        model = lora(tmp_path / name)
+        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"different base models, \['one', 'two'\]"):
+        merge([tmp_path / "a", tmp_path / "bb"])
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_command_line_merges_and_says_what_it_would(tmp_path, capsys):
+    from peft_subspace.__main__ import main
+
+    for name in ("a", "bb"):
+        lora(tmp_path / name)
+    given = ["merge", str(tmp_path / "a"), str(tmp_path / "bb"), "--weights", "0.5,2"]
+    out = str(tmp_path / "out")
+    assert main([*given, "--lora", out, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.strip().splitlines()) == 1 + 6
+    assert not (tmp_path / "out").exists()
+    assert main([*given, "--method", "ties", "--density", "0.5", "--lora", out, "--rank", "3"]) == 0
+    assert "error of the cut" in capsys.readouterr().out
+    expected = merge([tmp_path / "a", tmp_path / "bb"], "ties", weights=[0.5, 2.0], density=0.5)
+    again = merge([out])
+    for module in expected.modules:
+        left, right = expected.factors(module, rank=3)
+        assert distance(again.update(module), left @ right) < 1e-5
+    assert main([*given, "--method", "ties", "--lora", str(tmp_path / "more")]) == 1
+    assert "rank=None is needed" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    assert main([*given, "--model", out]) == 1
+    assert "base=None must be" in capsys.readouterr().err
