@@ -216,7 +216,7 @@ class SubspaceModel(StateHooks):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly; scales set at run time count in `ΔW_i`.
+        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly, with scales of run time in `ΔW_i`.
 
         Args:
             adapters: Names of existing adapters; the weights of one that is listed twice add up.
