@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -16,14 +17,14 @@ def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
 
     Args:
         path: Folder, or id on the Hub.
-        kwargs: `subfolder`, `revision`, `token` and `cache_dir` are taken out of it.
+        kwargs: `subfolder`, and what else `snapshot_download` takes, such as `revision`, are taken out of it.
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
         ValueError: If one is a link out of the folder.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
-    options = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     if not Path(path).is_dir():
         path = snapshot_download(
             path, allow_patterns=[str(Path(subfolder) / name) for name in _FILES], **options

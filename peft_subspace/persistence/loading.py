@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from peft_subspace.core.names import in_base
 from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.persistence.folder import adapter_folder
 from peft_subspace.persistence.read_config import read_config
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
 from peft_subspace.tuner.source import incomplete
-from peft_subspace.tuner.state import check_updates, is_optional
+from peft_subspace.tuner.state import check_updates, is_optional, mismatched, values_checked
 
 
 def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
@@ -55,19 +57,33 @@ def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kw
     if wrapped and adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} exists already on the model; choose a new name")
     base = model.get_base_model() if wrapped else model
-    check_adapter(base, folder, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False))
-    with _restored_on_error(model, adapter_name):
+    mapping = kwargs.get("key_mapping")
+    if mapping is None and not wrapped:  # PEFT takes it from the model only there
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    check_adapter(
+        base,
+        folder,
+        key_mapping=mapping,
+        ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
+    )
+    with _restored_on_error(model, adapter_name), values_checked():
         if not wrapped:
             return PeftModel.from_pretrained(model, str(folder), adapter_name, **kwargs)
         model.load_adapter(str(folder), adapter_name, **kwargs)
     return model
 
 
-def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bool = False) -> SubspaceConfig:
+def check_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> SubspaceConfig:
     """Raise unless the adapter in `folder` fits `model`; return its config.
 
-    Shapes come from the file's header, and only tensors of the right shape are read. Heads and embeddings
-    may have other shapes if PEFT is asked to leave such tensors out.
+    Shapes come from the file's header, and only tensors of the right shape are read. Others are an error
+    unless PEFT is asked to leave such tensors out.
     """
     config = read_config(folder / CONFIG_NAME)
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
@@ -82,19 +98,32 @@ def check_adapter(model: nn.Module, folder: Path, *, ignore_mismatched_sizes: bo
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            in_file = {_mapped(key, key_mapping or {}): key for key in file.keys()}  # noqa: SIM118
+            found = {key: tuple(file.get_slice(name).get_shape()) for key, name in in_file.items()}
             expected = {key: t for key, t in expected.items() if key in found or not is_optional(key)}
             others = {key: shape for key, shape in found.items() if key not in expected}
-            for key, tensor in _other_state(model, config, others).items():
-                if not ignore_mismatched_sizes or tuple(tensor.shape) == found[key]:
-                    expected[key] = tensor
+            expected |= _other_state(model, config, others)
+            if ignore_mismatched_sizes:
+                for key in mismatched(plan.by_key(model), expected, found):
+                    del expected[key]
             check_shapes(expected, found)
-            state = {key: file.get_tensor(key) for key in expected}
+            state = {key: file.get_tensor(in_file[key]) for key in expected}
             check_state(expected, state)
             check_updates(plan, model, state)
     except SafetensorError as error:
         raise incomplete(path, error) from error
     return config
+
+
+def _mapped(key: str, mapping: Mapping[str, str]) -> str:
+    """Key after the first pattern of PEFT's `key_mapping` that matches its part in the base model."""
+    name = in_base(key)
+    start = key.removesuffix(name)
+    for pattern, replacement in mapping.items():
+        changed, times = re.subn(pattern, replacement, name)
+        if times:
+            return start + changed
+    return key
 
 
 def _choose_targets(model: nn.Module, config: SubspaceConfig, tuner: Any) -> None:

@@ -20,7 +20,9 @@ def add_weighted_adapter(
 ) -> None:
     """Add an adapter whose update is a weighted sum; see `SubspaceModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
-    scale = dict(zip(adapters, weights, strict=True))
+    total: dict[str, float] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        total[adapter] = total.get(adapter, 0.0) + weight
     layers = {
         name: layer
         for name, layer in tuner.model.named_modules()
@@ -30,10 +32,10 @@ def add_weighted_adapter(
     combine = update_cls.concatenate if combination_type == "cat" else update_cls.average
     entries, states = {}, {}
     for name, layer in progress(layers.items(), len(layers), "combining adapters"):
-        present = [adapter for adapter in adapters if adapter in layer.deltas]
+        present = [adapter for adapter in total if adapter in layer.deltas]
         deltas = [layer.deltas[adapter] for adapter in present]
         with torch.no_grad(), error_context(f"{name}: adapters {present}"):
-            factors = [scale[adapter] * layer.initial_scaling[adapter] for adapter in present]
+            factors = [total[adapter] * layer.scaling[adapter] for adapter in present]
             entries[weight_name(name, layer)], state = combine(deltas, factors)
         noted = {"fingerprint": deltas[0].fingerprint} if deltas[0].needs_weight else {}
         states[name] = {**noted, **state}

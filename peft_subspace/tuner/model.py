@@ -216,10 +216,10 @@ class SubspaceModel(StateHooks):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly.
+        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly, with scales of run time in `ΔW_i`.
 
         Args:
-            adapters: Names of existing adapters.
+            adapters: Names of existing adapters; the weights of one that is listed twice add up.
             weights: Their weights, of any sign.
             adapter_name: Name of the new adapter, which saves and loads like any other.
             combination_type: `"cat"`: the chains are concatenated, and ranks add up. `"linear"`, for methods

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,8 +25,17 @@ from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.plan import Plan
 from peft_subspace.tuner.shared import shared_containers
 
-already_checked: ContextVar[bool] = ContextVar("already_checked", default=False)
-"""Whether the tensors that PEFT loads have been checked before the model was touched."""
+_values_checked: ContextVar[bool] = ContextVar("values_checked", default=False)
+
+
+@contextmanager
+def values_checked() -> Iterator[None]:
+    """Context manager in which the values of what PEFT loads, and the base weights, are known."""
+    token = _values_checked.set(True)
+    try:
+        yield
+    finally:
+        _values_checked.reset(token)
 
 
 def check_loaded(
@@ -36,22 +47,45 @@ def check_loaded(
         ValueError: Naming the first tensor that is unfit.
     """
     own = model.state_dict()
-    prefix = layer_cls.prefix
+    prefix, layers = layer_cls.prefix, _layers(model, adapter_name, layer_cls)
     here = [key for key in state if key in own]
-    layers = {
-        f"{name}.{prefix}delta.{adapter_name}": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, layer_cls) and adapter_name in layer.deltas
-    }
     ours = {key for key in here if f".{prefix}" in f".{key}"}
     others = [key for key in here if key not in ours]
     if callers.reads_file():
         check_declared(model, config, others)
-    check_state({key: own[key] for key in ours}, dict(state))
+    check_shapes({key: own[key] for key in ours}, {key: tuple(state[key].shape) for key in ours})
     if not callers.ignores_mismatched_sizes():
         check_shapes({k: own[k] for k in others}, {k: tuple(state[k].shape) for k in others})
+    if _values_checked.get():
+        return
+    check_state({key: own[key] for key in ours}, dict(state))
     check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, state)
     check_base({key: (layer.base_weight, layer.kind) for key, layer in layers.items()}, state, prefix)
+
+
+def _layers(model: nn.Module, adapter_name: str, layer_cls: Any) -> dict[str, Any]:
+    """Layers that have an adapter, by the starts of its keys."""
+    return {
+        f"{name}.{layer_cls.prefix}delta.{adapter_name}": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, layer_cls) and adapter_name in layer.deltas
+    }
+
+
+def without_misfits(
+    model: nn.Module, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors without those of updates of other shapes in the model; PEFT looks after heads and the like."""
+    own = {key: t for key, t in model.state_dict().items() if f".{layer_cls.prefix}" in f".{key}"}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    wrong = mismatched(_layers(model, adapter_name, layer_cls), own, shapes)
+    if wrong:
+        warnings.warn(
+            f"ignore_mismatched_sizes=True leaves out {len(wrong)} tensors, such as {min(wrong)}, of updates "
+            "with other shapes in the file than the base model needs; these modules keep their start",
+            stacklevel=2,
+        )
+    return {key: tensor for key, tensor in state.items() if key not in wrong}
 
 
 def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -84,6 +118,21 @@ def with_aliases(model: nn.Module, kind: Any, state: Mapping[str, Tensor]) -> di
     return result
 
 
+def mismatched(
+    starts: Iterable[str], expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]
+) -> set[str]:
+    """Keys of tensors that have another shape, with the other tensors of the update that they belong to.
+
+    Args:
+        starts: Starts of the keys of updates.
+        expected: Tensors by key.
+        found: Shapes by key, some of which may be missing.
+    """
+    wrong = {key for key, tensor in expected.items() if found.get(key, tensor.shape) != tuple(tensor.shape)}
+    whole = tuple(f"{start}." for start in starts if any(key.startswith(f"{start}.") for key in wrong))
+    return wrong | {key for key in found if key in expected and key.startswith(whole)}
+
+
 def is_optional(key: str) -> bool:
     """Whether a file may leave out a tensor: files of version 0.1 have no fingerprints for most methods."""
     return key.endswith(".fingerprint")
@@ -94,12 +143,10 @@ def missing_fingerprints(
 ) -> dict[str, Tensor]:
     """Fingerprints of no weight, for those that a file leaves out."""
     missing = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, layer_cls) and adapter_name in layer.deltas:
-            start = f"{name}.{layer_cls.prefix}delta.{adapter_name}"
-            for key, tensor in layer.deltas[adapter_name].named_buffers(start):
-                if is_optional(key) and key not in state and any(k.startswith(f"{start}.") for k in state):
-                    missing[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    for start, layer in _layers(model, adapter_name, layer_cls).items():
+        for key, tensor in layer.deltas[adapter_name].named_buffers(start):
+            if is_optional(key) and key not in state and any(k.startswith(f"{start}.") for k in state):
+                missing[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
     return missing
 
 
@@ -112,7 +159,8 @@ def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> 
     for key, update in updates.items():
         tensors = {name: state[f"{key}.{name}"] for name in update.state_dict() if f"{key}.{name}" in state}
         with error_context(key):
-            update.check_values(tensors)
+            if tensors:
+                update.check_values(tensors)
 
 
 def check_base(

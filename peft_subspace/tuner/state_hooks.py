@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_subspace.tuner import state
+from peft_subspace.tuner import callers, state
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.snapshot import Snapshot
 
@@ -58,8 +58,9 @@ class StateHooks(BaseTuner):
         remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         try:
-            if not state.already_checked.get():
-                state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
+            if callers.ignores_mismatched_sizes():
+                remapped = state.without_misfits(model, adapter_name, cls.tuner_layer_cls, remapped)
+            state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
         except ValueError:
             if tuner is not None and tuner._before_loading is not None:
                 tuner._before_loading.restore()
