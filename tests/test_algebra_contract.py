@@ -132,6 +132,7 @@ def test_forward_equals_the_dense_oracle_strided_without_a_batch_in_double_and_u
     assert distance(outputs(model, x), dense(model, method, x)) < 1e-10
 
 
+@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("torch.compile (no graph breaks)")
 def test_adapted_layer_compiles_without_graph_breaks_and_trains(method, case):
     torch._dynamo.reset()
@@ -187,6 +188,7 @@ def test_dropout_keeps_the_mean(method, case):
 # ----------------------------------------------------------------------------------------------- merge
 
 
+@pytest.mark.typical("settings")
 @pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merged_weight_is_the_sum_rounded_once_and_gives_the_same_output(method, case, setting):
     model = adapt(method, case, setting).eval()
@@ -300,6 +302,7 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 # ------------------------------------------------------------------------------------------- scaling
 
 
+@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("scaling at run time (`scale_layer`, `set_scale`)")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)

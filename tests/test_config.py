@@ -14,6 +14,7 @@ from torch import nn
 import peft_subspace
 from methods import METHODS
 from peft_subspace.tuner.config import FORMAT_VERSION, VERSION
+from tables import failing
 
 VALUES = {
     "target_modules": ["q_proj", "v_proj"],
@@ -65,14 +66,12 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("method", "fields", "error", "message"),
-    [(method, *row) for method in METHODS for row in WRONG if own(row[0], method) == row[0]],
-    ids=lambda value: str(value)[:30],
-)
-def test_wrong_value_is_refused_with_field_value_rule_and_remedy(method, fields, error, message):
-    with pytest.raises(error, match=message):
-        method.config_cls(**fields)
+def test_wrong_value_is_refused_with_field_value_rule_and_remedy(method):
+    def check(fields, error, message):
+        with pytest.raises(error, match=message):
+            method.config_cls(**fields)
+
+    assert not failing([row for row in WRONG if own(row[0], method) == row[0]], check)
 
 
 def test_right_values_are_accepted(method):
