@@ -79,6 +79,8 @@ def _is_possible(method=None, case=None, setting=None) -> bool:
 def _is_typical(what, method=None, case=None, setting=None) -> bool:
     if what == "layers":
         return all(value is None or value.is_typical for value in (case, setting))
+    if what == "layers or methods":  # every route on every kind of layer, but not by every method
+        return case.is_typical or method.is_typical
     return setting == SETTINGS[0] or (case.is_typical and setting.is_typical)
 
 

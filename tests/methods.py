@@ -38,8 +38,8 @@ class Method:
     """Whether the adapter is fp32 on every base, also where PEFT would cast it."""
     pooled: bool = False
     """Whether the parameters lie outside the layers."""
-    injectable: bool = True
-    """Whether the method works without a tuner object around the model."""
+    is_typical: bool = False
+    """Whether it stands for others where a test depends on the route alone by which a layer is computed."""
 
     @property
     def prefix(self) -> str:
@@ -79,14 +79,14 @@ METHODS = [
         has_alpha=False,
         stays_fp32=True,
     ),
-    Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}),
+    Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}, is_typical=True),
     Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False, pooled=True),
     Method(
         "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
     ),
     Method(
         "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},
-        has_dropout=False, has_alpha=False, stays_fp32=True,
+        has_dropout=False, has_alpha=False, stays_fp32=True, is_typical=True,
     ),
     Method(
         "continual_svd_r", peft_subspace.ContinualSVDConfig, oracles.continual_svd, {"r": 2},

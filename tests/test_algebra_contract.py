@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 from hypothesis import given
 from peft import LoraConfig, PeftModel
+from torch import nn
 from torch.func import functional_call
 
 import peft_subspace
@@ -16,6 +18,8 @@ from geometries import CONVOLUTIONS, convolutions, embeddings, linears
 from layers import (
     BOTH,
     FP32,
+    SETTINGS,
+    LayerCase,
     Net,
     activate,
     adapt,
@@ -132,6 +136,33 @@ def test_forward_equals_the_dense_oracle_strided_without_a_batch_in_double_and_u
     assert distance(outputs(model, x), dense(model, method, x)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        LayerCase("linear", "linear", lambda: nn.Linear(2, 12, bias=False), (40, 2)),
+        LayerCase("conv", "conv", lambda: nn.Conv2d(4, 4, (1, 2), groups=2, bias=False), (4, 3, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("setting", SETTINGS[1:], ids=str)
+def test_updates_below_the_steps_of_a_bf16_weight_count(method, case, setting):
+    """The layer alone returns zero, and `W + ΔW` would be rounded to `W`."""
+
+    def layer():
+        built = case.build()
+        weight = built.weight.data.view(len(built.weight), -1)
+        weight.copy_(1.0 - 2.0 * (torch.arange(weight.shape[1]) % 2))
+        return built
+
+    model = adapt(method, replace(case, build=layer), setting)
+    scale = 1e-3 / delta_weight(model, method).abs().max().item()
+    tuner_layer(model).set_scale("default", scale)
+    x = torch.ones_like(case.inputs(setting.dtype))
+    assert not tuner_layer(model).base_layer(x).any()
+    assert distance(model(x), scale * dense(model, method, x)) < 0.1  # a lost update is off by 1
+
+
+@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("torch.compile (no graph breaks)")
 def test_adapted_layer_compiles_without_graph_breaks_and_trains(method, case):
     torch._dynamo.reset()
@@ -187,6 +218,7 @@ def test_dropout_keeps_the_mean(method, case):
 # ----------------------------------------------------------------------------------------------- merge
 
 
+@pytest.mark.typical("settings")
 @pytest.mark.feature("merge and unmerge, bit for bit")
 def test_merged_weight_is_the_sum_rounded_once_and_gives_the_same_output(method, case, setting):
     model = adapt(method, case, setting).eval()
@@ -300,6 +332,7 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 # ------------------------------------------------------------------------------------------- scaling
 
 
+@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("scaling at run time (`scale_layer`, `set_scale`)")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)

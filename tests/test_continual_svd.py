@@ -1,6 +1,7 @@
 """Continual SVD: what is protected, how exactly, and what it takes to keep it so."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -26,6 +27,7 @@ from peft_subspace.core import projection
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.methods.continual_svd import delta, subspaces
 from peft_subspace.tuner.layer import SubspaceLayer
+from tables import failing
 
 CONSTRAINTS = ["both", "core", "input", "output"]
 SHAPES = [(12, 9), (9, 12), (10, 10)]
@@ -124,45 +126,45 @@ def test_weight_of_zeros_still_gives_orthonormal_directions():
 # ------------------------------------------------------------------------------------------ the update
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("preserve", [0, 2, 5, 8])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("r", [None, 3])
-def test_random_start_is_confined_and_counts_as_documented(shape, preserve, constraint, r):
-    m, n = shape
-    model = adapted(linear(m, n), r=r, preserve=preserve, constraint=constraint, init_weights=False)
-    layer = only(model)
-    update = layer.get_delta_weight("default")
-    assert update.norm() > 0.1
-    assert oracle_leaks(layer.get_base_layer().weight, update, preserve, constraint) < 1e-6
-    full = {
-        "both": (m - preserve) * (n - preserve),
-        "core": m * n - preserve**2,
-        "input": m * (n - preserve),
-        "output": (m - preserve) * n,
-    }[constraint]
-    expected = full if r is None else r * (m + n) * (2 if constraint == "core" else 1)
-    assert sum(p.numel() for p in trainables(model)) == expected
+def test_random_start_is_confined_and_counts_as_documented(constraint, r):
+    def check(shape, preserve):
+        m, n = shape
+        model = adapted(linear(m, n), r=r, preserve=preserve, constraint=constraint, init_weights=False)
+        layer = only(model)
+        update = layer.get_delta_weight("default")
+        assert update.norm() > 0.1
+        assert oracle_leaks(layer.get_base_layer().weight, update, preserve, constraint) < 1e-6
+        full = {
+            "both": (m - preserve) * (n - preserve),
+            "core": m * n - preserve**2,
+            "input": m * (n - preserve),
+            "output": (m - preserve) * n,
+        }[constraint]
+        expected = full if r is None else r * (m + n) * (2 if constraint == "core" else 1)
+        assert sum(p.numel() for p in trainables(model)) == expected
+
+    assert not failing(itertools.product(SHAPES, [0, 2, 5, 8]), check)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("preserve", [2, 7])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_whole_complement_reaches_every_allowed_update(shape, preserve, constraint):
-    m, n = shape
-    model = adapted(linear(m, n), preserve=preserve, constraint=constraint)
-    layer = only(model)
-    parameters = trainables(model)
-    rows = []  # the update that each single trained number makes
-    for parameter in parameters:
-        for index in range(parameter.numel()):
-            parameter.data.view(-1)[index] = 1.0
-            rows.append(layer.get_delta_weight("default").double().flatten())
-            parameter.data.zero_()
-    reached = torch.stack(rows)
-    # An isometry: as many orthonormal directions as there are numbers, so none that is allowed is missing.
-    gram = reached @ reached.T
-    assert torch.allclose(gram, torch.eye(len(rows), dtype=torch.float64), atol=1e-5)
+def test_whole_complement_reaches_every_allowed_update(constraint):
+    def check(shape, preserve):
+        model = adapted(linear(*shape), preserve=preserve, constraint=constraint)
+        layer = only(model)
+        rows = []  # the update that each single trained number makes
+        for parameter in trainables(model):
+            for index in range(parameter.numel()):
+                parameter.data.view(-1)[index] = 1.0
+                rows.append(layer.get_delta_weight("default").double().flatten())
+                parameter.data.zero_()
+        reached = torch.stack(rows)
+        # An isometry: as many orthonormal directions as there are numbers, so that none is missing.
+        gram = reached @ reached.T
+        assert torch.allclose(gram, torch.eye(len(rows), dtype=torch.float64), atol=1e-5)
+
+    assert not failing(itertools.product(SHAPES, [2, 7]), check)
 
 
 @pytest.mark.parametrize("build", [gpt2, resnet], ids=["Conv1D", "Conv2d"])
@@ -184,11 +186,10 @@ def test_other_kinds_of_layers_are_confined_as_well(build, r):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
         lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
     ],
-    ids=["adamw-1e-3", "adamw-1e-2", "sgd"],
+    ids=["adamw", "sgd"],
 )
 def test_nothing_leaks_in_200_steps(constraint, r, dtype, make):
     model = adapted(linear(12, 9, dtype), r=r, constraint=constraint)

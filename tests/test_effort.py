@@ -200,6 +200,7 @@ def test_initialisation_shows_its_progress_where_it_is_long(capfd, monkeypatch):
         ({"r": 0}, ValueError, "r=0 must be at least 1"),
         ({"orthogonality_weight": -1.0}, ValueError, "orthogonality_weight=-1.0 must be finite, at least 0"),
         ({"energy_weight": float("nan")}, ValueError, "energy_weight=nan must be finite"),
+        ({"energy_weight": -0.1}, ValueError, "energy_weight=-0.1 must be finite, at least 0"),
         ({"energy_weight": "1"}, TypeError, "energy_weight='1' must be a number"),
         ({"init_weights": "svd"}, ValueError, "init_weights='svd' must be one of"),
         ({"bias": "lora_only"}, ValueError, "bias='lora_only' must be one of"),
@@ -421,6 +422,19 @@ def test_model_loss_is_the_weighted_mean_of_the_literal_formulas(layer):
     losses = [oracles.effort_losses(d, w) for d, w in zip(deltas(model), weights, strict=True)]
     wanted = sum(0.3 * orthogonality + 0.2 * energy for orthogonality, energy in losses) / 2
     torch.testing.assert_close(regularization_loss(model).double(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["orthogonality", "energy"])
+def test_one_loss_alone_is_added_to_the_loss_of_the_model(number):
+    key, value = list(WEIGHTS.items())[number]
+    inputs = {"input_ids": torch.arange(1, 9).reshape(2, 4), "labels": torch.arange(1, 9).reshape(2, 4)}
+    model, plain = (move(adapted(**options)).train() for options in ({key: value}, {}))
+    weights = [layer.get_base_layer().weight.detach() for layer in layers(model).values()]
+    losses = [oracles.effort_losses(d, w)[number] for d, w in zip(deltas(model), weights, strict=True)]
+    wanted = value * sum(losses) / len(losses)
+    torch.testing.assert_close(regularization_loss(model).double(), wanted, rtol=1e-4, atol=0)
+    added = model(**inputs).loss - plain(**inputs).loss
+    torch.testing.assert_close(added.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_energy_holds_no_weight_for_the_backward_pass():

@@ -36,14 +36,8 @@ WRITTEN = {"peft_version", "auto_mapping", "peft_subspace_version"}  # by PEFT, 
 
 # PEFT looks for the patterns' targets among modules only.
 pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
-saved_and_loaded = pytest.mark.parametrize(
-    ("saved", "load"),
-    [
-        pytest.param(case, load, id=f"{case}-{name}")
-        for case in CASES
-        for name, load in (("peft", PeftModel.from_pretrained), ("own", peft_subspace.load))
-    ],
-)
+LOADERS = (PeftModel.from_pretrained, peft_subspace.load)
+each_saved = pytest.mark.parametrize("saved", CASES, ids=lambda case: case.name)
 
 
 def same_bits(a, b):
@@ -63,19 +57,16 @@ def assert_as_expected(found, expected):
         assert torch.equal(tensor, expected[key]) or distance(tensor, expected[key]) <= tolerance, key
 
 
-@saved_and_loaded
-def test_every_tensor_of_the_file_is_in_the_model_bit_for_bit(saved, load):
+@each_saved
+@pytest.mark.parametrize("load", LOADERS, ids=["peft", "own"])
+def test_files_are_read_and_written_bit_for_bit(saved, load, tmp_path):
     model = saved.load(load)
     for adapter in saved.adapters:
         file = load_file(saved.adapter_folder(adapter) / WEIGHTS)
         state = get_peft_model_state_dict(model, adapter_name=adapter)
         assert file.keys() == {key for key in state if not key.endswith(LATER) or key in file}
         assert not [key for key in file if not same_bits(state[key], file[key])]
-
-
-@saved_and_loaded
-def test_config_is_saved_again_as_it_was(saved, load, tmp_path):
-    saved.load(load).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     for adapter in saved.adapters:
         folder = saved.adapter_folder(adapter)
         file = read_config(folder)
@@ -91,27 +82,20 @@ def read_config(folder):
     return {key: value for key, value in fields.items() if key not in WRITTEN}
 
 
-@saved_and_loaded
-def test_outputs_and_updates_are_what_they_were(saved, load):
-    model = saved.load(load)
-    for adapter in saved.adapters:
-        expected, _, _ = read_expected(saved, adapter)
-        assert_as_expected(results(model, saved, adapter), expected)
-
-
-@saved_and_loaded
-def test_lora_export_is_what_it_was(saved, load):
-    model = saved.load(load)
-    for adapter in saved.adapters:
-        _, expected, settings = read_expected(saved, adapter)
-        if adapter in saved.refusals:
-            assert not expected
-            with pytest.raises(ValueError, match=saved.refusals[adapter]):
-                lora_export(model, adapter)
-            continue
-        config, state = lora_export(model, adapter)
-        assert_as_expected(state, expected)
-        assert lora_settings(config) == settings
+@each_saved
+def test_outputs_updates_and_lora_exports_are_what_they_were(saved):
+    for model in map(saved.load, LOADERS):
+        for adapter in saved.adapters:
+            expected, lora, settings = read_expected(saved, adapter)
+            assert_as_expected(results(model, saved, adapter), expected)
+            if adapter in saved.refusals:
+                assert not lora
+                with pytest.raises(ValueError, match=saved.refusals[adapter]):
+                    lora_export(model, adapter)
+                continue
+            config, state = lora_export(model, adapter)
+            assert_as_expected(state, lora)
+            assert lora_settings(config) == settings
 
 
 def test_every_adapter_of_the_folder_changes_every_weight():

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 import oracles
+import peft_subspace
 from layers import CASES, Net, adapt, distance, tuner_layer
 from methods import METHODS
 from peft_subspace import FLoRAConfig
@@ -39,6 +40,22 @@ def test_update_equals_the_sum_entry_by_entry(case):
         wanted = wanted.T
     assert distance(layer.get_delta_weight("default"), wanted) < 1e-5
     assert layer.get_delta_weight("default").shape == layer.get_base_layer().weight.shape
+
+
+@pytest.mark.parametrize(
+    ("layer", "r", "rank"),
+    [
+        (nn.Linear(9, 8), [5, 3], 3),
+        (nn.Linear(9, 8), [3, 5], 3),
+        (nn.Conv2d(6, 8, 3), [5, 3, 2, 2], 3),
+    ],
+    ids=["output", "input", "conv"],
+)
+def test_exported_lora_has_the_rank_of_the_narrowest_joint(layer, r, rank):
+    config, state = peft_subspace.lora_state_dict(wrap(layer, r=r, init_weights=False))
+    assert config.r == rank
+    assert state["base_model.model.layer.lora_A.weight"].shape[0] == rank
+    assert state["base_model.model.layer.lora_B.weight"].shape[1] == rank
 
 
 def test_oracles_agree_with_each_other():

@@ -3,6 +3,7 @@
 import gc
 import random
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -456,6 +457,22 @@ def test_the_loader_is_left_as_if_nobody_had_read_it():
     assert [batch.tolist() for batch in read_batches(loader, 3)] == first[:3]
     assert [batch.tolist() for batch in loader] == first
     assert [batch.tolist() for batch in loader] != first
+
+
+def test_loaders_of_accelerate_shuffle_as_if_nobody_had_read_them():
+    """They shuffle by the number of times that they have been read to the end."""
+    from peft_subspace.initialization.batches import read_batches
+
+    def loader():
+        plain = torch.utils.data.DataLoader(list(range(20)), batch_size=2, shuffle=True)
+        return accelerate.data_loader.prepare_data_loader(plain, use_seedable_sampler=True, data_seed=3)
+
+    wanted = [[batch.tolist() for batch in found] for found in [loader()] for _ in range(3)]
+    read = loader()
+    for count in (None, 3, None):
+        assert [batch.tolist() for batch in read_batches(read, count)] == wanted[0][:count]
+    assert [[batch.tolist() for batch in read] for _ in range(3)] == wanted
+    assert wanted[0] != wanted[1]
 
 
 @WARNINGS

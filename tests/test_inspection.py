@@ -139,6 +139,21 @@ def test_overlap_counts_the_rank_of_the_update_and_not_of_the_chain():
     assert layer_overlaps(*models)["0"].outputs == pytest.approx(float(left @ right) ** 2, abs=1e-5)
 
 
+def test_overlap_does_not_count_directions_that_rounding_makes():
+    def with_third_column(seed):
+        """Rank 1, but for the rounding of a third."""
+        config = FLORA.config(target_modules=["0"], r=2, init_weights=False, seed=seed)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
+        delta = model.base_model.model[0].deltas["default"]
+        delta.mode_factor_1.data[:, 1] = delta.mode_factor_1.data[:, 0] / 3
+        return model
+
+    models = [with_third_column(seed) for seed in (1, 2)]
+    (a,), (b,) = (dense(model).values() for model in models)
+    left, right = (torch.linalg.svd(m)[0][:, 0] for m in (a, b))
+    assert layer_overlaps(*models)["0"].outputs == pytest.approx(float(left @ right) ** 2, abs=1e-5)
+
+
 def test_adapters_without_common_modules_are_refused(tmp_path):
     models = []
     for name in ("q_proj", "v_proj"):

@@ -400,6 +400,15 @@ def test_linear_combination_refuses_different_bases():
     assert "mean" not in model.peft_config
 
 
+@pytest.mark.parametrize("common", ["A", "B"])
+def test_linear_combination_refuses_adapters_that_share_one_basis(common):
+    model = clients()
+    for delta in deltas(model, "other").values():
+        getattr(delta, "B" if common == "A" else "A").neg_()
+    with pytest.raises(ValueError, match="different bases"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean", "linear")
+
+
 def test_concatenation_beyond_the_rank_of_the_weight():
     model = adapted(r=24, init_weights=False)
     model.add_adapter("other", LoRASBConfig(r=24, target_modules=TARGETS, init_weights=False))

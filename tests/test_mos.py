@@ -320,6 +320,26 @@ def test_unset_shards_are_the_largest_divisor_of_each_width_up_to_4():
     assert delta_of(model, "0").spec.shards == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("members", "options", "private"),
+    [
+        (2, {}, 2),
+        (2, {"equivalent_r": 5}, 2),
+        (2, {"equivalent_r": 1}, 0),
+        (1, {"r": 2}, 1),
+        (2, {"r": 3}, 1),
+        (2, {"r": 7}, 1),  # six vectors to choose from, and one of its own
+        (2, {"r": 8}, 0),
+    ],
+)
+def test_unset_private_rank_is_half_of_the_smaller_rank_or_what_the_rank_leaves(members, options, private):
+    base = nn.ModuleList([nn.ModuleDict({"layer": nn.Linear(12, 12)}) for _ in range(members)])
+    model = get_peft_model(base, MoSConfig(target_modules=["layer"], **options))
+    specs = [layer.deltas["default"].spec for layer in layers_of(model).values()]
+    assert [spec.private_r for spec in specs] == [private] * members
+    assert {spec.rank for spec in specs} == {options.get("r", min(specs[0].shared_vectors + private, 16))}
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -375,13 +395,19 @@ def test_second_adapter_loads_and_saves_beside_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
-@pytest.mark.parametrize("value", [-1, 10**6])
+@pytest.mark.parametrize("value", [-1, "end"])
 def test_indices_outside_their_pool_are_refused(tmp_path, side, value):
     model = adapted()
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     key = f"base_model.model.model.layers.1.mlp.up_proj.moshards_delta.index_{side}"
+    pools = dict(zip("AB", pools_under(delta_of(model, "layers.1.mlp.up_proj")), strict=True))
+    if value == "end":
+        value = len(pools[side])
+        tensors[key][2] = value - 1  # the last row is inside
+        save_file(tensors, path, metadata={"format": "pt"})
+        peft_subspace.load(llama(), tmp_path)
     tensors[key][2] = value
     save_file(tensors, path, metadata={"format": "pt"})
     base = llama()
