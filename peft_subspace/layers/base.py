@@ -13,6 +13,7 @@ from torch.func import functional_call
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.costs import Route
+from peft_subspace.layers.stacked import Form
 
 
 @dataclass
@@ -134,6 +135,14 @@ class LayerKind:
 
     def run_updated(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, route: Route) -> Tensor:
         """Run the layer once with `W + ΔW`."""
+        raise NotImplementedError
+
+    def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
+        """A chain as `add_stacked` takes it with others on a first axis; None where each goes by itself."""
+        return None
+
+    def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
+        """`add_branch` for several adapters, each on as many samples of `x`, which come in their order."""
         raise NotImplementedError
 
     def add_weight_gradient(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:

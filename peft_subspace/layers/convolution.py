@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from peft_subspace.core.chain import kernel_at, multiply, split
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.base import Branch, LayerKind, sums_exactly, updated_weight
-from peft_subspace.layers.costs import Route, convolution_routes, depthwise_gradient_pays
-from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair
+from peft_subspace.layers.costs import Route, convolution_routes, depthwise_gradient_pays, is_thin
+from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolve_pair, padded
+from peft_subspace.layers.stacked import Form, side_by_side, under_each_other
 
 
 class ConvKind(LayerKind):
@@ -52,6 +53,25 @@ class ConvKind(LayerKind):
         if route == "updated_depthwise":
             return convolve_depthwise(base, x, weight)
         return base._conv_forward(x, weight, base.bias)
+
+    def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
+        """`(out, r)` and `(r, in, *kernel)` if they are smaller than `ΔW`, else `ΔW`."""
+        if self.has_custom_forward:
+            return None
+        pair = self.shape.groups == 1 and is_thin(self.shape, factors)
+        return split(factors) if pair else (multiply(factors),)
+
+    def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
+        """Convolve once, with the adapters side by side as groups of channels."""
+        count, kernel = len(stacked[0]), stacked[-1]
+        x, padding = padded(base, side_by_side(x, count))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.shape.kernel_size) - 1]
+        y = convolve(x, kernel.flatten(0, 1), None, base.stride, padding, base.dilation, count * base.groups)
+        y = under_each_other(y, count)
+        if len(stacked) == 2:
+            hidden = y.unflatten(0, (count, -1)).flatten(3)
+            y = torch.matmul(stacked[0][:, None], hidden).view(result.shape)
+        return (result + y).to(result.dtype)
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add what autograd makes of one more convolution."""
@@ -119,6 +139,17 @@ class TransposedConvKind(LayerKind):
         weight = self.to_layout(multiply(branch.factors)).contiguous()
         return (result + _convolve_transposed(base, x, weight, result)).to(result.dtype)
 
+    def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
+        """`ΔW` as the layer stores it."""
+        return None if self.has_custom_forward else (self.to_layout(multiply(factors)),)
+
+    def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
+        """Convolve once, with the adapters side by side as groups of channels."""
+        (kernel,) = stacked
+        x = side_by_side(x, len(kernel))
+        y = _convolve_transposed(base, x, kernel.flatten(0, 1), result, len(kernel) * base.groups)
+        return (result + under_each_other(y, len(kernel))).to(result.dtype)
+
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add what autograd makes of one more convolution."""
         weight = base.weight.detach().float().requires_grad_()
@@ -128,13 +159,16 @@ class TransposedConvKind(LayerKind):
         total.add_(self.from_layout(gradient))
 
 
-def _convolve_transposed(base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+def _convolve_transposed(
+    base: nn.Module, x: Tensor, weight: Tensor, like: Tensor, groups: int | None = None
+) -> Tensor:
     """Transposed convolution without bias, whose output has the size of another tensor."""
     axes = weight.ndim - 2
     size = list(like.shape[-axes:])
     padding = base._output_padding(x, size, base.stride, base.padding, base.kernel_size, axes, base.dilation)
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
-    return convolve(x, weight, None, base.stride, base.padding, padding, base.groups, base.dilation)
+    groups = groups or base.groups
+    return convolve(x, weight, None, base.stride, base.padding, padding, groups, base.dilation)
 
 
 def _pointwise(x: Tensor, factor: Tensor) -> Tensor:

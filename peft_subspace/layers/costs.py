@@ -87,6 +87,19 @@ def _update_pays(factors: Chain, tokens: int) -> bool:
     return not all(trained) and gradients + products < beside
 
 
+def is_thin(shape: WeightShape, factors: Chain) -> bool:
+    """Whether the two factors that `split` makes of a chain are smaller than `ΔW`."""
+    return narrowest_rank(factors) * (shape.out_features + shape.columns) < prod(shape.dims)
+
+
+def picks_adapters(device: str) -> bool:
+    """Whether adapters that do not follow each other in a stack are copied to go through one product.
+
+    On a CPU a call takes less time than the copy.
+    """
+    return device != "cpu"
+
+
 def convolution_routes(
     shape: WeightShape, chains: Sequence[Chain], inputs: int, outputs: int, *, exact: bool, single: bool
 ) -> list[Route]:

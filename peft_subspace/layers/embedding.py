@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_subspace.layers.base import Branch
 from peft_subspace.layers.costs import Route
 from peft_subspace.layers.linear import TransposedKind, add_chain
+from peft_subspace.layers.stacked import Form, add_product
 
 
 class EmbeddingKind(TransposedKind):
@@ -36,6 +37,18 @@ class EmbeddingKind(TransposedKind):
             return result
         padding = (x == base.padding_idx)[..., None]
         return torch.where(padding, result.detach(), result)  # as in the base layer, padding trains nothing
+
+    def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
+        """`(out, r)` and `(tokens, r)`, in which an index is a row."""
+        pair = super().stackable(factors)
+        return pair and (pair[0], pair[1].T)
+
+    def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
+        """Look the indices up in the adapters' rows, one adapter's after another's."""
+        left, table = stacked
+        starts = torch.arange(len(table), device=x.device) * table.shape[1]
+        indices = x.reshape(len(table), -1) + starts[:, None]
+        return add_product(result, _scaled(base, F.embedding(indices, table.flatten(0, 1))), left)
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add the rows of the gradient to the columns of their indices."""

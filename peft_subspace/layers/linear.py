@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply, split
 from peft_subspace.layers.base import Branch, LayerKind, sums_exactly
-from peft_subspace.layers.costs import Route, branch_route, linear_routes
+from peft_subspace.layers.costs import Route, branch_route, is_thin, linear_routes
 from peft_subspace.layers.kernels.linear import update_linear
+from peft_subspace.layers.stacked import Form, add_product
 
 
 class LinearKind(LayerKind):
@@ -38,6 +39,16 @@ class LinearKind(LayerKind):
             return F.linear(x, weight, base.bias)
         lefts, rights = zip(*pairs, strict=True)
         return update_linear(x, weight, base.bias, torch.cat(lefts, dim=1), torch.cat(rights))
+
+    def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
+        """`(out, r)` and `(r, in)`, if they are smaller than `ΔW`."""
+        return split(factors) if is_thin(self.shape, factors) and not self.has_custom_forward else None
+
+    def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
+        """Multiply each adapter's rows by its two factors."""
+        left, right = stacked
+        hidden = torch.bmm(x.reshape(len(left), -1, x.shape[-1]), right.transpose(1, 2))
+        return add_product(result, hidden, left)
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add `gᵀ x`."""

@@ -17,11 +17,10 @@ from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Update
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.layers.base import Branch, updated_weight
-from peft_subspace.tuner import merging
+from peft_subspace.tuner import merging, mixed_batch
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
 from peft_subspace.tuner.holder import AdapterHolder
-from peft_subspace.tuner.mixed_batch import forward_mixed_batch, names_at_work
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -86,10 +85,11 @@ class SubspaceLayer(AdapterHolder):
             initialize_deferred(self, adapter_name)
         return self.deltas[adapter_name]
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Run the base layer and add the active adapters, or one adapter per sample with `adapter_names`."""
-        if adapter_names is not None and not self.disable_adapters:
-            return forward_mixed_batch(self, x, args, adapter_names, kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and add the active adapters, or one adapter per sample in a mixed batch."""
+        batch = self._mixed_batch
+        if batch is not None:
+            return mixed_batch.forward_mixed_batch(self, batch, x, args, kwargs)
         branches = self._branches()
         if not branches:
             return self.base_layer(x, *args, **kwargs)
@@ -110,7 +110,7 @@ class SubspaceLayer(AdapterHolder):
             ValueError: In a batch with one adapter per sample: all samples share one weight.
             RuntimeError: If the weight is offloaded: its module fetches it too late to be updated.
         """
-        if names_at_work.get() and not self.disable_adapters:
+        if self._mixed_batch is not None:
             raise ValueError(
                 f"adapter_names cannot be used where the model itself computes with {self.parameter_name!r}: "
                 "it is one weight for all samples of a batch; run the samples of each adapter by themselves"
@@ -118,6 +118,11 @@ class SubspaceLayer(AdapterHolder):
         branches = self._branches()
         stored = self.base_weight.stored
         return self.noted(updated_weight(stored, self.kind, branches)) if branches else stored
+
+    @property
+    def _mixed_batch(self) -> mixed_batch.MixedBatch | None:
+        """The batch with one adapter per sample that the model runs with."""
+        return mixed_batch.batch_for(self) if mixed_batch.running and not self.disable_adapters else None
 
     def _branches(self) -> list[Branch]:
         """Active adapters at work; none where only the base layer is to run."""

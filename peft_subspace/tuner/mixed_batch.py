@@ -1,18 +1,80 @@
-"""One adapter per sample: the names reach the layers through hooks for one run of the model."""
+"""One adapter per sample: the layers find the names in a context, each thread in its own."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-names_at_work: ContextVar[bool] = ContextVar("names_at_work", default=False)
-"""Whether the model runs with one adapter per sample."""
+from peft_subspace.layers.costs import picks_adapters
+from peft_subspace.layers.stacked import select
+from peft_subspace.tuner.kept import Kept, Stamps, keep
+
+
+@dataclass
+class MixedBatch:
+    """A batch with one adapter per sample, while a model runs with it.
+
+    Attributes:
+        names: The adapter of each sample, `"__base__"` for none.
+        repeats: Rows that `generate` makes of each sample.
+        modules: Those of the model's modules that the names are meant for.
+        stamps: What `kept.keep` notes of shared modules.
+        indices: Rows as a tensor, by their device.
+    """
+
+    names: Sequence[str]
+    repeats: int = 1
+    modules: Collection[nn.Module] = ()
+    stamps: dict[int, Stamps] = field(default_factory=dict)
+    indices: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def names_for(self, rows: int) -> Sequence[str]:
+        """Names of the adapters of as many rows.
+
+        Raises:
+            ValueError: If there is not one name for each sample.
+        """
+        count = len(self.names)
+        if rows == count:
+            return self.names
+        if rows == count * self.repeats:  # those of a sample follow each other
+            return [name for name in self.names for _ in range(self.repeats)]
+        message = f"adapter_names has {count} entries for a batch of {rows}; give one name per sample"
+        if count and rows % count == 0:
+            message += (
+                f", or, if the model makes {rows // count} rows of each of {count} prompts, run the prompts "
+                "of each adapter by themselves, after set_adapter"
+            )
+        raise ValueError(message)
+
+    def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Rows as a tensor."""
+        key = (*rows, device)
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(rows, device=device)
+        return self.indices[key]
+
+
+_at_work: ContextVar[MixedBatch | None] = ContextVar("mixed_batch", default=None)
+_lock = threading.Lock()
+_count = 0
+running = False
+"""Whether any thread runs a mixed batch. What was compiled without one is not used then: this is guarded."""
+
+
+@torch.compiler.disable  # which cannot read a context
+def batch_for(module: nn.Module) -> MixedBatch | None:
+    """The mixed batch that a module's model runs with in this thread, if it does."""
+    batch = _at_work.get()
+    return batch if batch is not None and module in batch.modules else None
 
 
 def check_adapter_names(adapter_names: Any, known: Collection[str], *, training: bool) -> None:
@@ -29,10 +91,72 @@ def check_adapter_names(adapter_names: Any, known: Collection[str], *, training:
         )
 
 
+@contextmanager
+def mixed_batch(
+    model: nn.Module, kind: type[nn.Module], adapter_names: Sequence[str], options: dict[str, Any]
+) -> Iterator[None]:
+    """Have the layers of a kind, and modules that adapters train in full, use one adapter per sample.
+
+    Args:
+        model: The base model.
+        kind: Class of the tuner layers.
+        adapter_names: Name of each sample's adapter.
+        options: Arguments of the model, or of `generate`.
+    """
+    modules = set(_parts(model, kind))
+    for module in modules:
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, AuxiliaryTrainingWrapper) and _pass_adapter_names not in hooks:
+            module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True)
+    token = _at_work.set(MixedBatch(tuple(adapter_names), _repeats(options), modules))
+    _note(1)
+    try:
+        yield
+    finally:
+        _note(-1)
+        _at_work.reset(token)
+
+
+def _note(change: int) -> None:
+    global _count, running
+    with _lock:
+        _count += change
+        running = _count > 0
+
+
+def _parts(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """Tuner layers and wrappers of PEFT's; what is inside of the former, of many adapters, is passed over."""
+    if isinstance(module, kind | AuxiliaryTrainingWrapper):
+        yield module
+    for child in [module.base_layer] if isinstance(module, kind) else module.children():
+        yield from _parts(child, kind)
+
+
+def _repeats(options: dict[str, Any]) -> int:
+    """Rows that `generate` makes of a sample."""
+    config = options.get("generation_config")
+    counts = [options.get(n) or getattr(config, n, None) for n in ("num_beams", "num_return_sequences")]
+    return max(count or 1 for count in counts)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook that stays: one that comes and goes would be another thread's, too."""
+    batch = batch_for(module) if running else None
+    if batch is None:
+        return None
+    names = batch.names_for(len(args[0])) if args else batch.names
+    return args, {**kwargs, "adapter_names": names}
+
+
+@torch.compiler.disable
 def forward_mixed_batch(
-    layer: Any, x: Tensor, args: tuple, adapter_names: Sequence[str], kwargs: dict[str, Any]
+    layer: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> Tensor:
     """Run the base layer of a tuner layer once, and each sample's adapter on its rows.
+
+    Samples of one adapter are put together, and adapters that are stacked in a row go through one product.
 
     Raises:
         ValueError: If adapters are merged, or there is not one name for each sample.
@@ -41,52 +165,63 @@ def forward_mixed_batch(
         raise ValueError(
             "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
         )
-    if len(adapter_names) != len(x):
-        raise ValueError(
-            f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one name per "
-            "sample"
-        )
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(batch.names_for(len(x))):
+        rows.setdefault(name, []).append(row)
     result = layer.base_layer(x, *args, **kwargs)
-    for name in dict.fromkeys(adapter_names):
-        if name in layer.deltas:
-            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-            branch = layer.branch(name)
-            inputs = layer.cast(x[rows], branch.factors[-1].dtype)
-            part = layer.kind.add_branch(result[rows], layer.get_base_layer(), branch, inputs)
-            result = result.index_copy(0, rows, part)
-    return result
+    here = [name for name in rows if name in layer.deltas]
+    if not here:
+        return result
+    steady = [name for name in here if not _gets_gradient(layer, name)]
+    kept = keep(layer, steady, batch.stamps)
+    groups = _groups({n: kept.places[n] for n in steady if n in kept.places}, here, rows, x.device)
+    order = [row for group in groups for name in group for row in rows[name]]
+    order += [row for name in rows if name not in layer.deltas for row in rows[name]]
+    sorts = order != sorted(order)
+    if sorts:
+        x, result = x[batch.index(order, x.device)], result[batch.index(order, result.device)]
+    parts, start = [], 0
+    for group in groups:
+        stop = start + sum(len(rows[name]) for name in group)
+        parts.append(
+            _add(layer, kept if group[0] in steady else Kept(), group, result[start:stop], x[start:stop])
+        )
+        start = stop
+    result = torch.cat([*parts, result[start:]]) if start < len(order) or len(parts) > 1 else parts[0]
+    return result[batch.index(_inverse(order), result.device)] if sorts else result
 
 
-@contextmanager
-def adapter_names_passed(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...], adapter_names: Sequence[str], beams: int
-) -> Iterator[None]:
-    """Pass the names to all modules of the given kinds; for beam search, once per beam."""
-    encoder = _encoder_prefix(model)
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            # Beam search repeats the samples for the decoder only.
-            repeats = 1 if encoder is not None and name.startswith(encoder) else beams
-            names = [n for n in adapter_names for _ in range(repeats)]
-            hook = partial(_pass_adapter_names, adapter_names=names)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    token = names_at_work.set(True)
-    try:
-        yield
-    finally:
-        names_at_work.reset(token)
-        for handle in handles:
-            handle.remove()
+def _groups(
+    places: dict[str, int], names: list[str], rows: dict[str, list[int]], device: torch.device
+) -> list[list[str]]:
+    """Adapters that go through one product: stacked ones, with as many rows each; any other one by itself."""
+    groups: list[list[str]] = []
+    for name in sorted(names, key=lambda n: (n not in places, len(rows[n]), places.get(n, 0))):
+        last = groups[-1][-1] if groups else ""
+        joins = name in places and last in places and len(rows[name]) == len(rows[last])
+        if joins and (places[name] == places[last] + 1 or picks_adapters(device.type)):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
-def _encoder_prefix(model: nn.Module) -> str | None:
-    """Prefix of the names of an encoder's modules, None for models without one of their own."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return next((f"{name}." for name, module in model.named_modules() if name and module is encoder), None)
+def _add(layer: Any, kept: Kept, group: list[str], result: Tensor, x: Tensor) -> Tensor:
+    base = layer.get_base_layer()
+    if group[0] not in kept.places:
+        branch = kept.branch(layer, group[0])
+        return layer.kind.add_branch(result, base, branch, layer.cast(x, branch.factors[-1].dtype))
+    stacked = select(kept.stacked, [kept.places[name] for name in group])
+    return layer.kind.add_stacked(result, base, stacked, layer.cast(x, stacked[-1].dtype))
 
 
-def _pass_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _gets_gradient(layer: Any, name: str) -> bool:
+    """Whether a gradient is to pass through an adapter, which what is kept cannot."""
+    if not torch.is_grad_enabled():
+        return False
+    delta = layer.deltas[name]
+    return any(p.requires_grad for module in (delta, *delta._shared) for p in module.parameters())

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +21,7 @@ from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
-from peft_subspace.tuner.mixed_batch import adapter_names_passed, check_adapter_names
+from peft_subspace.tuner.mixed_batch import check_adapter_names, mixed_batch
 from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
@@ -245,6 +244,5 @@ class SubspaceModel(StateHooks):
             yield
             return
         check_adapter_names(adapter_names, self.peft_config, training=self.training)
-        kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
-        with adapter_names_passed(self.model, kinds, adapter_names, kwargs.get("num_beams") or 1):
+        with mixed_batch(self.model, self.tuner_layer_cls, adapter_names, kwargs):
             yield

@@ -52,14 +52,14 @@ class ParameterLayer(SubspaceLayer):
         """The parameter, if that is its name, else what the module inside calls so."""
         return self.updated_weight() if self.parameter_name == "weight" else self.base_layer.weight
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the updated parameter.
 
         Raises:
-            ValueError: If `adapter_names` are given: the samples share one call of the module.
+            ValueError: In a batch with one adapter per sample: the samples share one call of the module.
             RuntimeError: If the parameter is offloaded: its module fetches it too late to be updated.
         """
-        if adapter_names is not None and not self.disable_adapters:
+        if self._mixed_batch is not None:
             raise ValueError(
                 f"adapter_names cannot be used with target_parameters: {self.parameter_name!r} is one weight "
                 "for all samples of a batch; run the samples of each adapter by themselves"

@@ -18,18 +18,18 @@ from torch.nn.grad import conv2d_input
 
 def convolve_pair(base: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Convolve as `base`, ungrouped, would with `W + L·R`: `left` `(out, r)`, `right` `(r, in, *kernel)`."""
-    x, padding = _padded(base, x)
+    x, padding = padded(base, x)
     settings = (base.stride, padding, base.dilation)
     return _PairConvolution.apply(x, base.weight, base.bias, left, right, settings)
 
 
 def convolve_depthwise(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve as `base`, depthwise, would with another weight."""
-    x, padding = _padded(base, x)
+    x, padding = padded(base, x)
     return _DepthwiseConvolution.apply(x, weight, base.bias, base.stride, padding)
 
 
-def _padded(base: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def padded(base: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pad the input where the convolution itself cannot; return it with the padding that is left to do."""
     if base.padding_mode == "zeros" and not isinstance(base.padding, str):
         return x, base.padding

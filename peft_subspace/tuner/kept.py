@@ -1,0 +1,159 @@
+"""What a tuner layer keeps of its adapters from one mixed batch to the next.
+
+An adapter's chain is either stacked with those of others, scaled and multiplied up into the form that its kind
+of layer takes (`LayerKind.stackable`), or, if it consists of the adapter's own tensors, kept as it is, which
+takes no memory. All others are computed in each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_subspace.base_weights.quantization import nbytes
+from peft_subspace.core.delta import Delta, Update
+from peft_subspace.layers.base import Branch, has_hooks
+from peft_subspace.layers.stacked import Form, fitting, stack
+
+GROWTH = 1.2
+"""Bound on the memory of stacks: they may make a layer, its weight and adapters, this many times as large.
+
+Where LoRAs of the same ranks would be larger than the adapters, this many times as large as with those.
+Adapters beyond the bound are applied one after another. It may be set, before the first mixed batch.
+"""
+
+Stamps = tuple[tuple[int, int, int], ...] | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What tells whether an adapter is as it was: its modules, its scaling, its tensors and their versions.
+
+    The tensors are held, so that none of their addresses is given to another one.
+    """
+
+    modules: tuple[nn.Module, ...]
+    scaling: float
+    stamps: Stamps
+    held: tuple[Tensor, ...] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a layer keeps; it is replaced and never changed, for other threads may be using it.
+
+    Attributes:
+        states: All adapters that have been looked at, as they were.
+        places: Positions in `stacked` of the adapters that are in it.
+        stacked: Chains of several adapters, scaled.
+        chains: Chains that consist of an adapter's own tensors, not scaled.
+    """
+
+    states: Mapping[str, State] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
+    stacked: Form = ()
+    chains: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        """Copies and files of a model begin with nothing kept."""
+        return Kept, ()
+
+    def branch(self, layer: Any, name: str) -> Branch:
+        """One adapter at work."""
+        if name not in self.chains:
+            return layer.branch(name)
+        return Branch.scaled(self.chains[name], layer.scaling[name], None)
+
+
+def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
+    """What the layer keeps, renewed unless all of the given adapters are as they were.
+
+    Args:
+        layer: The tuner layer.
+        names: Adapters that are about to be used, and through which no gradient passes.
+        memo: Stamps of shared modules that other layers have taken in this pass.
+    """
+    kept: Kept = layer.kept
+    if all(_unchanged(layer, name, kept.states.get(name), memo) for name in names):
+        return kept
+    layer.kept = Kept()  # what was kept is freed before there is more
+    known = [name for name in kept.states if name in layer.deltas]
+    del kept
+    with torch.inference_mode(False), torch.no_grad():
+        layer.kept = kept = _renewed(layer, dict.fromkeys([*known, *names]), memo)
+    return kept
+
+
+def _unchanged(layer: Any, name: str, state: State | None, memo: dict[int, Stamps]) -> bool:
+    return (
+        state is not None
+        and state.modules[0] is layer.deltas[name]
+        and state.scaling == layer.scaling[name]
+        and state.stamps == _stamps(state.modules, memo)
+    )
+
+
+def _stamps(modules: tuple[nn.Module, ...], memo: dict[int, Stamps]) -> Stamps:
+    """Identity, version and address of all tensors; None if they have none, as in inference mode's own."""
+    own, *shared = modules
+    found = _stamp(own)
+    for module in shared:
+        if id(module) not in memo:
+            memo[id(module)] = _stamp(module)
+        theirs = memo[id(module)]
+        found = None if found is None or theirs is None else found + theirs
+    return found
+
+
+def _stamp(module: nn.Module) -> Stamps:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    try:
+        return tuple((id(t), t._version, t.data_ptr()) for t in tensors if t is not None)
+    except RuntimeError:
+        return None
+
+
+def _renewed(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
+    states, chains, forms, own = {}, {}, {}, 0
+    for name in names:
+        delta = layer.initialized_delta(name)
+        states[name] = state = _state(delta, layer.scaling[name], memo)
+        if not _can_be_kept(delta, state):
+            continue
+        device = state.held[0].device.type
+        with torch.autocast(device, enabled=False):
+            chain = delta(layer.read_weight)
+            form = layer.kind.stackable(Branch.scaled(chain, state.scaling, None).factors)
+        if form is not None:
+            forms[name] = form
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in state.held}
+        if all(factor.untyped_storage().data_ptr() in addresses for factor in chain):
+            chains[name] = chain
+        own += sum(tensor.nbytes for tensor in (*delta.parameters(), *delta.buffers()))
+    base = nbytes(layer.base_weight.stored)
+    lora = sum(tensor.nbytes for form in forms.values() for tensor in form)
+    room = GROWTH * (base + max(own, lora)) - base - own
+    chosen = fitting(forms, room)
+    return Kept(
+        states,
+        {name: place for place, name in enumerate(chosen)},
+        stack([forms[name] for name in chosen]),
+        {name: chain for name, chain in chains.items() if name not in chosen},
+    )
+
+
+def _state(delta: Update, scaling: float, memo: dict[int, Stamps]) -> State:
+    modules = tuple(module for root in (delta, *delta._shared) for module in root.modules())
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    held = (*tensors, *(tensor.detach() for tensor in tensors))
+    return State(modules, scaling, _stamps(modules, memo), held)
+
+
+def _can_be_kept(delta: Update, state: State) -> bool:
+    """Whether the chain depends on the tensors of `state` alone, and these are at hand."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in state.held)
+    return bool(state.stamps) and plain and isinstance(delta, Delta) and not has_hooks(delta)
