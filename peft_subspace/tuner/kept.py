@@ -1,8 +1,8 @@
 """What a tuner layer keeps of its adapters from one mixed batch to the next.
 
-An adapter's chain is either stacked with those of others, scaled and multiplied up into the form that its kind
-of layer takes (`LayerKind.stackable`), or, if it consists of the adapter's own tensors, kept as it is, which
-takes no memory. All others are computed in each batch.
+An adapter's chain is either stacked with those of others, scaled and multiplied up into the form that its
+kind of layer takes (`LayerKind.stackable`), or, if it consists of the adapter's own tensors, kept as it is,
+which takes no memory. All others are computed in each batch.
 """
 
 from __future__ import annotations
