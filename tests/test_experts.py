@@ -118,8 +118,7 @@ def trained(model):
 
 @pytest.mark.feature("fused experts (target_parameters)")
 def test_experts_equal_a_model_with_the_dense_update(method, moe):
-    options = {"target_modules": None, "init_weights": False, "seed": 1}
-    options["target_parameters"] = [*EXPERTS, "_proj"]  # no parameter has a part of this name
+    options = {"target_modules": None, "target_parameters": EXPERTS, "init_weights": False, "seed": 1}
     model = get_peft_model(moe().double(), method.config(**options)).double().eval()
     assert set(wrappers(model)) == {
         f"model.layers.{i}.mlp.{name}" for i in range(LLAMA["num_hidden_layers"]) for name in EXPERTS
@@ -127,6 +126,13 @@ def test_experts_equal_a_model_with_the_dense_update(method, moe):
     base = moe()
     assert distance(logits(model), dense(base, updates(model, method=method))) < 1e-10
     assert distance(logits(model), logits(base)) > 1e-2
+
+
+def test_end_of_a_parameters_name_names_no_parameter(tmp_path):
+    model = wrap(mixtral(), target_parameters=["gate_up_proj", "wn_proj"])
+    model.save_pretrained(tmp_path)
+    for adapted in (model, peft_subspace.load(mixtral(), tmp_path)):
+        assert {name.rpartition(".")[2] for name in wrappers(adapted)} == {"gate_up_proj"}
 
 
 def test_gradients_equal_those_through_the_dense_update(moe):

@@ -329,6 +329,7 @@ def test_unset_shards_are_the_largest_divisor_of_each_width_up_to_4():
         (1, {"r": 2}, 1),
         (2, {"r": 3}, 1),
         (2, {"r": 7}, 1),  # six vectors to choose from, and one of its own
+        (3, {"r": 10}, 1),
         (2, {"r": 8}, 0),
     ],
 )
