@@ -28,10 +28,10 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def local_generator(seed: int | None, module_name: str, adapter_name: str) -> torch.Generator:
-    """Generator for one adapter on one module: reads the global seed where none is set, and draws nothing."""
+def local_generator(seed: int | None, module_name: str, part: int | str) -> torch.Generator:
+    """Generator for a part of what a module gets: reads the global seed where none is set, draws nothing."""
     seed = torch.initial_seed() if seed is None else seed
-    digest = hashlib.blake2b(f"{seed}/{module_name}/{adapter_name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{module_name}/{part}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

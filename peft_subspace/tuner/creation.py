@@ -29,7 +29,7 @@ def create_adapter(
     layer._deferred.pop(adapter_name, None)
     if not any(tensor.is_meta for tensor in _tensors(delta)):
         copied = layer.deltas[source] if source is not None and source in layer.deltas else None
-        initialized = _initialize(layer, delta, adapter_name, config, copied, starts)
+        initialized = _initialize(layer, delta, config, copied, starts)
     else:
         initialized = False
     if not initialized and delta.needs_weight and delta.reads_weight:
@@ -63,21 +63,20 @@ def initialize_deferred(layer: Any, adapter_name: str) -> None:
         )
     config, _ = layer._deferred.pop(adapter_name)
     delta.to_empty(device="cpu")
-    _initialize(layer, delta, adapter_name, config, None, None)
+    _initialize(layer, delta, config, None, None)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
 
 
 def _initialize(
     layer: Any,
     delta: Update,
-    adapter_name: str,
     config: SubspaceConfig,
     copied: Update | None,
     starts: WeightStarts | None,
 ) -> bool:
     """Fill an update's tensors; returns False if the base weight that they need is not there yet."""
     name = delta.spec.name
-    delta.reset_parameters(config.init_weights, local_generator(config.seed, name, adapter_name))
+    delta.reset_parameters(config.init_weights, local_generator(config.seed, name, config.number))
     there = True
     if copied is not None:
         delta.copy_frozen(copied)

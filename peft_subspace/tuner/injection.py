@@ -169,9 +169,9 @@ class Injection:
         if adapter_name not in container:
             specs = [item.spec for item in self.plan.modules.values()]
             shared: Any = self.tuner.tuner_layer_cls.delta_cls.shared(self.config, specs)
-            seed = self.config.seed
+            seed, number = self.config.seed, self.config.number
             shared.reset_parameters(
-                self.config.init_weights, lambda name: local_generator(seed, name, adapter_name)
+                self.config.init_weights, lambda name: local_generator(seed, name, number)
             )
             container[adapter_name] = shared
         return container

@@ -22,6 +22,7 @@ from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.mixed_batch import check_adapter_names, mixed_batch
+from peft_subspace.tuner.ownership import admit, update_starts
 from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
@@ -98,6 +99,7 @@ class SubspaceModel(StateHooks):
         flags = [(parameter, parameter.requires_grad) for c in held for parameter in c.parameters()]
         before = Snapshot(self, adapter_name)
         try:
+            admit(adapter_name, self.peft_config)
             with warnings.catch_warnings():  # PEFT does not look into wrapped modules
                 warnings.filterwarnings("ignore", ".* were set but no module was matched", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -113,11 +115,9 @@ class SubspaceModel(StateHooks):
                 self._injection.starts.close()
                 self._injection = None
         self._before_loading = before if callers.reads_file() else None
-        self.peft_config[adapter_name].trained = sum(
-            parameter.numel()
-            for name, parameter in self.named_parameters()
-            if self.prefix in name and f".{adapter_name}." in name
-        )
+        own = update_starts(self, self.tuner_layer_cls, self.shared_attribute(), [adapter_name])
+        trained = [parameter for name, parameter in self.named_parameters() if name.startswith(own)]
+        self.peft_config[adapter_name].trained = sum(parameter.numel() for parameter in trained)
         for layer in list(adapted_layers(model, adapter_name, self.tuner_layer_cls).values())[:1]:
             layer.watch(adapter_name, self.tuner_layer_cls.delta_cls.on_training_step)
         for module in model.modules():

@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_subspace.tuner import callers, state
+from peft_subspace.tuner import callers, ownership, state
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.snapshot import Snapshot
 
@@ -34,18 +34,26 @@ class StateHooks(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Tensors of an adapter under their keys in the model, shared ones wherever they are held."""
+        layer_cls, shared = cls.tuner_layer_cls, cls.shared_attribute()
+        is_theirs = ownership.owner_test(model, layer_cls, shared, unwanted_adapter_names)
+        # PEFT goes on to select heads from the same dictionary.
+        ownership.restore_dropped(model, state_dict, unwanted_adapter_names, is_theirs)
         own = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names=unwanted_adapter_names
         )
+        own = {key: tensor for key, tensor in own.items() if not is_theirs(key)}
         own = state.without_aliases(model, cls.tuner_layer_cls, own)
         return own | state.shared_state(model, cls.shared_attribute(), adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Key in a file: without the name, and of shared tensors that of the base model's root."""
-        return state.saved_key(
-            super()._remove_adapter_name_from_key(key, adapter_name), cls.shared_attribute()
-        )
+        attribute = cls.shared_attribute()
+        for container in (f"{cls.prefix}delta", attribute):
+            path, found, tensor = key.rpartition(f"{container}.{adapter_name}.")
+            if found and (not path or path.endswith(".")):
+                return state.saved_key(f"{path}{container}.{tensor}", attribute)
+        return key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
