@@ -65,7 +65,7 @@ trainer = Trainer(
     ),
     train_dataset=data["train"], eval_dataset=data["test"],
     data_collator=Collator(tokenizer, mlm=False),
-    callbacks=[GradientInitCallback(learning_rate=1e-5)] if options.method == "lora-sb" else [],
+    callbacks=[GradientInitCallback()] if options.method == "lora-sb" else [],
 )  # fmt: skip
 before = trainer.evaluate()["eval_loss"]
 trainer.train()

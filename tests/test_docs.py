@@ -82,6 +82,7 @@ class Page:
             "dataloader": [{"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}],
             "batch": {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)},
             "tokenizer": tokenizer(),
+            "load_base": models.llama,
             "my_loss": lambda output: output.loss,
             "unet": unet(),
             "fresh_unet": unet(),

@@ -42,6 +42,15 @@ def table(found: dict[str, dict[str, dict[str, str]]], markdown: Any) -> str:
     return "\n\n".join(parts).rstrip()
 
 
+def kinds(run: dict[str, Any], markdown: Any) -> str:
+    """Kinds of modules by methods, beside PEFT's LoRA, from `reach.py`."""
+    cells = run["cells"]
+    methods = list(next(iter(cells.values())))
+    return markdown(
+        ["", *methods], [[kind, *(found[method] for method in methods)] for kind, found in cells.items()]
+    )
+
+
 def _is_plain(methods: dict[str, dict[str, str]]) -> bool:
     return all(methods.get(method, {}).get("entry") == "yes" for method in METHODS)
 
