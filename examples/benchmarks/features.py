@@ -1,4 +1,4 @@
-"""The table of features and methods, from what the tests found; `readme.py` writes it into README.md.
+"""The table of features and methods, from what the tests found; `pages.py` writes it to docs/benchmarks.
 
 make features   # runs the tests with `pytest --features examples/benchmarks/results/features.json`
 """
@@ -18,16 +18,41 @@ METHODS = {
 
 
 def table(found: dict[str, dict[str, dict[str, str]]], markdown: Any) -> str:
-    """Markdown of `{row: {method: {"entry": …, "reason": …}}}`: reasons are numbered notes below the table.
+    """Markdown of `{row: {method: {"entry": …, "reason": …}}}`: exceptions as a table, all others as a list.
 
-    What no test has looked at stays empty.
+    Reasons are numbered notes below the table. What no test has looked at stays empty.
     """
     notes: dict[str, int] = {}
+    plain = [row for row, methods in found.items() if _is_plain(methods)]
     rows = [
-        [row, *(_cell(methods.get(method), notes) for method in METHODS)] for row, methods in found.items()
+        [row, *(_cell(methods.get(method), notes) for method in METHODS)]
+        for row, methods in found.items()
+        if row not in plain
     ]
     listed = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
-    return f"{markdown(['', *METHODS.values()], rows)}\n\n{listed}".rstrip()
+    works = "\n".join(f"- {row}" for row in plain)
+    parts = [
+        *([f"### With every method\n\n{works}"] if plain else []),
+        *(
+            [f"### With some methods, or not\n\n{markdown(['', *METHODS.values()], rows)}", listed]
+            if rows
+            else []
+        ),
+    ]
+    return "\n\n".join(parts).rstrip()
+
+
+def kinds(run: dict[str, Any], markdown: Any) -> str:
+    """Kinds of modules by methods, beside PEFT's LoRA, from `reach.py`."""
+    cells = run["cells"]
+    methods = list(next(iter(cells.values())))
+    return markdown(
+        ["", *methods], [[kind, *(found[method] for method in methods)] for kind, found in cells.items()]
+    )
+
+
+def _is_plain(methods: dict[str, dict[str, str]]) -> bool:
+    return all(methods.get(method, {}).get("entry") == "yes" for method in METHODS)
 
 
 def _cell(entry: dict[str, str] | None, notes: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the results in `examples/benchmarks/results`, drawn by `readme.py`.
+"""Pictures of the results in `examples/benchmarks/results`, drawn by `pages.py`.
 
 Each function makes one picture of a results file, and the words that stand for it where it cannot be seen.
 """

@@ -8,7 +8,7 @@ smallest or the largest; the least validation loss chooses, and the other seeds 
 trains with the rate that is best for the head alone, beside every method. Schedules, early stopping and rows
 are the same for all. Sizes are ranks, or chosen to train as many parameters as another method. `--small` uses
 what installed packages carry; `FOLDER` is described in support/graded.py. The predicted hours are
-printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/readme.py` writes the
+printed first, and an interrupted run goes on where it stopped. `examples/benchmarks/pages.py` writes the
 tables. With `--results FILE` all is measured anew, and compared with the published results. `--longer 3`
 takes three times as many steps, to see what the others cost.
 

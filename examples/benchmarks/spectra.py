@@ -3,7 +3,7 @@
     python examples/benchmarks/spectra.py                   about 4 minutes on one core
 
 MiniLM learns BBC News for a few dozen steps, which all methods take alike: same rows, seed and steps, each at
-the middle of the learning rates that `quality.py` begins with. `examples/benchmarks/readme.py` draws the
+the middle of the learning rates that `quality.py` begins with. `examples/benchmarks/pages.py` draws the
 spectra of a few weights and tabulates the effective ranks of all.
 """
 

@@ -38,43 +38,57 @@ def side(differences: Sequence[float]) -> int | None:
     return (mean > spread) - (mean < -spread)
 
 
-def verdict(content: dict[str, Any], name: str) -> str:
-    """On how many tasks a claim held: level with or above what it reaches, and above what it beats."""
-    claim = claims.CLAIMS[name]
+Sides = dict[Entry, dict[str, int]]
+"""By what a claim is judged beside, and by task: whether its subject is above, level or below."""
+
+
+def judged(content: dict[str, Any], claim: Claim) -> tuple[list[str], Sides]:
+    """Tasks on which a claim can be judged, and on which side of all others its subject is there."""
     tasks: dict[str, None] = {}
-    sides: dict[Entry, dict[str, int]] = {}
+    sides: Sides = {}
     for entry in (*claim.reaches, *claim.beats):
         found = {task: side(values) for task, values in claims.differences(content, claim, entry).items()}
         sides[entry] = {task: value for task, value in found.items() if value is not None}
         tasks |= dict.fromkeys(sides[entry])
-    judged = [task for task in tasks if all(task in found for found in sides.values())]
-    if not judged:
+    return [task for task in tasks if all(task in found for found in sides.values())], sides
+
+
+def verdict(content: dict[str, Any], name: str) -> str:
+    """On how many tasks a claim held: level with or above what it reaches, and above what it beats."""
+    claim = claims.CLAIMS[name]
+    tasks, sides = judged(content, claim)
+    if not tasks:
         return "Too few runs to say whether the claim held."
     held = [
         task
-        for task in judged
+        for task in tasks
         if all(sides[entry][task] >= 0 for entry in claim.reaches)
         and all(sides[entry][task] > 0 for entry in claim.beats)
     ]
     parts = [
-        f"It has to {purpose} {claims.label(entry)}{_ratio(content, judged, claim, entry)}: "
-        f"{_tally(sides[entry][task] for task in judged)}."
+        f"It has to {purpose} {claims.label(entry)}{_ratio(content, tasks, claim, entry)}: "
+        f"{_tally(sides[entry][task] for task in tasks)}."
         for purpose, entries in (("reach", claim.reaches), ("beat", claim.beats))
         for entry in entries
     ]
-    names = f" ({', '.join(held)})" if held and len(judged) > 1 else ""
-    count = f"{len(held)} of {len(judged)} task{'s' * (len(judged) > 1)}{names}"
+    names = f" ({', '.join(held)})" if held and len(tasks) > 1 else ""
+    count = f"{len(held)} of {len(tasks)} task{'s' * (len(tasks) > 1)}{names}"
     return f"**By {claims.label(claim.subject)} the claim held on {count}.** {' '.join(parts)} {RULE}"
 
 
 def _ratio(content: dict[str, Any], tasks: list[str], claim: Claim, entry: Entry) -> str:
     """How many times the subject's trained parameters another entry has, by task."""
+    ratios = [f"{ratio:.1f}" for ratio in ratios_of_counts(content, tasks, claim, entry)]
+    span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
+    return f" ({span} times its trained parameters, head included)"
+
+
+def ratios_of_counts(content: dict[str, Any], tasks: list[str], claim: Claim, entry: Entry) -> list[float]:
+    """Trained parameters of another entry to the subject's, by task, in ascending order."""
     counts = [
         [claims.chosen(content, task, e)[0]["trainable"] for e in (claim.subject, entry)] for task in tasks
     ]
-    ratios = [f"{ratio:.1f}" for ratio in sorted(other / one for one, other in counts)]
-    span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
-    return f" ({span} times its trained parameters, head included)"
+    return sorted(other / one for one, other in counts)
 
 
 def _tally(sides: Iterable[int]) -> str:

@@ -29,7 +29,7 @@ _PROPERTIES = {
     "requires_grad",
 }
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "id", "type"}
-_NO_FORWARD = re.compile(r"init|reset|load|save|tie_")
+_NO_FORWARD = re.compile(r"init|reset|load|save|tie_|^fuse_")
 
 
 @dataclass

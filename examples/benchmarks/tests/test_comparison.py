@@ -233,8 +233,8 @@ def test_grid_stops_where_no_rate_trains(runs, tmp_path, monkeypatch):
 
 def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     import claims
+    import pages
     import quality
-    import readme
     import timing
 
     results = tmp_path / "quality-small.json"
@@ -246,7 +246,7 @@ def test_tables_compare_seed_by_seed(runs, tmp_path, monkeypatch):
     gaps = claims.differences(content, claim, claims.Entry("lora", 16))
     assert gaps == {"bbcnews": pytest.approx([0.1, 0.1])}
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
-    text = readme.filled("<!-- table: quality_mos_small -->\n<!-- end -->")
+    text = pages.filled("<!-- table: quality_mos_small -->\n<!-- end -->")
     assert "| mos-2 | 20 | 0.805 ± 0.007 |  |" in text
     assert "| lora-16 | 160 | 0.705 ± 0.007 | 0.100 ± 0.000 |" in text
     assert "Not measured yet" in claims.table(content, "flora")
@@ -333,7 +333,7 @@ def test_peaks_are_not_hidden_by_earlier_ones(tmp_path):
 
 @pytest.mark.slow
 def test_speed_measures_every_method(tmp_path, monkeypatch):
-    import readme
+    import pages
     import speed
     import timing
 
@@ -351,7 +351,7 @@ def test_speed_measures_every_method(tmp_path, monkeypatch):
     assert rows["lora-sb"]["trainable"] * 27 < rows["lora"]["trainable"]
     (point,) = timing.load("speed-growth")["growth"]["batch"]
     assert set(point["to_lora"]) == set(speed.OURS)
-    text = readme.filled("<!-- table: growth -->\n<!-- end -->\n<!-- table: speed_quick -->\n<!-- end -->")
+    text = pages.filled("<!-- table: growth -->\n<!-- end -->\n<!-- table: speed_quick -->\n<!-- end -->")
     assert "| batch | 8 | 4 | 128 | 1 |" in text
     assert "| lora, 20M |" in text
 

@@ -1,4 +1,4 @@
-"""README and the model cards: headers of the Hub, one set of sections, nothing that is not measured."""
+"""README, the pages of benchmarks and of methods: headers, sections, nothing but what is measured."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from methods import METHODS
 ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
-PAGES = [README, *CARDS]
+PAGES = [README, *sorted((ROOT / "docs" / "benchmarks").glob("*.md")), *CARDS]
 SECTIONS = [
     "Equation", "Use", "Options", "When to use it", "When not to use it", "Measured", "Limits", "Citation",
 ]  # fmt: skip
 MARKER = re.compile(r"<!-- (table|figure): ([\w-]+) -->")
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 every_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
 
 
@@ -84,22 +84,22 @@ def test_card_cites_the_paper_that_the_config_names(card):
 
 
 def test_method_table_of_the_readme_links_to_every_card():
-    table = README.read_text().split("## Methods")[1].split("```")[0]
+    table = README.read_text().split("<!-- table: methods -->")[1].split("<!-- end -->")[0]
     for card in CARDS:
         (row,) = [line for line in table.splitlines() if f"(model_cards/{card.name})" in line]
-        assert row.count("|") == 6
+        assert row.count("|") == 5
 
 
-@pages
+@every_page
 def test_markers_are_known_and_closed(page):
     import figures
-    import readme
+    import pages
 
-    known = {"table": readme.TABLES, "figure": figures.FIGURES}
+    known = {"table": pages.TABLES, "figure": figures.FIGURES}
     marks = MARKER.findall(page.read_text())
-    assert marks
+    assert marks or page.stem == "index"
     assert [name for kind, name in marks if name not in known[kind]] == []
-    assert len(readme.MARKED.findall(page.read_text())) == len(marks)
+    assert len(pages.MARKED.findall(page.read_text())) == len(marks)
 
 
 def test_every_figure_is_shown():
@@ -109,49 +109,35 @@ def test_every_figure_is_shown():
     assert shown == {*figures.FIGURES}
 
 
-@pages
-def test_links_lead_to_files_and_headings(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
-        if "://" in target:
-            continue
-        path, _, heading = target.partition("#")
-        linked = page.parent / path if path else page
-        assert linked.exists(), target
-        headings = re.findall(r"^#+ (.*)", linked.read_text(), re.M) if heading else []
-        assert not heading or heading in {
-            re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in headings
-        }
-
-
-@pages
+@every_page
 def test_page_says_what_the_results_say(page, tmp_path):
     import cards
     import figures
-    import readme
+    import pages
 
     text = page.read_text()
     drawn = {name: figures.draw(name, tmp_path) for kind, name in MARKER.findall(text) if kind == "figure"}
-    filled = readme.filled(text, drawn, page.parent)
-    assert (filled if page == README else cards.with_results(filled, page.stem)) == text
+    filled = pages.filled(text, drawn, page.parent)
+    assert (cards.with_results(filled, page.stem) if page in CARDS else filled) == text
 
 
 def test_what_is_not_measured_is_said_to_be_so(results):
     import cards
-    import readme
+    import pages
 
     text = "<!-- table: flora -->\nold\n<!-- end -->\n<!-- figure: spectra -->\nold\n<!-- end -->\n"
-    assert readme.filled(text, {"spectra": None}) == (
+    assert pages.filled(text, {"spectra": None}) == (
         "<!-- table: flora -->\nNot measured yet.\n<!-- end -->\n<!-- figure: spectra -->\n<!-- end -->\n"
     )
     assert "model-index" not in cards.header("flora")
 
 
 def test_a_figure_is_linked_from_where_the_page_lies(results):
-    import readme
+    import pages
 
     text, drawn = "<!-- figure: spectra -->\n<!-- end -->", {"spectra": "Spectra"}
-    assert "![Spectra](model_cards/figures/spectra.png)" in readme.filled(text, drawn)
-    assert "![Spectra](figures/spectra.png)" in readme.filled(text, drawn, ROOT / "model_cards")
+    assert "![Spectra](model_cards/figures/spectra.png)" in pages.filled(text, drawn)
+    assert "![Spectra](figures/spectra.png)" in pages.filled(text, drawn, ROOT / "model_cards")
 
 
 def made_up_quality():
@@ -270,10 +256,10 @@ def test_verdict_counts_tasks():
 
 
 def test_table_of_sequences_pairs_orders_and_seeds_and_states_its_settings(results):
-    import readme
+    import pages
 
     (results / "continual_decoder.json").write_text(json.dumps(made_up_sequences()))
-    text = readme.filled("<!-- table: continual_decoder -->\n<!-- end -->")
+    text = pages.filled("<!-- table: continual_decoder -->\n<!-- end -->")
     assert "| 0.200 ± 0.000 | 0.01 | 2 |" in text
     assert "above *LoRA r=16, one after another*; below *full fine-tuning, all tasks at once*" in text
     assert "MiniLM on a (2 classes), b (3 classes)" in text
@@ -282,25 +268,25 @@ def test_table_of_sequences_pairs_orders_and_seeds_and_states_its_settings(resul
     own = made_up_sequences()
     own["settings"]["own_head_rate"] = True
     (results / "continual_decoder.json").write_text(json.dumps(own))
-    text = readme.filled("<!-- table: continual_decoder -->\n<!-- end -->")
+    text = pages.filled("<!-- table: continual_decoder -->\n<!-- end -->")
     assert "seed 0; heads train with the one that is best for the head alone." in text
     assert "At the end of a, b, with heads at a rate of their own, Continual SVD is above" in text
 
 
 def test_table_of_claims_states_its_settings(results):
-    import readme
+    import pages
 
     (results / "quality.json").write_text(json.dumps(made_up_quality()))
-    text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
+    text = pages.filled("<!-- table: quality_mos -->\n<!-- end -->")
     assert "Text: 10 rows to train on, 5 to validate, up to 7 to test, of at most 8 tokens" in text
     assert "at most 11 steps of 3 rows" in text
     assert "Measured on a device with torch 1.2." in text
-    not_run = readme.filled("<!-- table: quality_flora -->\n<!-- end -->")
+    not_run = pages.filled("<!-- table: quality_flora -->\n<!-- end -->")
     assert "Mean ±" not in not_run
 
 
 def test_table_of_claims_says_what_was_not_run(results):
-    import readme
+    import pages
 
     content = made_up_quality()
     content["runs"] = {
@@ -309,7 +295,7 @@ def test_table_of_claims_says_what_was_not_run(results):
         if (run["task"], run["entry"]) != ("agnews", "lora-16")
     }
     (results / "quality.json").write_text(json.dumps(content))
-    text = readme.filled("<!-- table: quality_mos -->\n<!-- end -->")
+    text = pages.filled("<!-- table: quality_mos -->\n<!-- end -->")
     assert "| lora-16 | 900 | not run | 0.905 ± 0.007 | -0.200 ± 0.000 |" in text
     assert "held on 0 of 1 task." in text  # agnews cannot be judged
 
@@ -332,7 +318,7 @@ def test_header_has_the_results_of_every_comparison(results):
 
 def test_table_of_features_numbers_its_reasons():
     import features
-    import readme
+    import pages
 
     def entry(text, reason=""):
         return {"entry": text, "reason": reason}
@@ -342,9 +328,12 @@ def test_table_of_features_numbers_its_reasons():
         "first": {"flora": entry("yes"), "mos": no, "effort": entry("failed", "test_x")},
         "second": {"flora": entry("not run", "no library"), "mos": no, "effort": entry("no")},
     }
-    rows = features.table(found, readme.markdown).splitlines()
-    assert [cell.strip() for cell in rows[0].strip("|").split("|")] == ["", *features.METHODS.values()]
-    assert rows[2] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
-    assert rows[3] == "| second | not run (3) | no (1) | no |  |  |  |"
-    assert rows[4:] == ["", "1. rule", "2. test_x", "3. no library"]
+    everywhere = dict.fromkeys(features.METHODS, entry("yes"))
+    assert features.table({"plain": everywhere}, pages.markdown) == "### With every method\n\n- plain"
+    rows = features.table(found | {"plain": everywhere}, pages.markdown).splitlines()
+    assert rows[:6] == ["### With every method", "", "- plain", "", "### With some methods, or not", ""]
+    assert [cell.strip() for cell in rows[6].strip("|").split("|")] == ["", *features.METHODS.values()]
+    assert rows[8] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
+    assert rows[9] == "| second | not run (3) | no (1) | no |  |  |  |"
+    assert rows[10:] == ["", "1. rule", "2. test_x", "3. no library"]
     assert {*features.METHODS} == {method.name for method in METHODS}

@@ -1,6 +1,6 @@
-"""Write the results in `examples/benchmarks/results` into README.md and the model cards.
+"""Write the results in `examples/benchmarks/results` into README.md, docs/benchmarks and the model cards.
 
-python examples/benchmarks/readme.py
+python examples/benchmarks/pages.py
 
 Tables stand between `<!-- table: NAME -->` and `<!-- end -->`, figures between `<!-- figure: NAME -->` and
 `<!-- end -->`, and the results in a card's header between `# results` and `# end`.
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import brief
 import cards
 import claims
 import features
@@ -27,6 +28,11 @@ from claims import kind_of, markdown, spread
 from figures import sequences
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "model_cards").glob("*.md")),
+]
 
 
 def between(ratio: dict[str, float]) -> str:
@@ -409,10 +415,12 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "effort_claim": ("effort_detector.json", effort_claim),
     "effort_detector": ("effort_detector.json", effort_detector),
     "features": ("features.json", lambda: features.table(timing.load("features"), markdown)),
+    "reach": ("reach.json", lambda: features.kinds(timing.load("reach"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "lora_sb": ("lora_sb.json", lora_sb),
     "mos": ("mos.json", mos),
+    "methods": ("quality.json", brief.table),
     "spectra": ("spectra.json", spectra),
     "growth": ("speed-growth.json", growth),
     **{
@@ -437,9 +445,9 @@ MARKED = re.compile(r"<!-- (table|figure): ([\w-]+) -->\n.*?<!-- end -->", re.S)
 def main() -> None:
     """Replace what stands between the markers, and draw the figures."""
     drawn = {name: figures.draw(name) for name in figures.FIGURES}
-    for page in [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]:
+    for page in PAGES:
         text = filled(page.read_text(), drawn, page.parent)
-        page.write_text(text if page.name == "README.md" else cards.with_results(text, page.stem))
+        page.write_text(cards.with_results(text, page.stem) if page.stem in cards.NAMES else text)
 
 
 def filled(text: str, drawn: dict[str, str | None] | None = None, folder: Path = ROOT) -> str:

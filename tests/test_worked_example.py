@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md does what the text says."""
+"""The worked example of docs/developer/adding_a_method.md does what the text says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_subspace
 
-GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "developer" / "adding_a_method.md"
 
 
 @pytest.fixture(scope="module")

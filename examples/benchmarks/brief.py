@@ -1,0 +1,107 @@
+"""What was measured of each method, in a sentence: the table of methods in README.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import claims
+import timing
+import verdicts
+from verdicts import BESIDE, side
+
+ROWS = {  # page: name, equation, what it is for
+    "flora": (
+        "FLoRA",
+        "`ΔW = s · G ×₁ A⁽¹⁾ … ×_N A⁽ᴺ⁾`",
+        "convolutions and stacked experts, whose axes it keeps",
+    ),
+    "mos": ("MoS", "`ΔW_k = (α/r) B_k A_k`, of shared shards", "many adapters of one base, tight budgets"),
+    "lora-sb": (
+        "LoRA-SB",
+        "`ΔW = B R A`, only `R` trains",
+        "r² parameters per layer, set by the first gradient",
+    ),
+    "continual-svd": ("Continual SVD", "`ΔW = U_⊥ Z V_⊥ᵀ`", "one task after another, without the old data"),
+    "effort": ("Effort", "`ΔW = U S V − U₀ S₀ V₀`", "changing a pretrained tower as little as possible"),
+}
+
+
+def table() -> str:
+    """Methods with what they are for and what came out."""
+    found = {"flora": flora, "mos": mos, "lora-sb": lora_sb, "continual-svd": continual_svd, "effort": effort}
+    rows = [
+        [f"[{name}](model_cards/{page}.md)", equation, purpose, found[page]()]
+        for page, (name, equation, purpose) in ROWS.items()
+    ]
+    return claims.markdown(["method", "equation", "made for", "measured"], rows)
+
+
+def flora() -> str:
+    """Beside three of PEFT's methods."""
+    _, sides = verdicts.judged(timing.load("quality"), claims.CLAIMS["flora"])
+    above, level, below, total = _counts(value for found in sides.values() for value in found.values())
+    return (
+        f"of {total} comparisons with LoRA, LoHa and LoKr of equal size on convolutions, above in {above}, "
+        f"level in {level}, **below in {below}**"
+    )
+
+
+def mos() -> str:
+    """Beside LoRA, and VB-LoRA with as many parameters."""
+    reached = _beside_lora("mos")
+    _, sides = verdicts.judged(timing.load("quality"), claims.CLAIMS["mos"])
+    above, level, below, _ = _counts(sides[claims.CLAIMS["mos"].beats[0]].values())
+    return f"{reached}; VB-LoRA of equal size: above on {above}, level on {level}, below on {below}"
+
+
+def lora_sb() -> str:
+    """Beside LoRA."""
+    return _beside_lora("lora-sb")
+
+
+def continual_svd() -> str:
+    """Beside training that protects nothing, with one learning rate and with one of the head's own."""
+    shared, own = timing.load("continual_tasks"), timing.load("continual_tasks_heads")
+    of = {
+        (name, method): BESIDE[side(verdicts.paired(run, method)) or 0]
+        for name, run in (("shared", shared), ("own", own))
+        for method in ("lora", "full")
+    }
+    return (
+        f"after five tasks {of['shared', 'lora']} LoRA and {of['shared', 'full']} full fine-tuning with one "
+        f"learning rate; where heads have their own, {of['own', 'lora']} LoRA, **{of['own', 'full']} full "
+        f"fine-tuning**"
+    )
+
+
+def effort() -> str:
+    """Beside LoRA, full fine-tuning and a linear probe, on generators not seen in training."""
+    methods: dict[str, Any] = timing.load("effort_detector")["summary"]
+    ours = methods["effort"]["auc_unseen"]
+    found: dict[str, list[str]] = {}
+    for name, title in {
+        "lora-1": "LoRA of equal size", "full": "full fine-tuning", "probe": "a linear probe"
+    }.items():  # fmt: skip
+        gaps = [one - other for one, other in zip(ours, methods[name]["auc_unseen"], strict=False)]
+        found.setdefault(BESIDE[side(gaps) or 0], []).append(title)
+    parts = [f"{where} {' and '.join(titles)}" for where, titles in found.items()]
+    return f"detectors on unseen generators: {', '.join(parts)}"
+
+
+def _beside_lora(name: str) -> str:
+    """On how many tasks a method reaches LoRA, and with how many parameters."""
+    content, claim = timing.load("quality"), claims.CLAIMS[name]
+    tasks, sides = verdicts.judged(content, claim)
+    (lora,) = claim.reaches
+    above, level, below, total = _counts(sides[lora].values())
+    ratios = verdicts.ratios_of_counts(content, tasks, claim, lora)
+    return (
+        f"with {ratios[0]:.0f} to {ratios[-1]:.0f} times fewer parameters than LoRA of rank 16, level with "
+        f"it or above on {above + level} of {total} tasks, **below on {below}**"
+    )
+
+
+def _counts(sides: Any) -> tuple[int, int, int, int]:
+    counts = Counter(sides)
+    return counts[1], counts[0], counts[-1], counts.total()

