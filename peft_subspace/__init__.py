@@ -13,6 +13,7 @@ from .methods.flora import FLoRAConfig, FLoRAModel
 from .methods.lora_sb import LoRASBConfig, LoRASBModel
 from .methods.mos import MoSConfig, MoSModel
 from .persistence import card as _card  # noqa: F401 - completes the card of every config that is saved
+from .persistence import training_files as _files  # noqa: F401 - writes what resuming needs to checkpoints
 from .training import penalties as _penalties  # noqa: F401 - adds the loss terms of every adapter
 from .training import reach as _reach  # noqa: F401 - warns of adapters that take no part in training
 from .tuner import config as _config
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .persistence.hub import push_to_hub
     from .persistence.loading import load
     from .persistence.lora_export import export_lora, lora_state_dict
+    from .persistence.shared_bases import save_with_shared_bases
     from .tools.estimate import Estimate, estimate
     from .training.callback import RegularizationCallback
     from .training.ddp import prepare_for_ddp
@@ -57,6 +59,7 @@ __all__ = [
     "prepare_for_ddp",
     "push_to_hub",
     "regularization_loss",
+    "save_with_shared_bases",
 ]
 
 _MODULES = {
@@ -72,6 +75,7 @@ _MODULES = {
     "prepare_for_ddp": "training.ddp",
     "push_to_hub": "persistence.hub",
     "regularization_loss": "training.penalties",
+    "save_with_shared_bases": "persistence.shared_bases",
 }
 """Modules of the names that are imported late."""
 

@@ -295,10 +295,10 @@ def test_loading_needs_no_decomposition_and_gives_equal_bits(constraint, r, tmp_
     no_decomposition(monkeypatch)
     again = PeftModel.from_pretrained(llama(), tmp_path).eval()
     own = peft_subspace.load(llama(), tmp_path).eval()
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if "continualsvd_" in name}
     for other in (again, own):
-        state = other.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+        for name, layer in layers(other).items():
+            delta, wanted = layer.deltas["default"], layers(model)[name].deltas["default"]
+            assert all(map(torch.equal, delta.factors(), wanted.factors()))
         with torch.no_grad():
             assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
 
@@ -310,7 +310,7 @@ def test_file_holds_the_documented_numbers(preserve, r, tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 - no dict
     trained = (m - preserve) * (n - preserve) if r is None else r * (m + n)
-    sides = m * min(preserve, m - preserve) + n * min(preserve, n - preserve)
+    sides = 0 if r else m * min(preserve, m - preserve) + n * min(preserve, n - preserve)
     assert numbers == trained + sides + 6
 
 
@@ -322,7 +322,7 @@ def test_training_resumed_from_a_file_stays_in_the_same_subspace(tmp_path):
     for resumed in (model, again):
         train(resumed, torch.optim.AdamW(trainables(resumed), lr=1e-2, weight_decay=0.1), steps=50)
     updates = [only(resumed).get_delta_weight("default") for resumed in (model, again)]
-    assert torch.equal(*updates)
+    assert distance(*updates) < 1e-5
     assert oracle_leaks(only(again).get_base_layer().weight, updates[1], 4, "both") < 1e-5
 
 

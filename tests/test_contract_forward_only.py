@@ -160,8 +160,9 @@ def config(method, **options):
 def saved(method, tmp_path):
     """Adapter that changes the output, made on the unquantised model."""
     model = get_peft_model(Net(), config(method))
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    folder = tmp_path / "checkpoint-1"  # with what training needs, which cannot be computed from such weights
+    model.save_pretrained(folder)
+    return folder
 
 
 def load(kind, folder):
@@ -214,9 +215,10 @@ def test_adapter_of_the_unquantised_model_is_loaded_and_trained(method, kind, sa
     assert distance(outputs(model), before) > 1e-4
     assert distance(outputs(model), wanted(model, method)) < 1e-5
     assert all(torch.equal(model.state_dict()[n], t) for n, t in held.items() if "moshards" not in n)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(load(kind, tmp_path)), outputs(model))
-    assert torch.equal(outputs(peft_subspace.load(Net(kind), tmp_path)), outputs(model))
+    again = tmp_path / "checkpoint-2"
+    model.save_pretrained(again)
+    assert torch.equal(outputs(load(kind, again)), outputs(model))
+    assert torch.equal(outputs(peft_subspace.load(Net(kind), again)), outputs(model))
     with model.disable_adapter():
         assert torch.equal(outputs(model), outputs(Net(kind)))
 
@@ -322,8 +324,9 @@ def test_start_from_gradients(single, kind):
 )
 def test_next_task_is_refused_before_anything_is_changed(single, keep, message, kind, tmp_path):
     method = METHODS_BY_NAME[single]
-    get_peft_model(Net(), config(method)).save_pretrained(tmp_path)
-    model = load(kind, tmp_path)
+    folder = tmp_path / "checkpoint-1"
+    get_peft_model(Net(), config(method)).save_pretrained(folder)
+    model = load(kind, folder)
     before, output = {n: t.clone() for n, t in model.state_dict().items()}, outputs(model)
     with pytest.raises(ValueError, match=message):
         peft_subspace.continual.next_task(model, "task2", keep=keep)

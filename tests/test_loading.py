@@ -235,7 +235,7 @@ def test_adapters_of_other_methods_are_refused(saved, peft_type):
 @pytest.mark.feature("damaged or unfit files refused, the model untouched")
 def test_files_of_a_newer_format_are_refused(saved):
     change_config(saved, format_version=99)
-    message = "format_version=99 is newer than 1.*upgrade peft_subspace"
+    message = "format_version=99 is newer than 2.*upgrade peft_subspace"
     assert_refuses(saved, ValueError, message)
     assert_peft_refuses(saved, ValueError, message)
 

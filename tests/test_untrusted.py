@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_subspace
 from methods import METHODS
 from models import LLAMA, TEXT, build, llama
+from peft_subspace.tuner.config import FORMAT_VERSION
 from tables import failing
 from test_loading import (
     ALL,
@@ -436,13 +437,13 @@ def test_config_of_an_older_version_loads_with_the_defaults_of_what_it_lacks(sav
         model = load(base_model(), saved)
         assert torch.equal(model(X), wanted)
         assert model.peft_config["default"].peft_subspace_version == "0.0.1"
-        assert model.peft_config["default"].format_version == 1
+        assert model.peft_config["default"].format_version == FORMAT_VERSION
 
 
 def test_saved_config_carries_both_versions(saved):
     fields = json.loads((saved / CONFIG).read_text())
     assert fields["peft_subspace_version"] == peft_subspace.__version__
-    assert fields["format_version"] == 1
+    assert fields["format_version"] == FORMAT_VERSION
 
 
 def test_targets_that_have_no_default_are_refused(saved):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_subspace.continual.callback import NextTaskCallback
-from peft_subspace.continual.importance import layer_importance, preserve_pattern
+from peft_subspace.continual.importance import layer_importance, preserve_pattern, preserve_schedule
 from peft_subspace.continual.leak import subspace_leak
 from peft_subspace.continual.metrics import continual_metrics, save_heatmap
-from peft_subspace.continual.tasks import list_tasks, next_task, preserve_schedule
+from peft_subspace.continual.tasks import list_tasks, next_task
 
 METRIC = str(Path(__file__).parent / "evaluate_metric" / "continual_learning.py")
 """File of the metric, for `evaluate.load`."""

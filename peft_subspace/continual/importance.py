@@ -114,6 +114,17 @@ def preserve_pattern(
     return patterns_of({name: min(max(f, minimum), _LARGEST_FRACTION) for name, f in fractions.items()})
 
 
+def preserve_schedule(task: int, n_tasks: int) -> float:
+    """Fraction `(t − 1) / n` of the directions to protect from task `t` of `n`, counted from 1 (the paper's).
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    if not 1 <= task <= n_tasks:
+        raise invalid("task", task, f"must be from 1 to n_tasks={n_tasks}")
+    return (task - 1) / n_tasks
+
+
 class _Meter:
     """Sum of cosines between what a layer gets and gives."""
 

@@ -33,7 +33,7 @@ def subspace_leak(
         model: Model with the adapter, wrapped by PEFT or injected.
         adapter_name: The adapter.
         from_weight: Whether to decompose the weights once more and measure against that, rather than against
-            the directions that the adapter keeps.
+            the directions that the adapter keeps; one that is only run keeps none.
 
     Returns:
         `{"max": …, "modules": {module name: {"output": …, "input": …}}}`.
@@ -48,7 +48,7 @@ def subspace_leak(
     modules: dict[str, dict[str, float]] = {}
     for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
         heads = None
-        if from_weight:
+        if from_weight or layer.deltas[adapter_name].lean:
             beneath = (
                 [name for name in config.lower_adapters if name in layer.deltas] if config is not None else []
             )
@@ -62,7 +62,7 @@ def subspace_leak(
 def _leaks(delta: ContinualSVDDelta, update: Tensor, heads: tuple[Tensor, Tensor] | None) -> dict[str, float]:
     def leading(side: str, matrix: Tensor) -> Tensor:
         if heads is None:
-            return delta.leading(side, matrix)
+            return delta.sides[side].leading(getattr(delta, side), matrix)
         head = heads[side == "V"].to(matrix.device)
         return head @ (head.T @ matrix)
 

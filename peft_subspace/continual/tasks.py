@@ -97,6 +97,12 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
     tuner = _tuner(model)
     task = _current_task(tuner)
     names = parameter_names(model, optimizer)
+    source = tuner.peft_config[name].source
+    if (
+        source is not None and tuner.peft_config[name].for_inference
+    ):  # as PEFT loads adapters beside the active
+        model.delete_adapter(name)
+        model.load_adapter(str(source), name, is_trainable=True)
     for earlier in tuner.peft_config[name].lower_adapters:
         _freeze(tuner, earlier)
     model.set_adapter(name)
@@ -113,17 +119,6 @@ def list_tasks(model: nn.Module) -> dict[str, str]:
         }
         tasks = {**tasks, **past, name: tasks.get(name, "stack" if config.closed else "open")}
     return tasks
-
-
-def preserve_schedule(task: int, n_tasks: int) -> float:
-    """Fraction `(t − 1) / n` of the directions to protect from task `t` of `n`, counted from 1 (the paper's).
-
-    Raises:
-        ValueError: If there is no such task.
-    """
-    if not 1 <= task <= n_tasks:
-        raise invalid("task", task, f"must be from 1 to n_tasks={n_tasks}")
-    return (task - 1) / n_tasks
 
 
 def _tuner(model: nn.Module) -> ContinualSVDModel:
@@ -229,6 +224,7 @@ def _freeze(tuner: ContinualSVDModel, task: str) -> None:
     for module in tuner.modules():
         if isinstance(module, ContinualSVDModel.tuner_layer_cls) and task in module.deltas:
             module.deltas[task].frozen = True
+            module.deltas[task].make_lean()
 
 
 def _reduce_to_heads(tuner: ContinualSVDModel, task: str) -> None:

@@ -56,6 +56,7 @@ class Update(nn.Module, ABC):
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
         initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
+        training_only: Names of the buffers that only further training needs; None in a lean update.
         penalty_weights: Weights of the loss terms by name.
         penalized_at: Version of the parameters that a gradient of the loss terms has last reached, -1 once
             the step after it is over, None if there never was one.
@@ -76,6 +77,8 @@ class Update(nn.Module, ABC):
         self.frozen: bool = config.frozen
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
+        self.training_only: tuple[str, ...] = ()
+        self._for_inference: bool = config.for_inference
         if self.needs_weight:
             self.register_buffer("fingerprint", torch.zeros(FINGERPRINT, dtype=torch.float32))
         # A tuple hides the module from torch: one place alone holds, moves and saves it.
@@ -92,6 +95,32 @@ class Update(nn.Module, ABC):
     def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
         """The chain; called as a module, so that hooks which fetch the tensors from elsewhere run."""
         return self.chain(weight)
+
+    def register_frozen(self, name: str, tensor: Tensor, *, training_only: bool) -> None:
+        """Register a buffer; files, and adapters that are only run, go without what only training needs."""
+        self.training_only += (name,) if training_only else ()
+        self.register_buffer(name, None if training_only and self._for_inference else tensor)
+
+    @property
+    def lean(self) -> bool:
+        """Whether the buffers are missing that only training needs, so that nothing may train."""
+        return any(getattr(self, name) is None for name in self.training_only)
+
+    def inference_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors that make the same update without those for training, given all by name."""
+        return {name: tensor for name, tensor in state.items() if name not in self.training_only}
+
+    @torch.no_grad()
+    def make_lean(self) -> None:
+        """Forget what only training needs; the update stays what it is, bit for bit."""
+        for name, tensor in self.inference_state(self.state_dict()).items():
+            getattr(self, name).copy_(tensor)
+        self.drop_training_buffers()
+
+    def drop_training_buffers(self) -> None:
+        """Make room for the tensors of a lean update."""
+        for name in self.training_only:
+            setattr(self, name, None)
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
@@ -200,10 +229,7 @@ class Update(nn.Module, ABC):
 
 
 class Delta(Update):
-    """An update that is a chain of matrices, `ΔW = F1 F2 … Fn`.
-
-    That gives it forward passes which never form `ΔW`, an exact LoRA export and exact spectra.
-    """
+    """An update that is a chain of matrices, `ΔW = F1 F2 … Fn`, whose forward pass never forms `ΔW`."""
 
     combinations: ClassVar[tuple[str, ...]] = ("cat",)
 

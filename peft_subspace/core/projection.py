@@ -31,15 +31,21 @@ def singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return left, orthonormal(matrix.T @ left)
 
 
-def project(matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
-    """`P M (d, c)` or `(I − P) M` for the projection `P = B Bᵀ` of an orthonormal basis `B (d, k)`."""
+def project(matrix: Tensor, basis: Tensor, within: bool, *, rows: bool = False) -> Tensor:
+    """`P M (d, c)` or `(I − P) M` for the projection `P = B Bᵀ` of an orthonormal basis `B (d, k)`.
+
+    With `rows` it is `M P (c, d)` or `M (I − P)`. The result is contiguous, as if it came from a file.
+    """
     # a compiler chooses layouts itself, and tracing a function of one's own makes it warn
     formula = _project if torch.compiler.is_compiling() else _Projection.apply
-    result: Tensor = formula(matrix, basis, within)
+    result: Tensor = formula(matrix, basis, within, rows)
     return result
 
 
-def _project(matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
+def _project(matrix: Tensor, basis: Tensor, within: bool, rows: bool) -> Tensor:
+    if rows:
+        coordinates = matrix @ basis
+        return coordinates @ basis.T if within else torch.addmm(matrix, coordinates, basis.T, alpha=-1)
     coordinates = (matrix.T @ basis).T
     return basis @ coordinates if within else torch.addmm(matrix, basis, coordinates, alpha=-1)
 
@@ -52,12 +58,12 @@ class _Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, basis: Tensor, within: bool, rows: bool) -> Tensor:
         ctx.save_for_backward(basis)
-        ctx.within = within
-        return _project(matrix, basis, within)
+        ctx.within, ctx.rows = within, rows
+        return _project(matrix, basis, within, rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (basis,) = ctx.saved_tensors
-        return project(gradient, basis, ctx.within), None, None
+        return project(gradient, basis, ctx.within, rows=ctx.rows), None, None, None

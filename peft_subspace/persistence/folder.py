@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from peft_subspace.tuner.apart import named_in
+from peft_subspace.tuner.frozen_file import file_name, is_digest
+
 _OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
@@ -24,15 +27,24 @@ def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
         ValueError: If one is a link out of the folder.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
-    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    options: dict[str, Any] = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     if not Path(path).is_dir():
-        path = snapshot_download(
-            path, allow_patterns=[str(Path(subfolder) / name) for name in _FILES], **options
-        )
+        path = _download(path, Path(subfolder), options)
     folder = Path(path) / subfolder
     for name in _FILES:
         _check_file(folder, name)
     return folder
+
+
+def _download(repository: str, subfolder: Path, options: dict[str, Any]) -> str:
+    """Fetch the two files, and that with the frozen tensors where the config names one."""
+    patterns = [str(subfolder / name) for name in _FILES]
+    path = snapshot_download(repository, allow_patterns=patterns, **options)
+    digest = named_in(Path(path) / subfolder)
+    if digest is not None and is_digest(digest):
+        patterns = [str(home / file_name(digest)) for home in (subfolder, *subfolder.parents[:2])]
+        path = snapshot_download(repository, allow_patterns=patterns, **options)
+    return path
 
 
 def _check_file(folder: Path, name: str) -> None:

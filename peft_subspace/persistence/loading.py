@@ -21,6 +21,7 @@ from peft_subspace.core.names import in_base
 from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.persistence.folder import adapter_folder
 from peft_subspace.persistence.read_config import read_config
+from peft_subspace.tuner.apart import read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
 from peft_subspace.tuner.source import incomplete
@@ -86,6 +87,7 @@ def check_adapter(
     unless PEFT is asked to leave such tensors out.
     """
     config = read_config(folder / CONFIG_NAME)
+    config.inference_mode = True  # that is the form in which it was saved
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     _choose_targets(model, config, tuner)
     plan = tuner.plan(model, config)
@@ -95,12 +97,14 @@ def check_adapter(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}; load the "
             "adapter on the base model that it was trained on"
         )
+    apart = read_apart(plan.updates_by_key(model), folder, config.frozen_file)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
             in_file = {_mapped(key, key_mapping or {}): key for key in file.keys()}  # noqa: SIM118
             found = {key: tuple(file.get_slice(name).get_shape()) for key, name in in_file.items()}
-            expected = {key: t for key, t in expected.items() if key in found or not is_optional(key)}
+            needed = {key for key in expected if key in found or not is_optional(key)} - set(apart)
+            expected = {key: expected[key] for key in needed}
             others = {key: shape for key, shape in found.items() if key not in expected}
             expected |= _other_state(model, config, others)
             if ignore_mismatched_sizes:
@@ -109,7 +113,7 @@ def check_adapter(
             check_shapes(expected, found)
             state = {key: file.get_tensor(in_file[key]) for key in expected}
             check_state(expected, state)
-            check_updates(plan, model, state)
+            check_updates(plan, model, state | apart)
     except SafetensorError as error:
         raise incomplete(path, error) from error
     return config

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from peft_subspace.persistence.loading import adapter_folder, check_adapter, read_config
 from peft_subspace.tools.skeleton import skeleton_from, wrap
+from peft_subspace.tuner.apart import named_in, read_apart
+from peft_subspace.tuner.lean import layers_by_key
 
 _ARCHITECTURES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -51,7 +53,10 @@ def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
     model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
     # With assign=True the file's tensors replace those on the meta device; PEFT would copy into the latter.
     setattr(model, "load_state_dict", partial(model.load_state_dict, assign=True))  # noqa: B010
-    set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    layers = layers_by_key(model, model.base_model.tuner_layer_cls, "default")
+    updates = {start: layer.deltas["default"] for (_, start), layer in layers.items()}
+    apart = read_apart(updates, folder, named_in(folder))
+    set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME) | apart)
     delattr(model, "load_state_dict")
     return model.eval()
 

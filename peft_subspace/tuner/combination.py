@@ -10,7 +10,7 @@ import torch
 
 from peft_subspace.core.errors import error_context
 from peft_subspace.runtime.progress import progress
-from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.config import FORMAT_VERSION, SubspaceConfig
 from peft_subspace.tuner.patterns import patterns_of
 from peft_subspace.tuner.targets import weight_name
 
@@ -39,10 +39,14 @@ def add_weighted_adapter(
             entries[weight_name(name, layer)], state = combine(deltas, factors)
         noted = {"fingerprint": deltas[0].fingerprint} if deltas[0].needs_weight else {}
         states[name] = {**noted, **state}
-    tuner.peft_config[adapter_name] = _config_of_sum(tuner, tuner.peft_config[adapters[0]], entries)
+    config = _config_of_sum(tuner, tuner.peft_config[adapters[0]], entries)
+    if any(layer.deltas[name].lean for layer in layers.values() for name in adapters if name in layer.deltas):
+        config = replace(config, inference_mode=True, format_version=FORMAT_VERSION)
+    tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for name, layer in layers.items():
-        layer.deltas[adapter_name].load_state_dict(states[name])
+        update = layer.deltas[adapter_name]
+        update.load_state_dict(update.inference_state(states[name]) if update.lean else states[name])
 
 
 def _config_of_sum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.runtime.files import atomic_write
+from peft_subspace.tuner import callers
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
 from peft_subspace.tuner.patterns import is_named, look_up
 from peft_subspace.tuner.registry import peft_type
@@ -24,8 +26,14 @@ VERSION = version("peft-subspace")
 
 _LARGEST_RANK = 2**20  # no weight has more
 
-FORMAT_VERSION = 1
-"""Version of the files that the package writes; a reader refuses newer ones."""
+FORMAT_VERSION = 2
+"""Version of the files that the package writes; from 2 on they leave out what only further training needs."""
+
+IN_FILES_ONLY = ("initialized", "frozen_file")
+"""Fields that say what is in the files of an adapter."""
+
+saved_without: ContextVar[str | None] = ContextVar("saved_without", default=None)
+"""Hash of the file that holds the frozen tensors, while adapters are saved without these."""
 
 
 def written_by_library(default: Any) -> Any:
@@ -58,6 +66,7 @@ class SubspaceConfig(PeftConfig):
             from the global generator.
         initialized: Written by the library, into files alone: the tensors are there, so that nothing is
             computed from the base weight for them.
+        frozen_file: Written by the library, into files alone: hash of the file that has the frozen tensors.
         peft_subspace_version: Written by the library: version of the package that made the config.
         format_version: Written by the library: version of the file format.
 
@@ -77,8 +86,7 @@ class SubspaceConfig(PeftConfig):
 
     trained = 0  # trainable parameters of the adapter that was made with this object; no field
     number = 0  # place of the adapter among those of its model, from which its start is drawn; no field
-    source: ClassVar[Path | None] = None
-    """Folder that the config was read from, in an object that was."""
+    source = None  # folder that the config was read from, in an object that was; no field
 
     r: Any = field(default=8)
     target_modules: list[str] | str | None = field(default=None)
@@ -93,11 +101,13 @@ class SubspaceConfig(PeftConfig):
     init_weights: bool | str = field(default=True)
     seed: int | None = field(default=None)
     initialized: bool = field(default=False, kw_only=True, repr=False, compare=False)
+    frozen_file: str | None = field(default=None, kw_only=True, repr=False, compare=False)
     peft_subspace_version: str | None = written_by_library(None)
     format_version: int = written_by_library(FORMAT_VERSION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.source = callers.folder_of_config()
         self.peft_type = peft_type(self.peft_type_name)
         self.peft_subspace_version = self.peft_subspace_version or VERSION
         check_common_fields(self, FORMAT_VERSION, VERSION)
@@ -107,19 +117,15 @@ class SubspaceConfig(PeftConfig):
         if self.seed is not None:
             check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
-    ) -> SubspaceConfig:
-        """Read a config as PEFT does, and note where it was."""
-        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        vars(config)["source"] = Path(pretrained_model_name_or_path, subfolder or "")
-        return config
-
     @property
     def frozen(self) -> bool:
         """Whether the adapter stays as it is even while it is active."""
         return False
+
+    @property
+    def for_inference(self) -> bool:
+        """Whether the adapter comes from a file and is not trained, so that it needs nothing for that."""
+        return self.initialized and self.format_version > 1 and (self.inference_mode or self.frozen)
 
     @property
     def penalty_weights(self) -> dict[str, float]:
@@ -132,15 +138,16 @@ class SubspaceConfig(PeftConfig):
         return []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, but for the marker of a saved adapter, which files alone have."""
-        return {name: value for name, value in super().to_dict().items() if name != "initialized"}
+        """Return the fields, but for those that only files have."""
+        return {name: value for name, value in super().to_dict().items() if name not in IN_FILES_ONLY}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, marked as that of an adapter whose tensors are there."""
         folder = Path(save_directory)
         with atomic_write(folder / CONFIG_NAME) as partial:
             super().save_pretrained(str(partial.parent), **kwargs)
-            saved = json.loads(partial.read_text()) | {"initialized": True}
+            marks = {"initialized": True, "frozen_file": saved_without.get()}
+            saved = json.loads(partial.read_text()) | {k: v for k, v in marks.items() if v is not None}
             partial.write_text(json.dumps(saved, indent=2, sort_keys=True))
         for call in self.on_save:
             call(folder, self)

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from peft_subspace.core.validation import check_count, check_flag, invalid
+from peft_subspace.tuner.frozen_file import is_digest
 from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns
 
 
@@ -43,6 +44,8 @@ def _check_types(config: Any) -> None:
     for name in ("base_model_name_or_path", "revision", "peft_subspace_version", "peft_version"):
         if not isinstance(getattr(config, name), str | None):
             raise invalid(name, getattr(config, name), "must be text, or None", TypeError)
+    if config.frozen_file is not None and not is_digest(config.frozen_file):
+        raise invalid("frozen_file", config.frozen_file, "must be a hash of 32 hexadecimal digits, or None")
     for name in ("initialized", "inference_mode"):
         check_flag(name, getattr(config, name))
     for name, kind in (("modules_to_save", str), ("layers_pattern", str), ("layers_to_transform", int)):

@@ -7,15 +7,18 @@ from logging import getLogger
 from typing import Any
 
 from peft.utils import get_quantization_kwargs
-from torch import nn
+from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import is_readable, unreadable
 from peft_subspace.base_weights.weight import BaseWeight, tied_parameters
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.layers.base import innermost
+from peft_subspace.tuner import callers
+from peft_subspace.tuner.apart import complete, read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.lean import layers_by_key, tensors_of
 from peft_subspace.tuner.plan import Plan, Planned, plan_module
 from peft_subspace.tuner.shared import SharedTensors, hold
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -49,6 +52,7 @@ class Injection:
             with error_context(name):
                 _check_start(plan.modules[name], config)
         self.starts = WeightStarts(len(reading))
+        self.apart = self._read_apart()
         self.tied = tied_parameters(tuner.model)
         self._missed = {n for n, item in plan.modules.items() if not item.target.is_parameter}
         of_modules = self._missed or any(item.target.part_of for item in plan.modules.values())
@@ -60,6 +64,25 @@ class Injection:
                 "r=%s is more than %d of the adapted modules can hold, and is lowered there: %s%s",
                 *(config.r, len(lowered), ", ".join(lowered[:8]), ", …" if len(lowered) > 8 else ""),
             )
+
+    def _read_apart(self) -> dict[str, Tensor] | None:
+        """What lies apart from the file that the adapter comes from; None if it comes from elsewhere."""
+        config = self.config
+        again = sum(config is other for other in self.tuner.peft_config.values()) > 1  # and it will be a copy
+        if not config.initialized or config.format_version < 2 or config.source is None or again:
+            return None
+        return read_apart(self.plan.updates_by_key(self.tuner.model), config.source, config.frozen_file)
+
+    def _add_apart(self, adapter_name: str) -> None:
+        """Fill in what the adapter's file leaves out, unless PEFT calls the hook for that when it loads."""
+        self.tuner._apart = self.apart if callers.reads_file() else None
+        if self.apart is None or callers.reads_file():
+            return
+        layers = layers_by_key(self.tuner.model, self.tuner.tuner_layer_cls, adapter_name)
+        by_key = {saved: layer for (_, saved), layer in layers.items()}
+        whole = complete(by_key, adapter_name, self.config, {}, self.apart, new=True)
+        for start, layer in by_key.items():
+            layer.deltas[adapter_name].load_state_dict(tensors_of(start, whole), strict=False)
 
     def _planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:
         """What is planned for a target; injecting by a state dict's keys reaches others as well.
@@ -112,12 +135,13 @@ class Injection:
             planned = self._planned(full_name, module, parameter_name)
             self._add(adapter_name, module, name, parent, planned, parameter_name)
 
-    def add_missed(self, adapter_name: str) -> None:
-        """Add the adapter to targets inside of wrapped modules, which PEFT does not look into."""
+    def finish(self, adapter_name: str) -> None:
+        """Add the adapter inside of wrapped modules, which PEFT does not look into, and what is apart."""
         for full_name in sorted(self._missed):
             path, _, name = full_name.rpartition(".")
             parent = self.tuner.model.get_submodule(path)
             self._add(adapter_name, parent.get_submodule(name), name, parent, self.plan.modules[full_name])
+        self._add_apart(adapter_name)
 
     def _add(
         self,

@@ -149,7 +149,9 @@ class SubspaceLayer(AdapterHolder):
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
         delta = self.initialized_delta(adapter_name)
         if torch.is_grad_enabled() and offload_hook(delta) is not None:
-            _check_trainable(delta, adapter_name)
+            _refuse_training(delta, f"adapter {adapter_name!r} is offloaded with its base layer", _OFFLOADED)
+        if delta.lean and self.takes_training_step:
+            _refuse_training(delta, f"adapter {adapter_name!r} was loaded, or closed, to be run only", _LEAN)
         return Branch.scaled(delta(self.read_weight), self.scaling[adapter_name], dropout)
 
     def get_base_weight(self) -> Tensor:
@@ -226,9 +228,10 @@ class SubspaceLayer(AdapterHolder):
         return quantization_extra_repr(self)
 
 
-def _check_trainable(delta: Update, adapter_name: str) -> None:
+_OFFLOADED = "give the layer a device in device_map, or load with is_trainable=False"
+_LEAN = "load it with is_trainable=True, or freeze it with model.set_requires_grad(name, False)"
+
+
+def _refuse_training(delta: Update, why: str, remedy: str) -> None:
     if any(parameter.requires_grad for parameter in delta.parameters()):
-        raise RuntimeError(
-            f"adapter {adapter_name!r} is offloaded with its base layer, so it cannot be trained; give the "
-            "layer a device in device_map, or load with is_trainable=False"
-        )
+        raise RuntimeError(f"{why}, so it cannot be trained; {remedy}")

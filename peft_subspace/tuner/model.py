@@ -103,7 +103,7 @@ class SubspaceModel(StateHooks):
             with warnings.catch_warnings():  # PEFT does not look into wrapped modules
                 warnings.filterwarnings("ignore", ".* were set but no module was matched", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._injection.add_missed(adapter_name)
+            self._injection.finish(adapter_name)
             for parameter, flag in flags:  # PEFT keeps those of other adapters that are in the base model
                 parameter.requires_grad_(flag)
         except Exception:

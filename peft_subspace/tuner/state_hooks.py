@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from peft_subspace.tuner import callers, ownership, state
+from peft_subspace.tuner import apart, callers, lean, ownership, state
+from peft_subspace.tuner.config import saved_without
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.snapshot import Snapshot
 
@@ -18,6 +21,8 @@ class StateHooks(BaseTuner):
     prefix: str
     tuner_layer_cls: type[SubspaceLayer]
     _before_loading: Snapshot | None = None
+    _apart: dict[str, Tensor] | None = None
+    """What was found apart from the file of the adapter that is being loaded."""
 
     @classmethod
     def shared_attribute(cls) -> str:
@@ -43,6 +48,10 @@ class StateHooks(BaseTuner):
         )
         own = {key: tensor for key, tensor in own.items() if not is_theirs(key)}
         own = state.without_aliases(model, cls.tuner_layer_cls, own)
+        if config.format_version > 1:
+            own = lean.inference_state(model, cls.tuner_layer_cls, adapter_name, own)
+        if saved_without.get() is not None:
+            own = lean.without_frozen(model, cls.tuner_layer_cls, adapter_name, own)
         return own | state.shared_state(model, cls.shared_attribute(), adapter_name, state_dict)
 
     @classmethod
@@ -65,15 +74,52 @@ class StateHooks(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+        pending = None if tuner is None else tuner._apart
         try:
             if callers.ignores_mismatched_sizes():
                 remapped = state.without_misfits(model, adapter_name, cls.tuner_layer_cls, remapped)
             state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
-        except ValueError:
+            remapped = cls._completed(model, config, adapter_name, remapped, callers.folder_read(), pending)
+        except (OSError, ValueError):
             if tuner is not None and tuner._before_loading is not None:
                 tuner._before_loading.restore()
             raise
         finally:
             if tuner is not None:
-                tuner._before_loading = None
+                tuner._before_loading = tuner._apart = None
         return state.with_aliases(model, cls.tuner_layer_cls, remapped)
+
+    @classmethod
+    def _completed(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        loaded: dict[str, Tensor],
+        folder: Path | None,
+        pending: dict[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Tensors by key in the model, with those that the file in a folder leaves out."""
+        layers = lean.layers_by_key(model, cls.tuner_layer_cls, adapter_name)
+        updates = {saved: layer.deltas[adapter_name] for (_, saved), layer in layers.items()}
+        own: dict[str, Tensor] = {}
+        for start, saved in layers:  # PEFT does not rename what has no place in the model
+            extra = updates[saved].training_only
+            own |= {f"{saved}{n}": t for n, t in lean.tensors_of(start, loaded).items()}
+            own |= {f"{saved}{n}": loaded[f"{saved}{n}"] for n in extra if f"{saved}{n}" in loaded}
+        if folder is None:
+            apart.drop_unfilled(updates, own)
+        else:
+            found = pending
+            if found is None:  # of an adapter that the model has already
+                of_file = type(config).from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else config
+                if of_file.frozen and of_file.for_inference:
+                    for update in updates.values():
+                        update.drop_training_buffers()
+                found = apart.read_apart(updates, folder, of_file.frozen_file)
+            by_key = {saved: layer for (_, saved), layer in layers.items()}
+            own = apart.complete(by_key, adapter_name, config, own, found, new=pending is not None)
+        whole = apart.confine(updates, own)
+        return loaded | {
+            f"{start}{n}": t for start, saved in layers for n, t in lean.tensors_of(saved, whole).items()
+        }

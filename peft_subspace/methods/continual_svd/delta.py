@@ -26,7 +26,7 @@ A convolution's kernel is part of the input axis, `n = in / groups · kernel`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,9 @@ from peft_subspace.core.projection import singular_vectors
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
 from .subspaces import Side, reflect
+
+CONFINED = {"B": "U", "B1": "U", "A": "V", "A2": "V"}
+"""Factors that are confined, and the side whose protected directions they are kept out of."""
 
 
 class ContinualSVDDelta(Delta):
@@ -67,36 +70,42 @@ class ContinualSVDDelta(Delta):
             if name in PROTECTED[config.constraint]:
                 reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
                 self.sides[name] = Side(size, k, reflects)
-                self.register_buffer(name, torch.zeros(size, min(k, size - k), dtype=torch.float32))
+                kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
+                self.register_frozen(name, kept, training_only=self.low_rank)
         sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
         if core:
             sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}
         if self.low_rank:
             pairs = ("1", "2") if core else ("",)
-            sizes = {
-                f"{x}{i}": size for i in pairs for x, size in (("B", (m, spec.rank)), ("A", (spec.rank, n)))
-            }
+            shapes = {"B": (m, spec.rank), "A": (spec.rank, n)}
+            sizes = {f"{x}{i}": shape for i in pairs for x, shape in shapes.items()}
         for name, shape in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
     def factors(self) -> tuple[Tensor, ...]:
         """Return the chain of the constraint and form, multiplied up where a side is kept as a reflection."""
-        dtype = (
-            self.fingerprint.dtype
-        )  # that of the bases, also where a trainer has stored parameters in less
-        trained = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        state = {**dict(self.named_parameters()), **{name: getattr(self, name) for name in self.sides}}
         with torch.autocast(self.fingerprint.device.type, enabled=False):  # in less than fp32 it would leak
-            *left, right = self._low_rank_chain(**trained) if self.low_rank else self._full_chain(**trained)
+            *left, right = (self._low_rank_chain if self.low_rank else self._full_chain)(state)
         return *left, right.unflatten(1, self.shape.dims[1:])
 
-    def _low_rank_chain(self, **trained: Tensor) -> tuple[Tensor, Tensor]:
-        if self.constraint == "core":
-            left = torch.cat([self._outside("U", trained["B1"]), trained["B2"]], dim=1)
-            return left, torch.cat([trained["A1"], self._outside("V", trained["A2"].T).T])
-        return self._outside("U", trained["B"]), self._outside("V", trained["A"].T).T
+    def inference_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the factors outside the protected directions; those of a lean update already are."""
+        dtype = self.fingerprint.dtype  # of the bases, also where a trainer has stored parameters in less
+        kept = {name: tensor.to(dtype) for name, tensor in super().inference_state(state).items()}
+        for name, side in CONFINED.items():
+            if name in kept and state.get(side) is not None:
+                kept[name] = self.sides[side].outside(state[side], kept[name], rows=side == "V")
+        return kept
 
-    def _full_chain(self, **trained: Tensor) -> tuple[Tensor, ...]:
-        sides = self.sides
+    def _low_rank_chain(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        factors = self.inference_state(state)
+        if self.constraint == "core":
+            return torch.cat([factors["B1"], factors["B2"]], 1), torch.cat([factors["A1"], factors["A2"]])
+        return factors["B"], factors["A"]
+
+    def _full_chain(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        trained, sides = self.inference_state(state), self.sides
         if self.constraint == "core":
             rows = trained["Z1"], sides["V"].lift(self.V, trained["Z2"].T).T
             return (reflect(self.U, torch.cat(rows if sides["U"].by_complement else rows[::-1])),)
@@ -108,14 +117,6 @@ class ContinualSVDDelta(Delta):
             by_complement = sides["V"].by_complement
             chain = [*chain, self.V.T] if by_complement else [*left, sides["V"].lift(self.V, last.T).T]
         return tuple(chain)
-
-    def _outside(self, side: str, matrix: Tensor) -> Tensor:
-        """`(I − P) M` for the protected directions of a side, `M` itself if none are."""
-        return self.sides[side].outside(getattr(self, side), matrix) if side in self.sides else matrix
-
-    def leading(self, side: str, matrix: Tensor) -> Tensor:
-        """`P M` in double precision, what of a matrix `(d, c)` lies in a side's protected directions."""
-        return self.sides[side].leading(getattr(self, side), matrix)
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start at `ΔW = 0` with random `A`, or at random if `init_weights` is False."""
@@ -140,21 +141,23 @@ class ContinualSVDDelta(Delta):
         Raises:
             ValueError: If the adapters protect different directions.
         """
-        first = deltas[0]
-        frozen, trained = dict(first.named_buffers()), [dict(delta.named_parameters()) for delta in deltas]
-        for other in deltas[1:]:
+        first, lean = deltas[0], any(delta.lean for delta in deltas)
+        states = [delta.inference_state(s) if lean else s for delta in deltas for s in (delta.state_dict(),)]
+        frozen = {name: states[0][name] for name, _ in first.named_buffers() if name in states[0]}
+        for other, tensors in zip(deltas, states, strict=True):
             same = other.low_rank == first.low_rank and other.constraint == first.constraint
-            if not (same and all(torch.equal(getattr(other, name), frozen[name]) for name in frozen)):
+            if not (same and all(torch.equal(tensors[name], frozen[name]) for name in frozen)):
                 raise ValueError(
                     "the adapters protect different directions, so no adapter of this method is their sum; "
-                    "merge them one by one, or export each with peft_subspace.lora_state_dict and combine "
-                    "those"
+                    "merge them one by one, or combine what peft_subspace.lora_state_dict makes of each"
                 )
-        state = {}
-        for name in trained[0]:
-            parts = [tensors[name] for tensors in trained]
+        state: dict[str, Tensor] = {}
+        for name, _ in first.named_parameters():
+            parts = [tensors[name] for tensors in states]
             if name[0] != "A":
                 parts = [weight * part for weight, part in zip(weights, parts, strict=True)]
-            state[name] = torch.cat(parts, dim=int(name[0] == "B")) if first.low_rank else sum(parts)
+            state[name] = (
+                torch.cat(parts, int(name[0] == "B")) if first.low_rank else torch.stack(parts).sum(0)
+            )
         rank = sum(delta.spec.rank for delta in deltas) if first.low_rank else None
         return {"rank_pattern": rank, "preserve_pattern": first.directions}, {**state, **frozen}

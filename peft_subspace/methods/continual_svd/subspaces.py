@@ -44,9 +44,9 @@ class Side:
         basis = complement(directions) if self.by_complement else directions
         return reflection(basis) if self.reflects else basis
 
-    def outside(self, kept: Tensor, matrix: Tensor) -> Tensor:
-        """`(I − P) M` for a matrix `(d, c)`; not for reflections."""
-        return project(matrix, kept, self.by_complement)
+    def outside(self, kept: Tensor, matrix: Tensor, *, rows: bool) -> Tensor:
+        """`(I − P) M` for a matrix `(d, c)`, or `M (I − P)` for one `(c, d)`; not for reflections."""
+        return project(matrix, kept, self.by_complement, rows=rows)
 
     def lift(self, kept: Tensor, coordinates: Tensor) -> Tensor:
         """Vectors `(d, c)` with the given coordinates `(d − k, c)` in the complement."""
