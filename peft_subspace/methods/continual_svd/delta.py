@@ -17,9 +17,10 @@ whatever the optimiser does with them:
 
 For each side the narrower form is kept, `(d, min(k, d − k))`: for a given `r` an orthonormal basis of the
 protected directions or of their complement; else a basis of the complement, or the block reflection that
-stands for it (`subspaces.py`). The file of `both` therefore takes, per weight and in numbers of 4 bytes,
+stands for it (`subspaces.py`). The projected factors make the same update without these, so that the file of
+`both` takes, per weight and in numbers of 4 bytes,
 
-    (m − k)(n − k)  or  r (m + n),  plus  m · min(k, m − k) + n · min(k, n − k) + 6.
+    r (m + n) + 6,  or  (m − k)(n − k) + m · min(k, m − k) + n · min(k, n − k) + 6.
 
 A convolution's kernel is part of the input axis, `n = in / groups · kernel`.
 """
