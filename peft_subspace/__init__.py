@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .persistence.loading import load
     from .persistence.lora_export import export_lora, lora_state_dict
     from .tools.estimate import Estimate, estimate
+    from .tools.report import inspect
     from .training.callback import RegularizationCallback
     from .training.ddp import prepare_for_ddp
     from .training.penalties import regularization_loss
@@ -51,6 +52,7 @@ __all__ = [
     "estimate",
     "export_lora",
     "initialize_from_gradient",
+    "inspect",
     "load",
     "lora_state_dict",
     "merging",
@@ -67,6 +69,7 @@ _MODULES = {
     "estimate": "tools.estimate",
     "export_lora": "persistence.lora_export",
     "initialize_from_gradient": "initialization.from_gradient",
+    "inspect": "tools.report",
     "load": "persistence.loading",
     "lora_state_dict": "persistence.lora_export",
     "prepare_for_ddp": "training.ddp",

@@ -20,6 +20,7 @@ FUNCTIONS = [
     "estimate",
     "export_lora",
     "initialize_from_gradient",
+    "inspect",
     "load",
     "lora_state_dict",
     "merging",
