@@ -164,8 +164,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows-of-a-sample",
-        "enumerate(adapter_names) if n == name]",
-        "enumerate(adapter_names) if n != name]",
+        "x, result = x[batch.index(order, x.device)],",
+        "x, result = x,",
         CONTRACT,
         "each_sample and flora-linear-float32-autocast",
     ),
