@@ -154,7 +154,9 @@ class Rows(torch.utils.data.Dataset):
 def trainer(method, folder, batch_size):
     """A run whose steps take 8 rows, whatever the number of processes."""
     options = {"orthogonality_weight": 0.1, "energy_weight": 0.1} if method.name == "effort" else {}
-    callbacks = [GradientInitCallback(num_batches=2)] if method.name == "lora_sb" else []
+    callbacks = (
+        [GradientInitCallback(num_batches=2, learning_rate="schedule")] if method.name == "lora_sb" else []
+    )
     torch.manual_seed(0)
     config = method.config(target_modules=["q_proj", "v_proj", "down_proj"], seed=0, **options)
     arguments = TrainingArguments(
