@@ -16,8 +16,9 @@ from peft_subspace.core.validation import invalid
 from peft_subspace.merging.checkpoints import write_merged
 from peft_subspace.merging.cutting import ModuleReport, check_cut, cut
 from peft_subspace.merging.methods import METHODS, Coefficients, Entries, Factors
-from peft_subspace.merging.output import add_lora, write_lora
-from peft_subspace.merging.sources import Source, check_finite
+from peft_subspace.merging.output import add_lora, save_lora
+from peft_subspace.merging.source import Source
+from peft_subspace.merging.sources import check_finite
 from peft_subspace.merging.stack import Stack
 from peft_subspace.runtime.progress import progress as shown
 
@@ -98,7 +99,7 @@ class Merge:
             energy: Part of the squared norm to keep in each module, in place of a rank.
         """
         check_cut(rank, energy)
-        write_lora(self, Path(directory), list(self.pairs(rank, energy)))
+        save_lora(self, Path(directory), list(self.pairs(rank, energy)))
 
     def add_to(
         self, model: nn.Module, adapter_name: str, rank: int | None = None, energy: float | None = None
