@@ -21,6 +21,7 @@ from peft_subspace.tuner import merging, mixed_batch
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
 from peft_subspace.tuner.holder import AdapterHolder
+from peft_subspace.tuner.mixed_forward import forward_mixed_batch
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -89,7 +90,7 @@ class SubspaceLayer(AdapterHolder):
         """Run the base layer and add the active adapters, or one adapter per sample in a mixed batch."""
         batch = self._mixed_batch
         if batch is not None:
-            return mixed_batch.forward_mixed_batch(self, batch, x, args, kwargs)
+            return forward_mixed_batch(self, batch, x, args, kwargs)
         branches = self._branches()
         if not branches:
             return self.base_layer(x, *args, **kwargs)
