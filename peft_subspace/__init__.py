@@ -7,6 +7,7 @@ when they are first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .methods.composition import CompositionConfig, CompositionModel
 from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
 from .methods.effort import EffortConfig, EffortModel
 from .methods.flora import FLoRAConfig, FLoRAModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .continual.callback import NextTaskCallback
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
+    from .methods.composition.compose import compose, entropy_loss
     from .persistence.hub import push_to_hub
     from .persistence.loading import load
     from .persistence.lora_export import export_lora, lora_state_dict
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 __version__ = _config.VERSION
 
 __all__ = [
+    "CompositionConfig",
+    "CompositionModel",
     "ContinualSVDConfig",
     "ContinualSVDModel",
     "EffortConfig",
@@ -48,7 +52,9 @@ __all__ = [
     "MoSModel",
     "NextTaskCallback",
     "RegularizationCallback",
+    "compose",
     "continual",
+    "entropy_loss",
     "estimate",
     "export_lora",
     "initialize_from_gradient",
@@ -66,6 +72,8 @@ _MODULES = {
     "GradientInitCallback": "initialization.callback",
     "NextTaskCallback": "continual.callback",
     "RegularizationCallback": "training.callback",
+    "compose": "methods.composition.compose",
+    "entropy_loss": "methods.composition.compose",
     "estimate": "tools.estimate",
     "export_lora": "persistence.lora_export",
     "initialize_from_gradient": "initialization.from_gradient",

@@ -128,7 +128,6 @@ def trained(request, trained_each_way):
     return trained_each_way / request.param.__name__
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
 def test_two_processes_train_as_one_does(method, trained):
     x, y = data()
     model = adapted(method)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_subspace.merging.source import Source
 from peft_subspace.runtime.files import atomic_write
@@ -61,15 +61,17 @@ class Checkpoint(Source):
     origin: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, base: str | Path | None) -> Checkpoint:
+    def open(cls, folder: Path, base: str | Path | nn.Module | None) -> Checkpoint:
         """Open a checkpoint beside its base.
 
         Raises:
             ValueError: If no base is given, or a tensor has another shape there.
         """
         places = shards(folder)
-        if base is None:
-            raise ValueError(f"{folder} is a full checkpoint, of which a base is subtracted; give base=")
+        if base is None or isinstance(base, nn.Module):
+            raise ValueError(
+                f"{folder} is a full checkpoint, of which a base is subtracted; give base=FOLDER"
+            )
         origin = shards(Path(base))
         modules, others = [], {}
         for name in places:

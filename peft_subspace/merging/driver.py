@@ -50,7 +50,7 @@ class Merge:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     tile_bytes: int = TILE_BYTES
-    base: str | Path | None = None
+    base: str | Path | nn.Module | None = None
     others: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, ModuleReport] = field(default_factory=dict)
 
@@ -58,6 +58,13 @@ class Merge:
     def modules(self) -> list[str]:
         """Modules that any of the sources changes."""
         return list(dict.fromkeys(module for source in self.sources for module in source.modules))
+
+    def stacks(self) -> Iterator[tuple[str, Stack]]:
+        """Updates of all sources, module by module."""
+        for module in self.modules:
+            with error_context(module):
+                stack, _ = self._stack(module)
+            yield module, stack
 
     def update(self, module: str) -> Tensor:
         """The merged update of one module, `(m, n)` without cutting."""
@@ -114,8 +121,8 @@ class Merge:
         Raises:
             ValueError: If no base was given.
         """
-        if self.base is None:
-            raise invalid("base", None, "must be the folder of the base model; give it to merge()")
+        if self.base is None or isinstance(self.base, nn.Module):
+            raise invalid("base", self.base, "must be the folder of the base model; give it to merge()")
         modules = set(self.modules)
         write_merged(
             Path(self.base), Path(directory), lambda name: self.update(name) if name in modules else None

@@ -49,13 +49,13 @@ class LoRASource(Source):
         return left.float().flatten(1) * scaling, right.float()
 
 
-def open_source(source: Any, base: str | Path | None = None) -> Source:
+def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Source:
     """Open what is to be merged.
 
     Args:
         source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"` of this
             package, or a pair of model and adapter name.
-        base: Folder of the base model; needed for checkpoints.
+        base: Folder of the base model, needed for checkpoints; for adapters it may be the model itself.
 
     Raises:
         FileNotFoundError: If a folder has neither.
