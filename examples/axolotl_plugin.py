@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 import peft_subspace
 
 METHODS = {
+    "composition": peft_subspace.CompositionConfig,
     "continual_svd": peft_subspace.ContinualSVDConfig,
     "effort": peft_subspace.EffortConfig,
     "flora": peft_subspace.FLoRAConfig,

@@ -4,7 +4,7 @@
     python examples/continual_tasks.py --model FacebookAI/roberta-base --tasks sports,politics tech,business
 
 Each task is to tell two topics of BBC News apart. Model and news come out of installed packages: no network,
-about 2 minutes on two CPU cores. The table has the accuracy on each task after each; expect 0.9 and more.
+minutes on two CPU cores. The table has the accuracy on each task after each.
 """
 
 import argparse

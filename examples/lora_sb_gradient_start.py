@@ -3,7 +3,7 @@
     python examples/lora_sb_gradient_start.py
     python examples/lora_sb_gradient_start.py --model FacebookAI/roberta-base
 
-MiniLM on two topics of BBC News, both out of installed packages: no network, 1 minute on two CPUs. Expect the
+MiniLM on two topics of BBC News, both out of installed packages: no network, minutes on two CPUs. Expect the
 loss after the same few steps to be lower from the first gradient than from the weight itself.
 """
 

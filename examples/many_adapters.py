@@ -3,7 +3,7 @@
     python examples/many_adapters.py
     python examples/many_adapters.py --model HuggingFaceTB/SmolLM2-135M --adapters ADAPTER ADAPTER ...
 
-Without options: 20 untrained adapters on a small model with random weights, no network, half a minute. It
+Without options: 20 untrained adapters on a small model with random weights, no network, in a minute or so. It
 compares their bytes with LoRA's of the same rank, and a mixed batch with what each adapter gives alone.
 """
 

@@ -7,6 +7,7 @@ when they are first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .methods.composition import CompositionConfig, CompositionModel
 from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
 from .methods.effort import EffortConfig, EffortModel
 from .methods.flora import FLoRAConfig, FLoRAModel
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from .continual.callback import NextTaskCallback
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
+    from .methods.composition.compose import compose, entropy_loss
     from .persistence.hub import push_to_hub
     from .persistence.loading import load
     from .persistence.lora_export import export_lora, lora_state_dict
     from .persistence.shared_bases import save_with_shared_bases
     from .tools.estimate import Estimate, estimate
+    from .tools.report import inspect
     from .training.callback import RegularizationCallback
     from .training.ddp import prepare_for_ddp
     from .training.penalties import regularization_loss
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 __version__ = _config.VERSION
 
 __all__ = [
+    "CompositionConfig",
+    "CompositionModel",
     "ContinualSVDConfig",
     "ContinualSVDModel",
     "EffortConfig",
@@ -49,10 +54,13 @@ __all__ = [
     "MoSModel",
     "NextTaskCallback",
     "RegularizationCallback",
+    "compose",
     "continual",
+    "entropy_loss",
     "estimate",
     "export_lora",
     "initialize_from_gradient",
+    "inspect",
     "load",
     "lora_state_dict",
     "merging",
@@ -67,9 +75,12 @@ _MODULES = {
     "GradientInitCallback": "initialization.callback",
     "NextTaskCallback": "continual.callback",
     "RegularizationCallback": "training.callback",
+    "compose": "methods.composition.compose",
+    "entropy_loss": "methods.composition.compose",
     "estimate": "tools.estimate",
     "export_lora": "persistence.lora_export",
     "initialize_from_gradient": "initialization.from_gradient",
+    "inspect": "tools.report",
     "load": "persistence.loading",
     "lora_state_dict": "persistence.lora_export",
     "prepare_for_ddp": "training.ddp",

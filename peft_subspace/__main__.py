@@ -11,18 +11,13 @@ only for full checkpoints and merged models.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from peft import PeftModel, get_peft_model_state_dict
 
 from .merging import Merge, merge
 from .persistence.lora_export import export_lora
-from .tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
-from .tools.plots import save_plot
 from .tools.read_adapter import read_adapter
+from .tools.report import inspect
 from .tools.tables import aligned
 
 
@@ -42,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         "python -m peft_subspace", description="Inspect, export and merge adapters"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="ranks, counts, norms, spectra and overlap of adapters")
-    inspect.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
-    inspect.add_argument("other", nargs="?", help="adapter to compare it with")
-    inspect.add_argument("--plot", metavar="FILE", help="write a picture of the spectra and of the overlap")
-    inspect.set_defaults(run=_inspect)
+    inspecting = commands.add_parser("inspect", help="ranks, counts, norms, spectra and overlap of adapters")
+    inspecting.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
+    inspecting.add_argument("other", nargs="?", help="adapter to compare it with")
+    inspecting.add_argument("--plot", metavar="FILE", help="write a picture of spectra and overlap")
+    inspecting.set_defaults(run=_inspect)
     export = commands.add_parser("export", help="write an adapter as a plain LoRA")
     export.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
     export.add_argument("--lora", metavar="FOLDER", required=True, help="folder to write")
@@ -67,22 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--lora", metavar="FOLDER", help="folder of the LoRA to write")
     written.add_argument("--model", metavar="FOLDER", help="folder of the merged model to write")
     merging.set_defaults(run=_merge)
-    for command in (inspect, export, merging):
+    for command in (inspecting, export, merging):
         default = "by default the model that the adapter names"
         command.add_argument("--base", metavar="MODEL", help=f"folder or id of the base model, {default}")
     return parser
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    model = read_adapter(options.adapter, options.base)
-    updates, overlaps = layer_updates(model), None
-    print(f"{_summary(options.adapter, model)}\n\n{_update_table(updates)}")
-    if options.other:
-        other = read_adapter(options.other, options.base)
-        overlaps = layer_overlaps(model, other)
-        print(f"\noverlap with {_summary(options.other, other)}\n\n{_overlap_table(overlaps)}")
+    found = inspect(options.adapter, options.other, base=options.base)
+    print(found)
     if options.plot:
-        save_plot(options.plot, updates, overlaps)
+        found.save_plot(options.plot)
         print(f"\npicture: {options.plot}")
 
 
@@ -129,36 +119,6 @@ def _planned(made: Merge) -> Callable[[str], list[str]]:
 def _merge_table(made: Merge) -> list[list[str]]:
     rows = [["module", "rank", "norm", "error of the cut"]]
     return rows + [[n, str(r.rank), f"{r.norm:.4g}", f"{r.error:.3g}"] for n, r in made.report.items()]
-
-
-def _summary(path: str, model: PeftModel) -> str:
-    """Two lines: what the adapter is, and how large."""
-    config: Any = model.peft_config["default"]
-    trained = sum(p.numel() for name, p in model.named_parameters() if ".default." in f"{name}.")
-    saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
-    ranks = f"r={config.r}" + (f", rank_pattern={config.rank_pattern}" if config.rank_pattern else "")
-    return (
-        f"{path}: {config.peft_type.value}, {ranks}, on {config.base_model_name_or_path}\n"
-        f"{trained:,} trainable parameters, {sum(tensor.numel() for tensor in saved):,} numbers in the file; "
-        f"written by peft_subspace {config.peft_subspace_version}, format {config.format_version}"
-    )
-
-
-def _update_table(updates: dict[str, LayerUpdate]) -> str:
-    table = [["module", "rank", "trainable", "norm of update", "effective rank", "largest singular value"]]
-    for name, update in updates.items():
-        trained = f"{update.trained:,}" if update.trained else "shared"
-        sizes = f"{update.norm:.4g}", f"{update.effective_rank:.2f}", f"{update.singular_values[0]:.4g}"
-        table.append([name, str(update.rank), trained, *sizes])
-    return aligned(table)
-
-
-def _overlap_table(overlaps: dict[str, Overlap]) -> str:
-    table = [["module", "cosine", "outputs", "inputs"]]
-    for name, overlap in overlaps.items():
-        values = (overlap.cosine, overlap.outputs, overlap.inputs)
-        table.append([name, *("-" if math.isnan(value) else f"{value:.4f}" for value in values)])
-    return aligned(table)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Method:
     """Whether the adapter is fp32 on every base, also where PEFT would cast it."""
     pooled: bool = False
     """Whether the parameters lie outside the layers."""
+    lowers_ranks: bool = True
+    """Whether a weight limits the rank; that of a sum of updates may exceed what the weight has."""
     is_typical: bool = False
     """Whether it stands for others where a test depends on the route alone by which a layer is computed."""
 
@@ -85,11 +87,15 @@ METHODS = [
         "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
     ),
     Method(
+        "composition", peft_subspace.CompositionConfig, oracles.composition, {"r": 2, "per": "component"},
+        has_dropout=False, has_alpha=False, combines=False, stays_fp32=True, lowers_ranks=False,
+    ),
+    Method(
         "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},
-        has_dropout=False, has_alpha=False, stays_fp32=True, is_typical=True,
+        has_dropout=False, has_alpha=False, stays_fp32=True, lowers_ranks=False, is_typical=True,
     ),
     Method(
         "continual_svd_r", peft_subspace.ContinualSVDConfig, oracles.continual_svd, {"r": 2},
-        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True,
+        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True, lowers_ranks=False,
     ),
 ]  # fmt: skip

@@ -164,8 +164,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows-of-a-sample",
-        "enumerate(adapter_names) if n == name]",
-        "enumerate(adapter_names) if n != name]",
+        "x, result = x[batch.index(order, x.device)],",
+        "x, result = x,",
         CONTRACT,
         "each_sample and flora-linear-float32-autocast",
     ),
@@ -193,8 +193,8 @@ MUTANTS = [
     # linear algebra
     Mutant(
         "seed-of-a-module",
-        'f"{seed}/{module_name}/{adapter_name}"',
-        'f"{seed}/{adapter_name}"',
+        'f"{seed}/{module_name}/{part}"',
+        'f"{seed}/{part}"',
         "test_flora.py",
         "layers_of_one_shape",
     ),
@@ -215,8 +215,8 @@ MUTANTS = [
     # the tuner
     Mutant(
         "encoder-without-beams",
-        "repeats = 1 if encoder is not None and name.startswith(encoder) else beams",
-        "repeats = beams",
+        "if rows == count:",
+        "if rows == count and self.repeats == 1:",
         MODELS,
         "each_sample_generates and flora and t5",
     ),
@@ -236,8 +236,8 @@ MUTANTS = [
     ),
     Mutant(
         "scale-of-a-sum",
-        "scale[adapter] * layer.initial_scaling[adapter] for",
-        "scale[adapter] for",
+        "total[adapter] * layer.scaling[adapter] for",
+        "total[adapter] for",
         CONTRACT,
         "weighted_adapter and flora-linear",
     ),
@@ -429,8 +429,8 @@ MUTANTS = [
     ),
     Mutant(
         "alpha-of-a-lora",
-        "lora_alpha=rank",
-        "lora_alpha=1",
+        "lora_alpha=rank,\n        target_modules=_shortest_targets",
+        "lora_alpha=1,\n        target_modules=_shortest_targets",
         CONTRACT,
         "exported_lora and flora-linear-float32-autocast",
     ),

@@ -76,6 +76,17 @@ def lora_sb(delta: nn.Module, config) -> Tensor:
     return total
 
 
+def composition(delta: nn.Module, config) -> Tensor:
+    """`Σ_t c_t L_t R_t`, component by component."""
+    total, start = torch.zeros(delta.shape.dims, dtype=torch.float64), 0
+    for c, rank in zip(delta.coefficients.double(), delta.ranks, strict=True):
+        for j in range(start, start + rank):
+            outer = torch.outer(delta.left[:, j].double(), delta.right[j].double().flatten())
+            total = total + c * outer.reshape(delta.shape.dims)
+        start += rank
+    return total
+
+
 def continual_svd(delta: nn.Module, config) -> Tensor:
     """Complements written out as matrices and projectors as `H Hᵀ`, from what the delta keeps."""
     out, *rest = delta.shape.dims

@@ -76,7 +76,6 @@ def test_files_are_complete(method, tmp_path, names):
             assert torch.equal(again.eval()(X), model.eval()(X))
 
 
-@pytest.mark.where(method="injectable")
 @pytest.mark.parametrize("names", PAIRS[:4] + PAIRS[6:8], ids="-".join)
 def test_files_of_injected_adapters_are_complete(method, names):
     model = Net()

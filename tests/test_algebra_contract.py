@@ -59,7 +59,6 @@ def lora_weight(model):
 # ---------------------------------------------------------------------------------------------- start
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 @pytest.mark.typical("settings")
 def test_default_start_is_the_identity_from_which_every_trainable_moves_in_three_steps(method, case, setting):
     model = adapt(method, case, setting, init_weights=True)
@@ -103,8 +102,8 @@ def assert_gradients_equal_the_oracles(model, method, x, tolerance):
     truths = torch.autograd.grad((expected * probe).sum(), leaves.values())
     largest = max(truth.norm() for truth in truths)
     for name, gradient, truth in zip(leaves, gradients, truths, strict=True):
-        # one number's gradient is a sum that cancels, with the rounding errors of all that is summed
-        scale = truth.norm() if truth.numel() > 1 else largest
+        # one or two numbers' gradients are sums that cancel, with the rounding errors of all that is summed
+        scale = truth.norm() if truth.numel() > 2 else largest
         assert (gradient.double() - truth).norm() <= 4 * tolerance * scale, name
 
 

@@ -367,7 +367,6 @@ def test_adapter_that_is_offloaded_itself_refuses_training(tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.feature("torch.compile (inductor)")
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_model_in_bf16_trains_as_the_plain_one(method):
     def losses(compiled):
@@ -392,7 +391,6 @@ def test_compiled_model_in_bf16_trains_as_the_plain_one(method):
 
 
 @pytest.mark.feature("bf16 bases, fp32 or bf16 adapters, autocast")
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 def test_training_under_autocast_follows_training_without(method):
     def losses(enabled):
         model = get_peft_model(llama(), config(method, init_weights=True)).train()

@@ -323,7 +323,6 @@ def test_gradients_are_the_same_with_gradient_checkpointing(method, build, reent
         assert distance(checkpointed[name], gradient) < 1e-4, name
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 def test_training_a_whole_model_lowers_the_loss(method):
     model = wrap(method, init_weights=True, r=8).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)

@@ -72,7 +72,6 @@ def test_default_start_is_the_identity_and_forward_equals_the_dense_oracle(metho
     assert distance(outputs(model, x), base.double() + branch) < kind.rounds
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases")  # LoRA-SB before its gradient start
 def test_adapter_trains_in_floating_point_and_the_base_stays(method, kind):
     model = adapt(method, kind, init_weights=True).train()
     before = codes(model)

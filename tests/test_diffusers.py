@@ -15,7 +15,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a
 
 pytestmark = [
     pytest.mark.feature("diffusers add_adapter"),
-    pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight"),
 ]
 
 

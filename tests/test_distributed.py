@@ -128,7 +128,6 @@ def trained(request, trained_each_way):
     return trained_each_way / request.param.__name__
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
 def test_two_processes_train_as_one_does(method, trained):
     x, y = data()
     model = adapted(method)
@@ -154,7 +153,9 @@ class Rows(torch.utils.data.Dataset):
 def trainer(method, folder, batch_size):
     """A run whose steps take 8 rows, whatever the number of processes."""
     options = {"orthogonality_weight": 0.1, "energy_weight": 0.1} if method.name == "effort" else {}
-    callbacks = [GradientInitCallback(num_batches=2)] if method.name == "lora_sb" else []
+    callbacks = (
+        [GradientInitCallback(num_batches=2, learning_rate="schedule")] if method.name == "lora_sb" else []
+    )
     torch.manual_seed(0)
     config = method.config(target_modules=["q_proj", "v_proj", "down_proj"], seed=0, **options)
     arguments = TrainingArguments(

@@ -20,7 +20,6 @@ from peft_subspace import estimate
 from test_loading import snapshot
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:adapter .* trains in bases"),  # LoRA-SB before its gradient start
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 

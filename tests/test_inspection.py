@@ -278,3 +278,20 @@ def test_library_and_command_line_agree_on_the_lora(tmp_path):
     _, read = peft_subspace.lora_state_dict(read_adapter(tmp_path / "adapter"))
     assert state.keys() == read.keys()
     assert all(torch.equal(state[key], read[key]) for key in state)
+
+
+def test_inspection_is_a_table_and_a_picture_in_a_notebook(tmp_path):
+    base = tmp_path / "base"
+    llama().save_pretrained(base)
+    for name, rank in (("first", 2), ("<other>", 3)):
+        config = peft_subspace.FLoRAConfig(r=rank, target_modules=["q_proj"], init_weights=False)
+        get_peft_model(llama(), config).save_pretrained(tmp_path / name)
+    found = peft_subspace.inspect(tmp_path / "first", tmp_path / "<other>", base=base)
+    rows = len(found.updates)
+    assert rows == 3
+    page = found._repr_html_()
+    assert page.count("<tr>") == 2 * (rows + 1)
+    assert page.count("<svg") == 1
+    assert "<other>" not in page
+    assert str(found).count("q_proj") == 2 * rows
+    assert "overlap" not in str(peft_subspace.inspect(tmp_path / "first", base=base))

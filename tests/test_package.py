@@ -11,15 +11,25 @@ import pytest
 import peft_subspace
 from peft_subspace import continual, developer
 
-CONFIGS = ["ContinualSVDConfig", "EffortConfig", "FLoRAConfig", "LoRASBConfig", "MoSConfig"]
+CONFIGS = [
+    "CompositionConfig",
+    "ContinualSVDConfig",
+    "EffortConfig",
+    "FLoRAConfig",
+    "LoRASBConfig",
+    "MoSConfig",
+]
 FUNCTIONS = [
     "Estimate",
     "GradientInitCallback",
     "NextTaskCallback",
     "RegularizationCallback",
+    "compose",
+    "entropy_loss",
     "estimate",
     "export_lora",
     "initialize_from_gradient",
+    "inspect",
     "load",
     "lora_state_dict",
     "merging",

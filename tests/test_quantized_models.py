@@ -33,7 +33,6 @@ pytestmark = [
     WARNINGS,
     pytest.mark.filterwarnings(
         "ignore:.*pin_memory.*",  # torch's loader, where there is no accelerator
-        "ignore:adapter .* trains in bases",  # LoRA-SB before its gradient start
         "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning",  # PEFT asks for it by this name
         "ignore:Config Deprecation. _default is deprecated:UserWarning",  # torchao says so of any FqnToConfig
     ),

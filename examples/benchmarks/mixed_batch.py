@@ -4,9 +4,9 @@
     python examples/benchmarks/mixed_batch.py --quick    about a minute, width 256
 
 Decoders of 4 layers, width 512 and 2048, with 1, 8, 32 and 100 adapters of rank 16 on all linear layers; 32
-requests of 1, 16 and 64 tokens, the adapters in turn. Continual SVD protects 16 directions, for the bases of
-half of them fit in no memory 32 times. Times are medians of interleaved repeats, ratios are taken repeat by
-repeat, with the smallest and the largest. The peak is that of a process which holds the model with its
+requests of 1, 16 and 64 tokens, the adapters in turn. Continual SVD protects 16 directions, for bases of half
+of them would need 20 GiB for 32 adapters. Times are medians of interleaved repeats; ratios are taken repeat
+by repeat, with the smallest and the largest. The peak is that of a process which holds the model with its
 adapters and runs such batches, above its imports. Expected: half of LoRA's time where the base model alone
 takes less, and at most 1.2 of its memory, but for Continual SVD, whose adapters hold bases.
 """

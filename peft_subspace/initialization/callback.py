@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from torch import nn
@@ -13,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from peft_subspace.initialization.from_gradient import initialize_from_gradient, is_initialized
 from peft_subspace.initialization.loss import LossFunction
 from peft_subspace.initialization.trainer_batches import TrainerBatches
+from peft_subspace.tuner.callers import calls
 
 
 class GradientInitCallback(TrainerCallback):
@@ -86,13 +85,8 @@ class GradientInitCallback(TrainerCallback):
 
 def calling_trainer() -> Trainer | None:
     """The Trainer that is calling a callback, which it does not tell who it is."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None
+    callers = (frame.f_locals.get("self") for frame in calls())
+    return next((caller for caller in callers if isinstance(caller, Trainer)), None)
 
 
 def first_learning_rate(scheduler: Any, default: float, steps: int = 10_000) -> float:

@@ -137,6 +137,22 @@ class LayerKind:
         """Run the layer once with `W + ΔW`."""
         raise NotImplementedError
 
+    def add_each(
+        self,
+        result: Tensor,
+        base: nn.Module,
+        branches: Sequence[Branch],
+        counts: Sequence[int],
+        x: Tensor,
+        cast: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> Tensor:
+        """`add_branch` for several adapters, each on the next `counts` samples of `x`; chains are thin."""
+        counts = list(counts)
+        parts = zip(branches, result.split(counts), x.split(counts), strict=True)
+        return torch.cat(
+            [self.add_branch(r, base, b, cast(part, b.factors[-1].dtype)) for b, r, part in parts]
+        )
+
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
         """A chain as `add_stacked` takes it with others on a first axis; None where each goes by itself."""
         return None

@@ -17,13 +17,35 @@ from peft_subspace.layers.kernels.convolution import convolve_depthwise, convolv
 from peft_subspace.layers.stacked import Form, side_by_side, under_each_other
 
 
-class ConvKind(LayerKind):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
+class _AnyConvKind(LayerKind):
+    """A convolution, transposed or not."""
 
     def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
         super().__init__(shape, has_custom_forward=has_custom_forward)
         # Neighboring pixels say the same: dropping single ones drops nothing, so whole channels are dropped.
         self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
+
+    def convolve(self, base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Convolve with another weight and without bias; the output has the size of another tensor."""
+        raise NotImplementedError
+
+    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+        """Add what autograd makes of one more convolution."""
+        if self._is_single(x):
+            x, grad_output = x[None], grad_output[None]
+        weight = base.weight.detach().float().requires_grad_()
+        with torch.enable_grad():
+            y = self.convolve(base, x.float(), weight, grad_output)
+        (gradient,) = torch.autograd.grad(y, weight, grad_output.float())
+        total.add_(self.from_layout(gradient))
+
+    def _is_single(self, x: Tensor) -> bool:
+        """Whether the input is one sample without a batch axis."""
+        return x.ndim == 1 + len(self.shape.kernel_size)
+
+
+class ConvKind(_AnyConvKind):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
 
     def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
         """Three convolutions beside the layer, one with `ΔW` beside it, or one with `W + ΔW`."""
@@ -73,19 +95,9 @@ class ConvKind(LayerKind):
             y = torch.matmul(stacked[0][:, None], hidden).view(result.shape)
         return (result + y).to(result.dtype)
 
-    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-        """Add what autograd makes of one more convolution."""
-        if self._is_single(x):
-            x, grad_output = x[None], grad_output[None]
-        weight = base.weight.detach().float().requires_grad_()
-        with torch.enable_grad():
-            y = base._conv_forward(x.float(), weight, None)
-        (gradient,) = torch.autograd.grad(y, weight, grad_output.float())
-        total.add_(gradient)
-
-    def _is_single(self, x: Tensor) -> bool:
-        """Whether the input is one sample without a batch axis."""
-        return x.ndim == 1 + len(self.shape.kernel_size)
+    def convolve(self, base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Convolve as the layer does; its output has one size."""
+        return base._conv_forward(x, weight, None)
 
     def _has_slow_gradient(self, base: nn.Module, x: Tensor) -> bool:
         """Whether `convolve_depthwise` is meant for this layer and input."""
@@ -112,15 +124,11 @@ class ConvKind(LayerKind):
         return _add_pointwise(result, x, factors[0]) if joint else (result + x).to(result.dtype)
 
 
-class TransposedConvKind(LayerKind):
+class TransposedConvKind(_AnyConvKind):
     """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`.
 
     The layer stores `(in, out / groups, *kernel)`, of which the update is `(out / groups, in, *kernel)`.
     """
-
-    def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
-        super().__init__(shape, has_custom_forward=has_custom_forward)
-        self.dropout_cls = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[len(shape.kernel_size) - 1]
 
     def from_layout(self, weight: Tensor) -> Tensor:
         """Put the outputs first."""
@@ -150,13 +158,9 @@ class TransposedConvKind(LayerKind):
         y = _convolve_transposed(base, x, kernel.flatten(0, 1), result, len(kernel) * base.groups)
         return (result + under_each_other(y, len(kernel))).to(result.dtype)
 
-    def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-        """Add what autograd makes of one more convolution."""
-        weight = base.weight.detach().float().requires_grad_()
-        with torch.enable_grad():
-            y = _convolve_transposed(base, x.float(), weight, grad_output)
-        (gradient,) = torch.autograd.grad(y, weight, grad_output.float())
-        total.add_(self.from_layout(gradient))
+    def convolve(self, base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Convolve to the size of `like`, of which several are possible."""
+        return _convolve_transposed(base, x, weight, like)
 
 
 def _convolve_transposed(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_subspace.layers.base import Branch
+from peft_subspace.layers.base import Branch, LayerKind
 from peft_subspace.layers.costs import Route
 from peft_subspace.layers.linear import TransposedKind, add_chain
 from peft_subspace.layers.stacked import Form, add_product
@@ -37,6 +37,8 @@ class EmbeddingKind(TransposedKind):
             return result
         padding = (x == base.padding_idx)[..., None]
         return torch.where(padding, result.detach(), result)  # as in the base layer, padding trains nothing
+
+    add_each = LayerKind.add_each
 
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
         """`(out, r)` and `(tokens, r)`, in which an index is a row."""

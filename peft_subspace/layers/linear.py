@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,32 @@ class LinearKind(LayerKind):
             return F.linear(x, weight, base.bias)
         lefts, rights = zip(*pairs, strict=True)
         return update_linear(x, weight, base.bias, torch.cat(lefts, dim=1), torch.cat(rights))
+
+    def add_each(
+        self,
+        result: Tensor,
+        base: nn.Module,
+        branches: Sequence[Branch],
+        counts: Sequence[int],
+        x: Tensor,
+        cast: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> Tensor:
+        """Send each adapter's rows through its factors, in as few calls as possible."""
+        per_sample = count_rows(x) // len(x)
+        sizes = [count * per_sample for count in counts]
+        plain = not torch.is_autocast_enabled(x.device.type)
+        totals = result.reshape(-1, result.shape[-1]).split(sizes)
+        sums = []
+        for branch, total, rows in zip(branches, totals, x.flatten(0, -2).split(sizes), strict=True):
+            first, *rest = branch.factors
+            hidden = rows if rows.dtype == first.dtype else cast(rows, first.dtype)
+            for factor in reversed(rest):
+                hidden = torch.mm(hidden, factor.t())
+            if plain and total.dtype == hidden.dtype == first.dtype:
+                sums.append(torch.addmm(total, hidden, first.t()))
+            else:
+                sums.append((total + torch.mm(hidden, first.t())).to(total.dtype))
+        return torch.cat(sums).view(result.shape)
 
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
         """`(out, r)` and `(r, in)`, if they are smaller than `ΔW`."""

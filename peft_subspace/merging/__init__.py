@@ -5,7 +5,8 @@ from .cutting import ModuleReport
 from .driver import Merge
 from .methods import METHODS, Coefficients, Entries, Factors, register
 from .prepare import merge
-from .sources import Source, open_source
+from .source import Source
+from .sources import open_source
 from .stack import Stack
 
 __all__ = [

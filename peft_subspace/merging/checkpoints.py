@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft_subspace.merging.source import Source
 from peft_subspace.runtime.files import atomic_write
+from peft_subspace.tuner.source import opened
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,53 +35,50 @@ def shards(folder: Path) -> dict[str, Path]:
             f"{folder} has neither an adapter_config.json nor {_ONE}; give the folder of an adapter, or of a "
             "model saved with save_pretrained"
         )
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         return dict.fromkeys(file.keys(), path)
 
 
-def read_tensor(places: dict[str, Path], name: str) -> Tensor:
-    """One tensor of a checkpoint."""
-    with safe_open(places[name], framework="pt") as file:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file."""
+    with opened(path) as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(Source):
     """A full checkpoint as a source: `τ = W − W_0` of all its weights with two axes or more.
 
+    Its `others` are changed tensors with one axis, and those that the base has not.
+
     Attributes:
-        name: What reports and errors call it.
-        modules: Names of the modules that it changes.
-        base: Folder of the base model.
-        others: Changed tensors with one axis, by their names.
         places: Files by tensor.
+        origin: Files of the base by tensor.
     """
 
-    name: str
-    modules: list[str]
-    base: str | None
-    others: dict[str, Tensor]
     places: dict[str, Path] = field(default_factory=dict)
-    embeddings: frozenset[str] = frozenset()
+    origin: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, base: str | Path | None) -> Any:
+    def open(cls, folder: Path, base: str | Path | nn.Module | None) -> Checkpoint:
         """Open a checkpoint beside its base.
 
         Raises:
             ValueError: If no base is given, or a tensor has another shape there.
         """
         places = shards(folder)
-        if base is None:
-            raise ValueError(f"{folder} is a full checkpoint, of which a base is subtracted; give base=")
+        if base is None or isinstance(base, nn.Module):
+            raise ValueError(
+                f"{folder} is a full checkpoint, of which a base is subtracted; give base=FOLDER"
+            )
         origin = shards(Path(base))
         modules, others = [], {}
         for name in places:
             if name not in origin:
-                others[name] = read_tensor(places, name)
+                others[name] = read_tensor(places[name], name)
                 continue
-            ours, theirs = read_tensor(places, name), read_tensor(origin, name)
+            ours, theirs = read_tensor(places[name], name), read_tensor(origin[name], name)
             if ours.shape != theirs.shape:
                 raise ValueError(
                     f"{folder}: {name} has shape {tuple(ours.shape)}, and {tuple(theirs.shape)} in the base "
@@ -93,13 +90,13 @@ class Checkpoint:
                 modules.append(name.removesuffix(".weight"))
             else:
                 others[name] = ours
-        return cls(str(folder), modules, str(base), others, places)
+        return cls(str(folder), modules, str(base), others, places=places, origin=origin)
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """`τ` times the identity: a checkpoint's update has no factors."""
-        origin = shards(Path(str(self.base)))
         name = f"{module}.weight"
-        change = read_tensor(self.places, name).float() - read_tensor(origin, name).float()
+        change, before = (read_tensor(files[name], name).float() for files in (self.places, self.origin))
+        change = change - before
         if len(change) <= change[0].numel():
             return torch.eye(len(change)), change
         columns = change[0].numel()
@@ -119,7 +116,7 @@ def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | 
     for file in sorted(set(places.values())):
         tensors = {}
         for name in sorted(n for n, place in places.items() if place == file):
-            tensor = read_tensor(places, name)
+            tensor = read_tensor(places[name], name)
             change = updates(name.removesuffix(".weight")) if name.endswith(".weight") else None
             if change is not None:
                 tensor = (tensor.float() + change.reshape(tensor.shape)).to(tensor.dtype)

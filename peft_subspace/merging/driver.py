@@ -16,8 +16,9 @@ from peft_subspace.core.validation import invalid
 from peft_subspace.merging.checkpoints import write_merged
 from peft_subspace.merging.cutting import ModuleReport, check_cut, cut
 from peft_subspace.merging.methods import METHODS, Coefficients, Entries, Factors
-from peft_subspace.merging.output import add_lora, write_lora
-from peft_subspace.merging.sources import Source, check_finite
+from peft_subspace.merging.output import add_lora, save_lora
+from peft_subspace.merging.source import Source
+from peft_subspace.merging.sources import check_finite
 from peft_subspace.merging.stack import Stack
 from peft_subspace.runtime.progress import progress as shown
 
@@ -49,7 +50,7 @@ class Merge:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     tile_bytes: int = TILE_BYTES
-    base: str | Path | None = None
+    base: str | Path | nn.Module | None = None
     others: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, ModuleReport] = field(default_factory=dict)
 
@@ -57,6 +58,13 @@ class Merge:
     def modules(self) -> list[str]:
         """Modules that any of the sources changes."""
         return list(dict.fromkeys(module for source in self.sources for module in source.modules))
+
+    def stacks(self) -> Iterator[tuple[str, Stack]]:
+        """Updates of all sources, module by module."""
+        for module in self.modules:
+            with error_context(module):
+                stack, _ = self._stack(module)
+            yield module, stack
 
     def update(self, module: str) -> Tensor:
         """The merged update of one module, `(m, n)` without cutting."""
@@ -98,7 +106,7 @@ class Merge:
             energy: Part of the squared norm to keep in each module, in place of a rank.
         """
         check_cut(rank, energy)
-        write_lora(self, Path(directory), list(self.pairs(rank, energy)))
+        save_lora(self, Path(directory), list(self.pairs(rank, energy)))
 
     def add_to(
         self, model: nn.Module, adapter_name: str, rank: int | None = None, energy: float | None = None
@@ -113,8 +121,8 @@ class Merge:
         Raises:
             ValueError: If no base was given.
         """
-        if self.base is None:
-            raise invalid("base", None, "must be the folder of the base model; give it to merge()")
+        if self.base is None or isinstance(self.base, nn.Module):
+            raise invalid("base", self.base, "must be the folder of the base model; give it to merge()")
         modules = set(self.modules)
         write_merged(
             Path(self.base), Path(directory), lambda name: self.update(name) if name in modules else None

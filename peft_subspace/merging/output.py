@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_subspace.core.names import saved_key
 from peft_subspace.core.validation import invalid
-from peft_subspace.persistence.lora_export import pad
+from peft_subspace.persistence.lora_export import lora_tensors, pad, write_lora
 from peft_subspace.runtime.files import atomic_write
 
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
@@ -40,14 +37,9 @@ def check_others(sources: Iterable[Any], choice: str) -> dict[str, Tensor]:
     return next(iter(found.values()))
 
 
-def write_lora(merge: Any, directory: Path, pairs: Pairs) -> None:
+def save_lora(merge: Any, directory: Path, pairs: Pairs) -> None:
     """Write a LoRA, and a card beside it."""
-    config, state = _lora(merge, pairs)
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / SAFETENSORS_WEIGHTS_NAME) as partial:
-        save_file(state, partial, metadata={"format": "pt"})
-    with atomic_write(directory / CONFIG_NAME) as partial:
-        config.save_pretrained(str(partial.parent))
+    write_lora(directory, *_lora(merge, pairs))
     with atomic_write(directory / "README.md") as partial:
         partial.write_text(card(merge))
 
@@ -75,12 +67,8 @@ def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
     embeddings = {module for source in merge.sources for module in source.embeddings}
     state = dict(merge.others)
     for module, left, right in pairs:
-        key, left, right = saved_key(module), pad(left, 1, rank), pad(right, 0, rank)
-        if module in embeddings:
-            state |= {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
-            continue
-        ones = (1,) * (right.ndim - 2)
-        state |= {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
+        left, right = pad(left, 1, rank), pad(right, 0, rank)
+        state |= lora_tensors(module, left, right, embedding=module in embeddings)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -88,7 +76,7 @@ def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
         base_model_name_or_path=next((s.base for s in merge.sources if s.base), None),
         inference_mode=True,
     )
-    return config, {key: tensor.contiguous() for key, tensor in state.items()}
+    return config, state
 
 
 def card(merge: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.merging.driver import TILE_BYTES, Merge
 from peft_subspace.merging.methods import METHODS
@@ -20,7 +22,7 @@ def merge(
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
     space: Literal["weight", "aligned"] = "weight",
-    base: str | Path | None = None,
+    base: str | Path | nn.Module | None = None,
     seed: int = 0,
     others: str = "error",
     memory: int = TILE_BYTES,
@@ -35,7 +37,7 @@ def merge(
         weights: Weights of the sources; all 1 if None.
         scale: Factor of the merged update.
         space: Where functions of entries work: `"weight"`, or `"aligned"`, KnOTS, whose result has factors.
-        base: Folder of the base model, for checkpoints and `to_model`.
+        base: Folder of the base model, for checkpoints and `to_model`; else it may be the model itself.
         seed: Seed of what methods draw; each module and source has a stream of its own.
         others: What to do where several sources have heads, biases or token rows: `"error"`, `"drop"`, or
             the name of the source whose are kept.

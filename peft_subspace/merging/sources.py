@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_subspace.core.names import in_base
-from peft_subspace.merging.checkpoints import Checkpoint
+from peft_subspace.merging.checkpoints import Checkpoint, read_tensor
+from peft_subspace.merging.source import Source
 from peft_subspace.persistence.lora_export import lora_state_dict
 from peft_subspace.tools.read_adapter import read_adapter
 from peft_subspace.tuner.patterns import look_up
+from peft_subspace.tuner.source import opened
+
+Read = Callable[[], Tensor]
+"""Reads one tensor."""
 
 _NO_FACTORS = {
     "use_dora": "DoRA rescales the weight",
@@ -31,48 +35,27 @@ _NO_FACTORS = {
 
 
 @dataclass
-class Source:
-    """One thing to merge.
-
-    Attributes:
-        name: What reports and errors call it.
-        modules: Names of the modules that it changes.
-        base: Base model that it names, or None.
-        others: What it has besides: heads, biases, token rows.
-        embeddings: Those of the modules that are embeddings.
-    """
-
-    name: str
-    modules: list[str]
-    base: str | None = None
-    others: dict[str, Tensor] = field(default_factory=dict)
-    embeddings: frozenset[str] = frozenset()
-
-    def pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """Factors `(m, r)` and `(r, n, *kernel)` of the update of one module, in fp32."""
-        raise NotImplementedError
-
-
-@dataclass
 class LoRASource(Source):
-    """A LoRA: its tensors by module, and its scalings."""
+    """A LoRA: its config, and functions that read the left and the right factor of each module."""
 
-    tensors: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    scaling: Mapping[str, float] = field(default_factory=dict)
+    config: Any = None
+    readers: Mapping[str, tuple[Read, Read]] = field(default_factory=dict)
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """Factors of one module, the left one scaled."""
-        left, right = (tensor() if callable(tensor) else tensor for tensor in self.tensors[module])
-        return left.float().flatten(1) * self.scaling[module], right.float()
+        left, right = (read() for read in self.readers[module])
+        alpha = look_up(self.config.alpha_pattern or {}, module, self.config.lora_alpha)
+        scaling = alpha / (len(right) ** 0.5 if self.config.use_rslora else len(right))
+        return left.float().flatten(1) * scaling, right.float()
 
 
-def open_source(source: Any, base: str | Path | None = None) -> Source:
+def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Source:
     """Open what is to be merged.
 
     Args:
         source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"` of this
             package, or a pair of model and adapter name.
-        base: Folder of the base model; needed for checkpoints.
+        base: Folder of the base model, needed for checkpoints; for adapters it may be the model itself.
 
     Raises:
         FileNotFoundError: If a folder has neither.
@@ -85,30 +68,39 @@ def open_source(source: Any, base: str | Path | None = None) -> Source:
     if isinstance(source, tuple):
         model, name = source
         config, state = lora_state_dict(model, name)
-        return _of_lora(name, config, {key: (lambda t=tensor: t) for key, tensor in state.items()})
+        return _of_lora(name, config, _held(state))
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
         return Checkpoint.open(folder, base)
     declared = json.loads((folder / CONFIG_NAME).read_text())
     if declared.get("peft_type") != "LORA":
         config, state = lora_state_dict(read_adapter(folder, base))
-        return _of_lora(str(folder), config, {key: (lambda t=tensor: t) for key, tensor in state.items()})
+        return _of_lora(str(folder), config, _held(state))
     config = PeftConfig.from_pretrained(str(folder))
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; pickled tensors are not read")
-    with _opened(path) as file:
+    with opened(path) as file:
         keys = list(file.keys())
-    return _of_lora(str(folder), config, {key: _reader(path, key) for key in keys})
+    return _of_lora(str(folder), config, {key: partial(read_tensor, path, key) for key in keys})
 
 
-def _of_lora(name: str, config: Any, state: Mapping[str, Any]) -> LoRASource:
+def _held(state: Mapping[str, Tensor]) -> dict[str, Read]:
+    """Functions that return tensors that are there."""
+    return {key: partial(_same, tensor) for key, tensor in state.items()}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _of_lora(name: str, config: Any, state: Mapping[str, Read]) -> LoRASource:
     for option, reason in _NO_FACTORS.items():
         if getattr(config, option, None):
             raise ValueError(
                 f"{name}: {option} is set, and {reason}; merge that adapter into its model instead"
             )
-    tensors: dict[str, tuple[Any, Any]] = {}
+    readers: dict[str, tuple[Read, Read]] = {}
     others, embeddings = {}, set()
     for key, read in state.items():
         module, is_lora, part = in_base(key).rpartition(".lora_")
@@ -116,36 +108,11 @@ def _of_lora(name: str, config: Any, state: Mapping[str, Any]) -> LoRASource:
             embeddings.add(module)
         if part in ("A.weight", "embedding_A"):
             left = key.replace(".lora_A.", ".lora_B.").replace("lora_embedding_A", "lora_embedding_B")
-            tensors[module] = (state[left], read)
+            readers[module] = (state[left], read)
         elif not is_lora:
             others[key] = read()
-    scaling = {module: _scaling(config, module, right()) for module, (_, right) in tensors.items()}
     base = getattr(config, "base_model_name_or_path", None)
-    return LoRASource(name, list(tensors), base, others, frozenset(embeddings), tensors, scaling)
-
-
-def _scaling(config: Any, module: str, right: Tensor) -> float:
-    alpha = look_up(config.alpha_pattern or {}, module, config.lora_alpha)
-    rank = right.shape[0]
-    return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
-
-
-def _reader(path: Path, key: str) -> Any:
-    def read() -> Tensor:
-        with _opened(path) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
-
-    return read
+    return LoRASource(name, list(readers), base, others, frozenset(embeddings), config, readers)
 
 
 def check_finite(source: Source, factors: tuple[Tensor, Tensor]) -> None:

@@ -14,7 +14,6 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_subspace.core.names import in_base
@@ -24,7 +23,7 @@ from peft_subspace.persistence.read_config import read_config
 from peft_subspace.tuner.apart import read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
-from peft_subspace.tuner.source import incomplete
+from peft_subspace.tuner.source import opened
 from peft_subspace.tuner.state import check_updates, is_optional, mismatched, values_checked
 
 
@@ -99,23 +98,20 @@ def check_adapter(
         )
     apart = read_apart(plan.updates_by_key(model), folder, config.frozen_file)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    try:
-        with safe_open(path, framework="pt") as file:
-            in_file = {_mapped(key, key_mapping or {}): key for key in file.keys()}  # noqa: SIM118
-            found = {key: tuple(file.get_slice(name).get_shape()) for key, name in in_file.items()}
-            needed = {key for key in expected if key in found or not is_optional(key)} - set(apart)
-            expected = {key: expected[key] for key in needed}
-            others = {key: shape for key, shape in found.items() if key not in expected}
-            expected |= _other_state(model, config, others)
-            if ignore_mismatched_sizes:
-                for key in mismatched(plan.by_key(model), expected, found):
-                    del expected[key]
-            check_shapes(expected, found)
-            state = {key: file.get_tensor(in_file[key]) for key in expected}
-            check_state(expected, state)
-            check_updates(plan, model, state | apart)
-    except SafetensorError as error:
-        raise incomplete(path, error) from error
+    with opened(path) as file:
+        in_file = {_mapped(key, key_mapping or {}): key for key in file.keys()}  # noqa: SIM118
+        found = {key: tuple(file.get_slice(name).get_shape()) for key, name in in_file.items()}
+        needed = {key for key in expected if key in found or not is_optional(key)} - set(apart)
+        expected = {key: expected[key] for key in needed}
+        others = {key: shape for key, shape in found.items() if key not in expected}
+        expected |= _other_state(model, config, others)
+        if ignore_mismatched_sizes:
+            for key in mismatched(plan.by_key(model), expected, found):
+                del expected[key]
+        check_shapes(expected, found)
+        state = {key: file.get_tensor(in_file[key]) for key in expected}
+        check_state(expected, state)
+        check_updates(plan, model, state | apart)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,18 @@ def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str 
     """
     config, state = lora_state_dict(model, adapter_name)
     folder = Path(save_directory)
+    write_lora(folder, config, state)
+    if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
+        write_card(folder.parent, model.peft_config[adapter_name])
+
+
+def write_lora(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
+    """Write config and tensors of a LoRA."""
     state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     with atomic_write(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
         save_file(state, partial, metadata={"format": "pt"})
     with atomic_write(folder / CONFIG_NAME) as partial:
         config.save_pretrained(str(partial.parent))
-    if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
-        write_card(folder.parent, model.peft_config[adapter_name])
 
 
 def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> str | None:
@@ -127,14 +132,19 @@ def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]
 
 def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     """The two factors under PEFT's keys, in the shapes of the LoRA layers that PEFT builds."""
-    key = saved_key(name)
-    if isinstance(layer.kind, EmbeddingKind):
-        return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
     if isinstance(layer, ParameterLayer) and layer.kind.shape.kernel_size:
         # PEFT keeps rank and experts in one axis: in A expert by expert, in B rank by rank.
         left = left[..., None].expand(-1, -1, right.shape[-1]).flatten(1)
-        return {f"{key}.lora_A.weight": right.movedim(-1, 0).flatten(0, 1), f"{key}.lora_B.weight": left}
-    ones = (1,) * len(layer.kind.shape.kernel_size)
+        right = right.movedim(-1, 0).flatten(0, 1)
+    return lora_tensors(name, left, right, embedding=isinstance(layer.kind, EmbeddingKind))
+
+
+def lora_tensors(module: str, left: Tensor, right: Tensor, *, embedding: bool) -> dict[str, Tensor]:
+    """Factors `(out, r)` and `(r, in, *kernel)` under PEFT's keys, in the shapes of its LoRA layers."""
+    key = saved_key(module)
+    if embedding:
+        return {f"{key}.lora_embedding_A": right, f"{key}.lora_embedding_B": left}
+    ones = (1,) * (right.ndim - 2)
     return {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left.reshape(*left.shape, *ones)}
 
 

@@ -13,13 +13,10 @@ _SMALLEST = 1e-8
 """Part of the largest singular value below which a value is a rounding error and is left out."""
 
 
-def save_plot(
-    path: str | Path, updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap] | None = None
-) -> None:
-    """Draw the singular values of each module's update and, for two adapters, heat maps of their overlap.
+def draw_plot(updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap] | None = None) -> Any:
+    """Figure of the singular values of each module's update and, for two adapters, of their overlap.
 
     Args:
-        path: File to write; its suffix names the format, as in `"adapter.png"`.
         updates: Updates by module name.
         overlaps: Overlaps by module name; a heat map has a row for each kind of module and a column for each
             block.
@@ -39,7 +36,14 @@ def save_plot(
     _draw_spectra(axes[0], updates)
     for part, chart in zip(maps, axes[1:], strict=True):
         _draw_overlap(figure, chart, part, {name: getattr(o, part) for name, o in (overlaps or {}).items()})
-    figure.savefig(path)
+    return figure
+
+
+def save_plot(
+    path: str | Path, updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap] | None = None
+) -> None:
+    """Write the figure of `draw_plot` into a file, whose suffix names the format, as in `"adapter.png"`."""
+    draw_plot(updates, overlaps).savefig(path)
 
 
 def _draw_spectra(chart: Any, updates: Mapping[str, LayerUpdate]) -> None:

@@ -10,9 +10,10 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from peft_subspace.persistence.loading import adapter_folder, check_adapter, read_config
-from peft_subspace.tools.skeleton import skeleton_from, wrap
+from peft_subspace.tools.skeleton import skeleton_from, skeleton_of, wrap
 from peft_subspace.tuner.apart import named_in, read_apart
 from peft_subspace.tuner.lean import layers_by_key
 
@@ -30,12 +31,13 @@ _HEADS = ("classifier", "score")
 """Names of classifier heads in models of transformers."""
 
 
-def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
+def read_adapter(path: str | Path, base: str | Path | nn.Module | None = None) -> PeftModel:
     """Put a saved adapter on a base model without weights; only the config of the base model is needed.
 
     Args:
         path: Folder of the adapter, or its id on the Hub.
-        base: Folder or id of the base model; by default the one that the adapter's config names.
+        base: Folder or id of the base model, or the model itself, of which nothing is changed; by default the
+            one that the adapter's config names.
 
     Raises:
         FileNotFoundError: If the folder has no config or no safetensors file.
@@ -44,11 +46,14 @@ def read_adapter(path: str | Path, base: str | Path | None = None) -> PeftModel:
     """
     folder = adapter_folder(str(path), {})
     config = read_config(folder / CONFIG_NAME)
-    base = base or config.base_model_name_or_path
-    if not base:
+    base = config.base_model_name_or_path if base is None else base
+    if isinstance(base, nn.Module):
+        skeleton = skeleton_of(base)
+    elif base:
+        options = _labels(folder) | ({"revision": config.revision} if config.revision else {})
+        skeleton = skeleton_from(base, _architecture(config), **options)
+    else:
         raise ValueError(f"{path} does not name its base model; give it (--base)")
-    options = _labels(folder) | ({"revision": config.revision} if config.revision else {})
-    skeleton = skeleton_from(base, _architecture(config), **options)
     model = wrap(skeleton, check_adapter(skeleton, folder))
     model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
     # With assign=True the file's tensors replace those on the meta device; PEFT would copy into the latter.

@@ -36,7 +36,7 @@ class FirstStep:
             self._end()
             return
         self.ran.add(layer)
-        if result.requires_grad:
+        if result.requires_grad:  # of what a layer has computed, never of a parameter
             result.register_hook(lambda gradient: self.reached.add(layer))
 
     def _end(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,7 +52,12 @@ def ignores_mismatched_sizes() -> bool:
 
 def _running(function: Callable[..., Any]) -> FrameType | None:
     """Innermost call of a function that has not returned yet."""
+    return next((frame for frame in calls() if frame.f_code is function.__code__), None)
+
+
+def calls() -> Iterator[FrameType]:
+    """Calls that have not returned yet, from the innermost outwards."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not function.__code__:
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame

@@ -120,7 +120,8 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> AdapterHolder:
         """Set the mode of training; what is kept is of adapters that do not train."""
-        self.kept = Kept()
+        if mode or self.training:
+            self.kept = Kept()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterHolder:

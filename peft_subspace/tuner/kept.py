@@ -1,8 +1,8 @@
 """What a tuner layer keeps of its adapters from one mixed batch to the next.
 
-An adapter's chain is either stacked with those of others, scaled and multiplied up into the form that its
-kind of layer takes (`LayerKind.stackable`), or, if it consists of the adapter's own tensors, kept as it is,
-which takes no memory. All others are computed in each batch.
+An adapter's chain is stacked with those of others, multiplied up into the form that its kind of layer takes
+(`LayerKind.stackable`), as long as memory allows. Else it is kept as it is, if all but a small part of it are
+the adapter's own tensors, and computed in each batch if it is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import nbytes
+from peft_subspace.core.chain import narrowest_rank
 from peft_subspace.core.delta import Delta, Update
+from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.base import Branch, has_hooks
 from peft_subspace.layers.stacked import Form, fitting, stack
 
@@ -25,6 +27,9 @@ GROWTH = 1.2
 Where LoRAs of the same ranks would be larger than the adapters, this many times as large as with those.
 Adapters beyond the bound are applied one after another. It may be set, before the first mixed batch.
 """
+
+_SMALL = 0.125
+"""Part of a chain's bytes that may be computed where the rest is the adapter's own tensors."""
 
 Stamps = tuple[tuple[int, int, int], ...] | None
 
@@ -49,24 +54,18 @@ class Kept:
     Attributes:
         states: All adapters that have been looked at, as they were.
         places: Positions in `stacked` of the adapters that are in it.
-        stacked: Chains of several adapters, scaled.
-        chains: Chains that consist of an adapter's own tensors, not scaled.
+        stacked: Chains of several adapters.
+        branches: Adapters by themselves.
     """
 
     states: Mapping[str, State] = field(default_factory=dict)
     places: Mapping[str, int] = field(default_factory=dict)
     stacked: Form = ()
-    chains: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         """Copies and files of a model begin with nothing kept."""
         return Kept, ()
-
-    def branch(self, layer: Any, name: str) -> Branch:
-        """One adapter at work."""
-        if name not in self.chains:
-            return layer.branch(name)
-        return Branch.scaled(self.chains[name], layer.scaling[name], None)
 
 
 def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
@@ -118,32 +117,42 @@ def _stamp(module: nn.Module) -> Stamps:
 
 
 def _renewed(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
-    states, chains, forms, own = {}, {}, {}, 0
+    states: dict[str, State] = {}
+    branches: dict[str, Branch] = {}
+    forms: dict[str, Form] = {}
     for name in names:
         delta = layer.initialized_delta(name)
         states[name] = state = _state(delta, layer.scaling[name], memo)
-        if not _can_be_kept(delta, state):
-            continue
-        device = state.held[0].device.type
-        with torch.autocast(device, enabled=False):
-            chain = delta(layer.read_weight)
-            form = layer.kind.stackable(Branch.scaled(chain, state.scaling, None).factors)
-        if form is not None:
-            forms[name] = form
-        addresses = {tensor.untyped_storage().data_ptr() for tensor in state.held}
-        if all(factor.untyped_storage().data_ptr() in addresses for factor in chain):
-            chains[name] = chain
-        own += sum(tensor.nbytes for tensor in (*delta.parameters(), *delta.buffers()))
+        if _can_be_kept(delta, state):
+            with torch.autocast(state.held[0].device.type, enabled=False):
+                branch = Branch.scaled(delta(layer.read_weight), state.scaling, None)
+                form = layer.kind.stackable(branch.factors)
+            if form is not None:
+                branches[name], forms[name] = branch, form
+    lora = {name: _lora_bytes(layer.kind.shape, branch) for name, branch in branches.items()}
+    extra = {name: _extra_bytes(branch, states[name]) for name, branch in branches.items()}
+    own = sum(tensor.nbytes for name in forms for tensor in layer.deltas[name].state_dict().values())
     base = nbytes(layer.base_weight.stored)
-    lora = sum(tensor.nbytes for form in forms.values() for tensor in form)
-    room = GROWTH * (base + max(own, lora)) - base - own
+    cheap = {name for name in branches if extra[name] <= lora[name] * _SMALL}
+    room = GROWTH * (base + max(own, sum(lora.values()))) - base - own - sum(extra[name] for name in cheap)
     chosen = fitting(forms, room)
     return Kept(
         states,
         {name: place for place, name in enumerate(chosen)},
         stack([forms[name] for name in chosen]),
-        {name: chain for name, chain in chains.items() if name not in chosen},
+        {name: branches[name] for name in branches if name in cheap and name not in chosen},
     )
+
+
+def _lora_bytes(shape: WeightShape, branch: Branch) -> int:
+    rank = narrowest_rank(branch.factors)
+    return rank * (shape.out_features + shape.columns) * branch.factors[0].itemsize
+
+
+def _extra_bytes(branch: Branch, state: State) -> int:
+    """Bytes of a branch's factors that are not the adapter's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in state.held}
+    return sum(f.nbytes for f in branch.factors if f.untyped_storage().data_ptr() not in own)
 
 
 def _state(delta: Update, scaling: float, memo: dict[int, Stamps]) -> State:
@@ -154,6 +163,11 @@ def _state(delta: Update, scaling: float, memo: dict[int, Stamps]) -> State:
 
 
 def _can_be_kept(delta: Update, state: State) -> bool:
-    """Whether the chain depends on the tensors of `state` alone, and these are at hand."""
+    """Whether the chain depends on the tensors of `state` alone, and these are at hand.
+
+    FSDP and DataParallel put tensors in the place of parameters that the modules do not know as such.
+    """
+    if not (state.stamps and isinstance(delta, Delta)) or has_hooks(delta):
+        return False
     plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in state.held)
-    return bool(state.stamps) and plain and isinstance(delta, Delta) and not has_hooks(delta)
+    return plain and not any(isinstance(value, Tensor) for m in state.modules for value in vars(m).values())

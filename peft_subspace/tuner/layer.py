@@ -21,6 +21,7 @@ from peft_subspace.tuner import merging, mixed_batch
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
 from peft_subspace.tuner.holder import AdapterHolder
+from peft_subspace.tuner.mixed_forward import forward_mixed_batch
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -44,7 +45,7 @@ class SubspaceLayer(AdapterHolder):
         self.parameter_name = target.parameter_name
         self.quantization_backend = target.backend
         self.base_weight = BaseWeight(self, target.parameter_name, target.backend)
-        self.is_read, self.is_called = target.is_read, target.is_called
+        self.is_read = target.is_read
         keep_codes(target.module)
         for name in getattr(target.module, "__constants__", ()):  # models read some, such as a stride
             if not hasattr(type(self), name):
@@ -89,7 +90,7 @@ class SubspaceLayer(AdapterHolder):
         """Run the base layer and add the active adapters, or one adapter per sample in a mixed batch."""
         batch = self._mixed_batch
         if batch is not None:
-            return mixed_batch.forward_mixed_batch(self, batch, x, args, kwargs)
+            return forward_mixed_batch(self, batch, x, args, kwargs)
         branches = self._branches()
         if not branches:
             return self.base_layer(x, *args, **kwargs)
@@ -110,14 +111,25 @@ class SubspaceLayer(AdapterHolder):
             ValueError: In a batch with one adapter per sample: all samples share one weight.
             RuntimeError: If the weight is offloaded: its module fetches it too late to be updated.
         """
+        self.refuse_mixed_batch("where the model itself computes with a weight")
+        branches = self._branches()
+        return self.add_updates(branches) if branches else self.base_weight.stored
+
+    def add_updates(self, branches: list[Branch]) -> Tensor:
+        """`W` plus the updates of some branches, as the base layer stores it."""
+        return self.noted(updated_weight(self.base_weight.stored, self.kind, branches))
+
+    def refuse_mixed_batch(self, where: str) -> None:
+        """Raise in a batch with one adapter per sample.
+
+        Raises:
+            ValueError: Saying where that cannot be.
+        """
         if self._mixed_batch is not None:
             raise ValueError(
-                f"adapter_names cannot be used where the model itself computes with {self.parameter_name!r}: "
-                "it is one weight for all samples of a batch; run the samples of each adapter by themselves"
+                f"adapter_names cannot be used {where}: {self.parameter_name!r} is one weight for all "
+                "samples of a batch; run the samples of each adapter by themselves"
             )
-        branches = self._branches()
-        stored = self.base_weight.stored
-        return self.noted(updated_weight(stored, self.kind, branches)) if branches else stored
 
     @property
     def _mixed_batch(self) -> mixed_batch.MixedBatch | None:

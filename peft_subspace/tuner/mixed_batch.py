@@ -13,9 +13,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_subspace.layers.costs import picks_adapters
-from peft_subspace.layers.stacked import select
-from peft_subspace.tuner.kept import Kept, Stamps, keep
+from peft_subspace.tuner.kept import Stamps
 
 
 @dataclass
@@ -148,80 +146,3 @@ def _pass_adapter_names(
         return None
     names = batch.names_for(len(args[0])) if args else batch.names
     return args, {**kwargs, "adapter_names": names}
-
-
-@torch.compiler.disable
-def forward_mixed_batch(
-    layer: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]
-) -> Tensor:
-    """Run the base layer of a tuner layer once, and each sample's adapter on its rows.
-
-    Samples of one adapter are put together, and adapters that are stacked in a row go through one product.
-
-    Raises:
-        ValueError: If adapters are merged, or there is not one name for each sample.
-    """
-    if layer.merged:
-        raise ValueError(
-            "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
-        )
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(batch.names_for(len(x))):
-        rows.setdefault(name, []).append(row)
-    result = layer.base_layer(x, *args, **kwargs)
-    here = [name for name in rows if name in layer.deltas]
-    if not here:
-        return result
-    steady = [name for name in here if not _gets_gradient(layer, name)]
-    kept = keep(layer, steady, batch.stamps)
-    groups = _groups({n: kept.places[n] for n in steady if n in kept.places}, here, rows, x.device)
-    order = [row for group in groups for name in group for row in rows[name]]
-    order += [row for name in rows if name not in layer.deltas for row in rows[name]]
-    sorts = order != sorted(order)
-    if sorts:
-        x, result = x[batch.index(order, x.device)], result[batch.index(order, result.device)]
-    parts, start = [], 0
-    for group in groups:
-        stop = start + sum(len(rows[name]) for name in group)
-        parts.append(
-            _add(layer, kept if group[0] in steady else Kept(), group, result[start:stop], x[start:stop])
-        )
-        start = stop
-    result = torch.cat([*parts, result[start:]]) if start < len(order) or len(parts) > 1 else parts[0]
-    return result[batch.index(_inverse(order), result.device)] if sorts else result
-
-
-def _groups(
-    places: dict[str, int], names: list[str], rows: dict[str, list[int]], device: torch.device
-) -> list[list[str]]:
-    """Adapters that go through one product: stacked ones, with as many rows each; any other one by itself."""
-    groups: list[list[str]] = []
-    for name in sorted(names, key=lambda n: (n not in places, len(rows[n]), places.get(n, 0))):
-        last = groups[-1][-1] if groups else ""
-        joins = name in places and last in places and len(rows[name]) == len(rows[last])
-        if joins and (places[name] == places[last] + 1 or picks_adapters(device.type)):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
-
-
-def _add(layer: Any, kept: Kept, group: list[str], result: Tensor, x: Tensor) -> Tensor:
-    base = layer.get_base_layer()
-    if group[0] not in kept.places:
-        branch = kept.branch(layer, group[0])
-        return layer.kind.add_branch(result, base, branch, layer.cast(x, branch.factors[-1].dtype))
-    stacked = select(kept.stacked, [kept.places[name] for name in group])
-    return layer.kind.add_stacked(result, base, stacked, layer.cast(x, stacked[-1].dtype))
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
-
-
-def _gets_gradient(layer: Any, name: str) -> bool:
-    """Whether a gradient is to pass through an adapter, which what is kept cannot."""
-    if not torch.is_grad_enabled():
-        return False
-    delta = layer.deltas[name]
-    return any(p.requires_grad for module in (delta, *delta._shared) for p in module.parameters())

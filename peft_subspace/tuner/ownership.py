@@ -24,8 +24,6 @@ def admit(name: Any, configs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it has a dot, or `nn.ModuleDict` itself has an attribute of this name.
     """
-    others = [getattr(config, "number", -1) for other, config in configs.items() if other != name]
-    configs[name].number = max(others, default=-1) + 1
     if (
         not isinstance(name, str)
         or not name
@@ -37,6 +35,8 @@ def admit(name: Any, configs: Mapping[str, Any]) -> None:
             f"adapter_name={name!r} cannot be the name of a module in torch; choose one without dots that is "
             "no attribute of nn.ModuleDict"
         )
+    others = [getattr(config, "number", -1) for other, config in configs.items() if other != name]
+    configs[name].number = max(others, default=-1) + 1
 
 
 def update_starts(model: nn.Module, layer_cls: Any, attribute: str, names: Iterable[str]) -> tuple[str, ...]:

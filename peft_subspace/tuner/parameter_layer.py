@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peft_subspace.layers.base import updated_weight
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.target import Target
 
@@ -59,15 +58,11 @@ class ParameterLayer(SubspaceLayer):
             ValueError: In a batch with one adapter per sample: the samples share one call of the module.
             RuntimeError: If the parameter is offloaded: its module fetches it too late to be updated.
         """
-        if self._mixed_batch is not None:
-            raise ValueError(
-                f"adapter_names cannot be used with target_parameters: {self.parameter_name!r} is one weight "
-                "for all samples of a batch; run the samples of each adapter by themselves"
-            )
+        self.refuse_mixed_batch("with target_parameters")
         branches = self._branches()
         if not branches:
             return self.base_layer(*args, **kwargs)
-        weight = self.noted(updated_weight(self.base_weight.stored, self.kind, branches))
+        weight = self.add_updates(branches)
         if not self._lists:
             return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
         with _replaced(self._lists, self.get_base_layer(), self.base_weight.stored, weight):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -26,11 +28,8 @@ def check_source(folder: Path, model: nn.Module, modules_to_save: list[str] | No
         return
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; save the adapter with save_pretrained")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = [f".{base_name(key)}" for key in file.keys()]  # noqa: SIM118
-    except SafetensorError as error:
-        raise incomplete(path, error) from error
+    with opened(path) as file:
+        found = [f".{base_name(key)}" for key in file.keys()]  # noqa: SIM118
     for tensor in _tensors_of(model, tuple(modules_to_save or ())):
         if not any(key.endswith(f".{tensor}") for key in found):
             raise ValueError(
@@ -38,9 +37,20 @@ def check_source(folder: Path, model: nn.Module, modules_to_save: list[str] | No
             )
 
 
-def incomplete(path: Path, error: SafetensorError) -> ValueError:
-    """Error for a file that is cut off, or none of safetensors."""
-    return ValueError(f"{path} is not a complete safetensors file ({error}); download or save it again")
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: If it is cut off, or none of safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); download or save it again"
+        ) from error
 
 
 def _tensors_of(model: nn.Module, ends: tuple[str, ...]) -> Iterator[str]:

@@ -62,7 +62,7 @@ class StateHooks(BaseTuner):
             path, found, tensor = key.rpartition(f"{container}.{adapter_name}.")
             if found and (not path or path.endswith(".")):
                 return state.saved_key(f"{path}{container}.{tensor}", attribute)
-        return key
+        return key.replace(f".modules_to_save.{adapter_name}.", ".modules_to_save.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -28,7 +28,6 @@ class Target:
         backend: PEFT's backend if the weight is quantized.
         is_parameter: Whether the module is called as it is, with an updated parameter.
         is_read: Whether the model is known to compute with the weight by itself.
-        is_called: Whether the module is called, as far as is known.
         part_of: Name of the targeted module that is adapted by its parts, of which this is one.
     """
 
@@ -38,7 +37,6 @@ class Target:
     backend: Any
     is_parameter: bool = False
     is_read: bool = False
-    is_called: bool = True
     part_of: str | None = None
 
     @property
@@ -49,6 +47,11 @@ class Target:
     def get_base_layer(self) -> nn.Module:
         """The module, as a tuner layer gives it."""
         return self.module
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The module inside a tuner layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def analyze_module(module: nn.Module, **backend_kwargs: Any) -> Target:
@@ -62,7 +65,7 @@ def analyze_module(module: nn.Module, **backend_kwargs: Any) -> Target:
         TypeError: If no method can adapt layers of this type.
         ValueError: If the layer has no weight yet, or groups that do not divide its channels.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = without_adapters(module)
     backend = quantization_of(base, **backend_kwargs)
     kind = kind_of(base, sizes=quantized_sizes(base) if backend else None)
     if kind.has_custom_forward and computed_weight(base, "weight") is not None:
@@ -90,7 +93,7 @@ def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Targe
             "the model reads this weight, which is quantized, and never calls the layer, so an adapter would "
             "have no effect; load the base model unquantized, or exclude the module with exclude_modules"
         )
-    return replace(target, is_read=read and target.backend is None, is_called=called or not read)
+    return replace(target, is_read=read and target.backend is None)
 
 
 def analyze_parameter(owner: nn.Module, name: str) -> Target:

@@ -19,7 +19,13 @@ from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.parameter_layer import ParameterLayer
 from peft_subspace.tuner.places import surroundings
-from peft_subspace.tuner.target import Target, analyze_module, analyze_parameter, analyze_use
+from peft_subspace.tuner.target import (
+    Target,
+    analyze_module,
+    analyze_parameter,
+    analyze_use,
+    without_adapters,
+)
 
 DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
     "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
@@ -52,7 +58,7 @@ def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tu
                     f"{module_name}.{name}: it is parametrized, and a parametrization makes it anew at every "
                     "use; name the module in target_modules, or remove the parametrization before"
                 )
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = without_adapters(module)
         for name, _ in base.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             if full_name in targets or full_name.endswith(endings):
@@ -139,8 +145,7 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
             try:
                 target = analyze_module(module, **backend_kwargs)
             except UnknownLayerError:
-                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                parts = _analyze_parts(name, base)
+                parts = _analyze_parts(name, without_adapters(module))
                 if not parts:
                     raise
                 yield from parts.items()

@@ -1,0 +1,205 @@
+"""Learned merges: coefficients of adapters, of three granularities, that train with and without labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.func import functional_call
+from transformers import Trainer, TrainingArguments
+
+import peft_subspace
+from layers import distance
+from methods import METHODS
+from peft_subspace.merging import merge
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(6, 8)
+        self.other = nn.ModuleDict({"layer": nn.Linear(8, 8)})  # its name ends as the first one's
+        self.conv = nn.Conv1d(8, 4, 3, padding=1)
+
+    def forward(self, input_ids, labels=None):
+        y = self.other["layer"](self.layer(input_ids).tanh())
+        logits = self.conv(y[..., None])[..., 0]
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits} if loss is not None else {"logits": logits}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A LoRA, a FLoRA and a MoS, of different ranks and modules, in folders."""
+    configs = {
+        "lora": LoraConfig(r=3, target_modules=["layer", "conv"], init_lora_weights=False),
+        "flora": peft_subspace.FLoRAConfig(
+            r=2, target_modules=["^layer", "conv"], init_weights=False, seed=1
+        ),
+        "mos": peft_subspace.MoSConfig(target_modules="layer|other.layer", init_weights=False, seed=2),
+    }
+    folders = []
+    for name, config in configs.items():
+        torch.manual_seed(3)
+        get_peft_model(Network(), config).save_pretrained(tmp_path / name)
+        folders.append(tmp_path / name)
+    return folders
+
+
+def composed(sources, **options):
+    return peft_subspace.compose(Network(), sources, **options)
+
+
+def coefficients(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def summed(sources, weights):
+    """Outputs of the base model plus `Σ w_t τ_t`."""
+    merged = merge(sources, weights=weights, base=Network())
+    state = Network().state_dict()
+    for module in merged.modules:
+        key = f"{module}.weight"
+        state[key] = state[key] + merged.update(module).reshape(state[key].shape)
+    return functional_call(Network(), state, (X,))["logits"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(X)["logits"]
+
+
+@pytest.mark.parametrize("per", ["task", "module", "component"])
+def test_composition_is_the_weighted_sum_of_what_the_folders_hold(per, sources):
+    model = composed(sources, per=per)
+    assert torch.equal(logits(model), Network()(X)["logits"])
+    weights = [0.7, -0.4, 1.3]
+    for module in model.modules():
+        if hasattr(module, "ranks"):
+            shares = [[w] * r for w, r in zip(weights, module.spec.ranks, strict=True)]
+            values = weights if per != "component" else [w for share in shares for w in share]
+            held = module._shared[0] if per == "task" else module
+            held.coefficients.data.copy_(torch.tensor(values))
+    assert distance(logits(model), summed(sources, weights)) < 1e-5
+    counts = {"task": 3, "module": 9, "component": sum(p.numel() for p in coefficients(model).values())}
+    assert sum(p.numel() for p in coefficients(model).values()) == counts[per]
+
+
+@pytest.mark.parametrize("per", ["task", "module"])
+def test_gradient_of_a_coefficient_is_the_inner_product_of_gradient_and_update(per, sources):
+    model = composed(sources, per=per, start=0.3)
+    loss = model(X)["logits"].square().sum()
+    loss.backward()
+    merged = merge(sources, weights=[0.3] * 3, base=Network())
+    state = {name: p.detach().clone().requires_grad_() for name, p in Network().state_dict().items()}
+    added = {
+        f"{m}.weight": state[f"{m}.weight"] + merged.update(m).reshape(state[f"{m}.weight"].shape)
+        for m in merged.modules
+    }
+    functional_call(Network(), {**state, **added}, (X,))["logits"].square().sum().backward()
+    expected = {}
+    for module, stack in merged.stacks():
+        gradient = state[f"{module}.weight"].grad.flatten(1)
+        expected[module] = torch.stack([(gradient * stack.dense(t)).sum() for t in range(len(stack))])
+    deltas = {m.spec.name: m for m in model.modules() if hasattr(m, "ranks")}
+    assert set(deltas) == set(expected)
+    if per == "task":
+        found = next(iter(deltas.values()))._shared[0].coefficients.grad
+        assert distance(found, sum(expected.values())) < 1e-5
+    else:
+        for name, delta in deltas.items():
+            assert distance(delta.coefficients.grad, expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("per", ["task", "module", "component"])
+def test_composition_trains_is_saved_loaded_and_exported(per, sources, tmp_path):
+    model = composed(sources, per=per)
+    optimizer = torch.optim.AdamW(coefficients(model).values(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(X, labels=torch.arange(5) % 4)["loss"].backward()
+        optimizer.step()
+    assert distance(logits(model), Network()(X)["logits"]) > 1e-3
+    model.save_pretrained(tmp_path / "composed")
+    again = peft_subspace.load(Network(), tmp_path / "composed")
+    assert torch.equal(logits(again), logits(model))
+    peft_subspace.export_lora(model, tmp_path / "exported")
+    lora = PeftModel.from_pretrained(Network(), tmp_path / "exported")
+    assert distance(logits(lora), logits(model)) < 1e-5
+    assert distance(logits(model.merge_and_unload()), logits(again)) < 1e-5
+
+
+def test_adapters_of_all_methods_are_composed(tmp_path):
+    folders, expected = [], 0.0
+    for method in METHODS:
+        config = method.config(target_modules="layer|conv", init_weights=False, seed=1)
+        get_peft_model(Network(), config).save_pretrained(tmp_path / method.name)
+        folders.append(tmp_path / method.name)
+    model = composed(folders, start=0.1)
+    expected = summed(folders, [0.1] * len(folders))
+    assert distance(logits(model), expected) < 1e-4
+    assert model.peft_config["default"].adapters == [str(folder) for folder in folders]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return {"input_ids": X[i]} | ({"labels": i % 4} if self.labels else {})
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize("labels", [False, True])
+def test_trainer_lowers_the_entropy_without_labels_and_the_loss_with_them(labels, sources, tmp_path):
+    model = composed(sources, per="module", start=0.3)
+
+    @torch.no_grad()
+    def value():
+        if labels:
+            return float(model(X, labels=torch.arange(5) % 4)["loss"])
+        return float(peft_subspace.entropy_loss(model(X)))
+
+    before = value()
+    arguments = TrainingArguments(
+        tmp_path, max_steps=10, learning_rate=0.05, report_to=[], disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False, logging_strategy="no", save_strategy="no",
+    )  # fmt: skip
+    options = {} if labels else {"compute_loss_func": peft_subspace.entropy_loss}
+    Trainer(model, arguments, train_dataset=Rows(labels), **options).train()
+    assert value() < before
+
+
+def test_entropy_is_that_of_the_predictions():
+    values = torch.randn(4, 3, dtype=torch.float64)
+    p = values.softmax(-1)
+    expected = sum(-(q * q.log()).sum() for q in p) / 4
+    assert torch.isclose(peft_subspace.entropy_loss({"logits": values}).double(), expected, rtol=1e-5)
+    uniform = peft_subspace.entropy_loss(torch.zeros(2, 7, 8))
+    assert torch.isclose(uniform, torch.tensor(8.0).log())
+
+
+def test_bad_input_is_refused_before_the_model_is_touched(sources):
+    with pytest.raises(ValueError, match=r"per='layer'.* must be one of"):
+        composed(sources, per="layer")
+    with pytest.raises(TypeError, match="start"):
+        composed(sources, start="high")
+    model = composed(sources)
+    with pytest.raises(ValueError, match=r"adapter_name='default' exists"):
+        peft_subspace.compose(model, sources)
+    peft_subspace.compose(model, sources[:1], adapter_name="two")
+    assert model.active_adapter == "two"
+
+
+def test_training_what_was_never_composed_warns():
+    config = peft_subspace.CompositionConfig(r=2, target_modules=["conv"])
+    model = get_peft_model(Network(), config).train()
+    with pytest.warns(UserWarning, match="coefficients of random factors"):
+        model(X)
