@@ -37,7 +37,7 @@ MIB = 2**20
 
 def decoder(*, quick: bool) -> nn.Module:
     """Decoder on the meta device: of the 1B shape, or a small one."""
-    big = {
+    big: dict[str, Any] = {
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_hidden_layers": 16,
@@ -46,7 +46,12 @@ def decoder(*, quick: bool) -> nn.Module:
         "vocab_size": 128_256,
         "tie_word_embeddings": True,
     }
-    small = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 1000}
+    small: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "vocab_size": 1000,
+    }
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**(small if quick else big)))
     return model.to(torch.bfloat16)

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.tuner.frozen_file import file_name, find, read
 from peft_subspace.tuner.lean import frozen_tensors, tensors_of, training_updates
-from peft_subspace.tuner.source import incomplete
+from peft_subspace.tuner.source import opened
 from peft_subspace.tuner.weight_start import WeightStarts
 
 logger = getLogger("peft_subspace")
@@ -83,11 +82,8 @@ def _frozen_path(folder: Path, digest: str) -> Path:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise incomplete(path, error) from error
+    with opened(path) as file:
+        return file.metadata() or {}
 
 
 def compute_again(layers: Mapping[str, Any], adapter_name: str, config: Any) -> dict[str, Tensor]:

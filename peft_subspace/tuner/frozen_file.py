@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.runtime.files import atomic_write
-from peft_subspace.tuner.source import incomplete
+from peft_subspace.tuner.source import opened
 
 TRAINING_FOLDER = "_training"  # a Trainer that uploads its folder leaves out names with this first letter
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -71,11 +70,9 @@ def read(path: Path, expected: Mapping[str, Tensor], digest: str | None = None) 
         ValueError: If the file is damaged, or its tensors are other ones.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             check_shapes(dict(expected), {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
             state = {key: file.get_tensor(key) for key in expected}
-    except SafetensorError as error:
-        raise incomplete(path, error) from error
     except ValueError as error:
         raise ValueError(f"{path} does not fit: {error}") from error
     check_state(dict(expected), state)
