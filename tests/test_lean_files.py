@@ -152,7 +152,7 @@ def test_transformers_trains_on_as_well(tmp_path):
     again.load_adapter(str(tmp_path), is_trainable=True)
     for delta, wanted in zip(deltas(again), deltas(model), strict=True):
         assert all(torch.equal(getattr(delta, name), getattr(wanted, name)) for name in delta.training_only)
-    assert distance(logits(again), logits(model)) < 1e-6
+    assert distance(logits(again), logits(model)) < 1e-5
 
 
 def test_adapter_of_other_directions_is_not_trained_on(tmp_path):
@@ -193,7 +193,7 @@ def test_file_of_version_1_on_a_lean_adapter_is_projected(tmp_path):
     for parameter in parameters(lean):
         parameter.data.zero_()
     lean.load_adapter(str(tmp_path / "whole"), "default")
-    assert distance(logits(lean), logits(model)) < 1e-6
+    assert distance(logits(lean), logits(model)) < 1e-5
 
 
 def test_lean_adapters_add_up(tmp_path):

@@ -430,7 +430,7 @@ def test_config_of_an_older_version_loads_with_the_defaults_of_what_it_lacks(sav
     """As a release before this one may have written it: only what sets this adapter apart."""
     wanted = peft_subspace.load(base_model(), saved)(X)
     fields = json.loads((saved / CONFIG).read_text())
-    kept = {"peft_type", "target_modules", *method.options}
+    kept = {"peft_type", "target_modules", "format_version", "initialized", *method.options}
     old = {name: value for name, value in fields.items() if name in kept}
     (saved / CONFIG).write_text(json.dumps({**old, "peft_subspace_version": "0.0.1"}))
     for load in (peft_subspace.load, PeftModel.from_pretrained):
