@@ -2,7 +2,8 @@
 
 from .core.delta import Delta, Update
 from .core.shapes import ModuleSpec, WeightShape
-from .tuner.config import DropoutConfig, ScaledConfig, SubspaceConfig
+from .tuner.branch_config import DropoutConfig, ScaledConfig
+from .tuner.config import SubspaceConfig
 from .tuner.layer import SubspaceLayer
 from .tuner.model import SubspaceModel
 

@@ -45,8 +45,8 @@ def flora_entries(core: Tensor, modes: list[Tensor], scale: float) -> Tensor:
 
 
 def flora_scale(config) -> float:
-    if config.scale is not None:
-        return config.scale
+    if config.alpha is None:
+        return config.scaling
     return config.alpha / (config.r if isinstance(config.r, int) else config.r[0])
 
 
@@ -73,7 +73,12 @@ def lora_sb(delta: nn.Module, config) -> Tensor:
     total = B.new_zeros([len(B), *A.shape[1:]])
     for a, b in product(range(len(R)), repeat=2):
         total = total + R[a, b] * torch.tensordot(B[:, a], A[b], dims=0)
-    return total
+    return as_fast_as_lora(config, len(B), R.numel()) * total
+
+
+def as_fast_as_lora(config, out: int, squared_speed: float) -> float:
+    """Number by which an update is scaled to move as LoRA does: `8 · out · in · 1/(3 in)` in its square."""
+    return (8 * out / 3 / squared_speed) ** 0.5 if config.scaling == "auto" else config.scaling
 
 
 def composition(delta: nn.Module, config) -> Tensor:
@@ -113,7 +118,12 @@ def continual_svd(delta: nn.Module, config) -> Tensor:
         else:
             total = keeps["U"] @ trained.pop("B") @ trained.pop("A") @ keeps["V"]
     assert not trained, f"tensors that are not in the equation: {sorted(trained)}"
-    return total.reshape(out, *rest)
+    allowed = m * n - (m * k + n * k - k * k)  # numbers that the constraint leaves free
+    allowed += {"both": 0, "input": n * k - k * k, "output": m * k - k * k}.get(
+        config.constraint, m * k + n * k - 2 * k * k
+    )
+    allowed *= 1 if config.r is None else config.r / n
+    return as_fast_as_lora(config, m, allowed) * total.reshape(out, *rest)
 
 
 def _complement(kept: Tensor, k: int) -> Tensor:

@@ -151,7 +151,7 @@ def test_random_start_is_confined_and_counts_as_documented(constraint, r):
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_whole_complement_reaches_every_allowed_update(constraint):
     def check(shape, preserve):
-        model = adapted(linear(*shape), preserve=preserve, constraint=constraint)
+        model = adapted(linear(*shape), preserve=preserve, constraint=constraint, scaling="paper")
         layer = only(model)
         rows = []  # the update that each single trained number makes
         for parameter in trainables(model):

@@ -114,8 +114,8 @@ def test_file_of_continual_svd_follows_its_published_formula(r, preserve):
     """The formula is in the module's docstring and in the model card."""
     m, n, k = 6, 5, preserve
     config = peft_subspace.ContinualSVDConfig(r=r, preserve=preserve, target_modules=["layer"])
-    numbers = r * (m + n) if r else (m - k) * (n - k)
-    numbers += m * min(k, m - k) + n * min(k, n - k) + 6
+    whole = (m - k) * (n - k) + m * min(k, m - k) + n * min(k, n - k)
+    numbers = (r * (m + n) if r else whole) + 6
     assert estimate(Net(nn.Linear(n, m)), config).total.tensor_bytes == 4 * numbers
 
 

@@ -187,7 +187,7 @@ def test_with_all_ranks_private_it_is_plain_lora():
 
 def test_pure_sharing_gives_all_modules_of_a_group_one_update():
     options = {"private_r": 0, "equivalent_r": 2, "shards_per_vector": 1, "pair_dissociation": False}
-    for model in (adapted(r=6, **options), adapted(subset_selection=False, alpha=16, **options)):
+    for model in (adapted(r=6, alpha=16, **options), adapted(subset_selection=False, alpha=16, **options)):
         pool_a, pool_b = pools_under(delta_of(model, "0.mlp.up_proj"))
         scaling = 16 / model.peft_config["default"].r
         for name, layer in layers_of(model).items():

@@ -36,6 +36,7 @@ FUNCTIONS = [
     "prepare_for_ddp",
     "push_to_hub",
     "regularization_loss",
+    "save_with_shared_bases",
 ]
 
 

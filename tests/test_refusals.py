@@ -155,7 +155,8 @@ def test_tensors_that_are_refused_change_nothing(method, saved, damage):
         assert_same(model, before)
     set_peft_model_state_dict(model, good, "one")
     state = get_peft_model_state_dict(model, adapter_name="one")
-    assert all(torch.equal(state[key], tensor) for key, tensor in good.items())
+    # what is projected again is the same but for rounding
+    torch.testing.assert_close({key: state[key] for key in good}, good, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("other", [{"r": 1}, {"target_modules": ["first"], "rank_pattern": {"first": 1}}])

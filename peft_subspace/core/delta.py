@@ -39,8 +39,8 @@ ReadWeight = Callable[[], Tensor]
 class Update(nn.Module, ABC):
     """Tensors of one adapter on one weight, and the update `ΔW` that they make of it.
 
-    Parameters train; buffers are frozen, persistent, and stay fp32 when the module is cast to less. An update
-    knows nothing of adapter names, base layers, devices, quantization or PEFT.
+    Parameters train; buffers are frozen, persistent, and stay fp32 in casts to less. An update knows nothing
+    of adapter names, base layers, devices, quantization or PEFT.
 
     Args:
         config: Configuration of the method.
@@ -54,12 +54,12 @@ class Update(nn.Module, ABC):
         full_precision: Names of parameters that stay fp32 as well.
         combinations: What `add_weighted_adapter` can make of several such updates, exactly.
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
-        initialized: Whether the tensors come from a file or from data, so that nothing replaces them unasked.
+        initialized: Whether the tensors are from a file or from data, so that nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
         training_only: Names of the buffers that only further training needs; None in a lean update.
         penalty_weights: Weights of the loss terms by name.
-        penalized_at: Version of the parameters that a gradient of the loss terms has last reached, -1 once
-            the step after it is over, None if there never was one.
+        penalized_at: Version of the parameters that a gradient of the loss terms reached last; -1 after that
+            step, None before any.
     """
 
     reads_weight: bool = False
@@ -73,8 +73,7 @@ class Update(nn.Module, ABC):
     def __init__(self, config: Any, spec: ModuleSpec) -> None:
         super().__init__()
         self.spec, self.shape = spec, spec.shape
-        self.initialized: bool = config.initialized
-        self.frozen: bool = config.frozen
+        self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
         self.training_only: tuple[str, ...] = ()
@@ -93,7 +92,7 @@ class Update(nn.Module, ABC):
         return (self.update(weight),)
 
     def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
-        """The chain; called as a module, so that hooks which fetch the tensors from elsewhere run."""
+        """The chain; called as a module, so that hooks which fetch the tensors run."""
         return self.chain(weight)
 
     def register_frozen(self, name: str, tensor: Tensor, *, training_only: bool) -> None:
@@ -110,11 +109,9 @@ class Update(nn.Module, ABC):
         """Return tensors that make the same update without those for training, given all by name."""
         return {name: tensor for name, tensor in state.items() if name not in self.training_only}
 
-    @torch.no_grad()
     def make_lean(self) -> None:
         """Forget what only training needs; the update stays what it is, bit for bit."""
-        for name, tensor in self.inference_state(self.state_dict()).items():
-            getattr(self, name).copy_(tensor)
+        self.load_state_dict(self.inference_state(self.state_dict()), strict=False)
         self.drop_training_buffers()
 
     def drop_training_buffers(self) -> None:
@@ -129,6 +126,10 @@ class Update(nn.Module, ABC):
     def reset_from_weight(self, weight: Tensor) -> None:
         """Initialize from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
+
+    def speed(self, config: Any) -> float | None:
+        """Norm by which AdamW's first step moves `ΔW`, per learning rate (`speed.py`); None if unknown."""
+        return None
 
     def can_do_without_weight(self, config: Any) -> bool:
         """Whether the base weight may be left out: it has a substitute, and was not asked for."""

@@ -154,10 +154,10 @@ def complete(
 
 
 def drop_unfilled(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> None:
-    """Make those updates on the meta device lean that tensors handed over can only fill so."""
+    """Make those updates lean that nothing has filled yet, and that tensors handed over can only fill so."""
     for start, update in updates.items():
-        whole = all(f"{start}{name}" in state for name in update.training_only)
-        if not whole and any(parameter.is_meta for parameter in update.parameters()):
+        lacking = [n for n in update.training_only if f"{start}{n}" not in state and not update.lean]
+        if any(t.is_meta or (t.numel() > 0 and not t.any()) for t in map(update.get_buffer, lacking)):
             update.drop_training_buffers()
 
 

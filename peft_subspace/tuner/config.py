@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.speed import scaling_as_fast_as_lora
+from peft_subspace.core.validation import check_count, invalid
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
@@ -62,6 +64,9 @@ class SubspaceConfig(PeftConfig):
         bias: `"none"`, `"all"`, or the method's own `"…_only"` to train the biases of the adapted modules.
         init_weights: `True` for the method's default initialization, the name of another one, or `False` for
             one that changes the output (useful in tests).
+        scaling: Factor `s` before the update. `"auto"` takes, from shapes alone, the one with which AdamW
+            moves the update as fast as PEFT's LoRA with its defaults, so that LoRA's learning rates fit;
+            where this is unknown it is 1. `"paper"` is the authors' constant. Files of version 0.1 keep it.
         seed: Seed of this adapter's random initialization; `None` follows `torch.manual_seed` without drawing
             from the global generator.
         initialized: Written by the library, into files alone: the tensors are there, so that nothing is
@@ -79,7 +84,7 @@ class SubspaceConfig(PeftConfig):
     init_choices: ClassVar[tuple[str, ...]] = ()
     bounded_rank: ClassVar[bool] = False
     """Whether the rank of a weight limits `r`, which is lowered to it there."""
-    values_of_sums: ClassVar[Mapping[str, Any]] = {}
+    values_of_sums: ClassVar[Mapping[str, Any]] = {"scaling": 1.0}
     """Fields that the result of `add_weighted_adapter` has at a value of its own."""
     on_save: ClassVar[list[Callable[[Path, SubspaceConfig], None]]] = []
     """Called, with the folder, when a config has been saved."""
@@ -99,6 +104,7 @@ class SubspaceConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
+    scaling: float | str = field(default="auto", kw_only=True)
     seed: int | None = field(default=None)
     initialized: bool = field(default=False, kw_only=True, repr=False, compare=False)
     frozen_file: str | None = field(default=None, kw_only=True, repr=False, compare=False)
@@ -110,6 +116,8 @@ class SubspaceConfig(PeftConfig):
         self.source = callers.folder_of_config()
         self.peft_type = peft_type(self.peft_type_name)
         self.peft_subspace_version = self.peft_subspace_version or VERSION
+        if self.format_version == 1 and self.scaling == "auto":
+            self.scaling = "paper"
         check_common_fields(self, FORMAT_VERSION, VERSION)
         for key, rank in check_patterned(self, "rank_pattern"):
             self.check_rank(f"rank_pattern[{key!r}]", rank)
@@ -160,9 +168,11 @@ class SubspaceConfig(PeftConfig):
         """Rank of one module: its entry in `rank_pattern`, else `r`."""
         return look_up(self.rank_pattern, module_name, self.r)
 
-    def scaling_for(self, module_name: str) -> float:
-        """Factor before the update of one module."""
-        return 1.0
+    def scaling_for(self, update: Update) -> float:
+        """Factor before the update of one module: `scaling`, or what that stands for."""
+        if self.scaling == "auto":
+            return scaling_as_fast_as_lora(update.shape, update.speed(self))
+        return 1.0 if self.scaling == "paper" else float(self.scaling)
 
     def spec_for(self, module_name: str, shape: WeightShape) -> ModuleSpec:
         """What the config asks for on one weight.
@@ -191,53 +201,3 @@ class SubspaceConfig(PeftConfig):
             with error_context(name):
                 specs[name] = self.spec_for(name, shape)
         return specs
-
-
-@dataclass
-class DropoutConfig(SubspaceConfig):
-    """Fields of methods whose branch has dropout on its input.
-
-    Args:
-        dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
-    """
-
-    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
-
-    dropout: float = field(default=0.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("dropout", self.dropout, minimum=0.0, maximum=1.0)
-        if self.dropout and self.target_parameters:
-            raise invalid(
-                "dropout",
-                self.dropout,
-                "needs the input of a layer, and target_parameters are updated without it; set dropout=0",
-            )
-
-
-@dataclass
-class ScaledConfig(DropoutConfig):
-    """Fields of methods whose branch has a tunable scaling, too.
-
-    Args:
-        alpha: Numerator of the scaling `alpha / r`.
-        alpha_pattern: `alpha` of single modules, by name or regular expression.
-    """
-
-    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "alpha_pattern": {}}
-
-    alpha: float = field(default=8)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alpha", self.alpha)
-        for key, alpha in check_patterned(self, "alpha_pattern"):
-            check_number(f"alpha_pattern[{key!r}]", alpha)
-
-    def scaling_for(self, module_name: str) -> float:
-        """`alpha / r` of one module, patterns applied; `r` as configured, before any lowering."""
-        rank = self.rank_for(module_name)
-        rank = rank if isinstance(rank, int) else rank[0]
-        return look_up(self.alpha_pattern, module_name, self.alpha) / rank

@@ -41,7 +41,7 @@ def create_adapter(
     dropout = getattr(config, "dropout", 0.0)
     if dropout and layer.kind.dropout_cls is not None:
         layer.dropouts[adapter_name] = layer.kind.dropout_cls(dropout)
-    layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = config.scaling_for(spec.name)
+    layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = config.scaling_for(delta)
     layer._move_adapter_to_device_of_base_layer(adapter_name)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
-from peft_subspace.tuner.config import DropoutConfig, written_by_library
+from peft_subspace.tuner.branch_config import DropoutConfig
+from peft_subspace.tuner.config import written_by_library
 from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.patterns import look_up
 

@@ -67,19 +67,19 @@ class ContinualSVDDelta(Delta):
         self.low_rank, core = spec.rank > 0, config.constraint == "core"
         m, n, k = spec.shape.out_features, spec.shape.columns, spec.directions
         self.sides: dict[str, Side] = {}
-        for name, size in (("U", m), ("V", n)):
-            if name in PROTECTED[config.constraint]:
-                reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
-                self.sides[name] = Side(size, k, reflects)
-                kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
-                self.register_frozen(name, kept, training_only=self.low_rank)
+        for name in PROTECTED[config.constraint]:
+            size = m if name == "U" else n
+            reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
+            self.sides[name] = Side(size, k, reflects)
+            kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
+            self.register_frozen(name, kept, training_only=self.low_rank)
         sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
         if core:
             sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}
+        self.reach = sum(a * b for a, b in sizes.values())
         if self.low_rank:
-            pairs = ("1", "2") if core else ("",)
             shapes = {"B": (m, spec.rank), "A": (spec.rank, n)}
-            sizes = {f"{x}{i}": shape for i in pairs for x, shape in shapes.items()}
+            sizes = {f"{x}{i}": shape for i in ("12" if core else ("",)) for x, shape in shapes.items()}
         for name, shape in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
@@ -92,8 +92,8 @@ class ContinualSVDDelta(Delta):
 
     def inference_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the factors outside the protected directions; those of a lean update already are."""
-        dtype = self.fingerprint.dtype  # of the bases, also where a trainer has stored parameters in less
-        kept = {name: tensor.to(dtype) for name, tensor in super().inference_state(state).items()}
+        # In the precision of the bases, also where a trainer has stored parameters in less.
+        kept = {n: t.to(self.fingerprint.dtype) for n, t in super().inference_state(state).items()}
         for name, side in CONFINED.items():
             if name in kept and state.get(side) is not None:
                 kept[name] = self.sides[side].outside(state[side], kept[name], rows=side == "V")
@@ -128,6 +128,10 @@ class ContinualSVDDelta(Delta):
                 parameter.data.normal_(std=self.shape.columns**-0.5, generator=generator)
             else:
                 parameter.data.zero_()
+
+    def speed(self, config: ContinualSVDConfig) -> float:
+        """Return `√p` of the `p` dimensions that the constraint allows; `A` spans `r / n` of them."""
+        return (self.reach * (self.spec.rank / self.shape.columns if self.low_rank else 1)) ** 0.5
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular directions of the weight as those to protect."""

@@ -40,7 +40,10 @@ class EffortConfig(SubspaceConfig):
 
     peft_type_name: ClassVar[str] = "EFFORT"
     bounded_rank: ClassVar[bool] = True
-    values_of_sums: ClassVar[Mapping[str, Any]] = {"orthogonality_weight": 0.0}
+    values_of_sums: ClassVar[Mapping[str, Any]] = {
+        **SubspaceConfig.values_of_sums,
+        "orthogonality_weight": 0.0,
+    }
 
     r: int = field(default=1)
     orthogonality_weight: float = field(default=0.0)

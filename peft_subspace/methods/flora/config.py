@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_counts, check_number, invalid
-from peft_subspace.tuner.config import ScaledConfig
+from peft_subspace.tuner.branch_config import ScaledConfig
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,17 @@ class FLoRAConfig(ScaledConfig):
             (`target_parameters`) are one more mode in the place of the kernel: `[in, out, experts]`.
         kernel_r: Rank of the kernel modes of a convolution, one for all or a list, or of the mode of stacked
             experts; `None` for full size.
-        alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering).
-        scale: The scaling itself, in place of `alpha / r`.
+        alpha: Numerator of the scaling `alpha / r` (of a list, `r[0]`, before any lowering), as LoRA has it;
+            `None` leaves that to `scaling`.
+        scale: Name of `scaling` in files of version 0.1.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
         init_weights: Initialization of the factors and of the core, of which one is zero, so that the update
-            is. The three of the authors have a core of zeros, and factors from U(-1/√rank, 1/√rank)
-            (`"kaiming_uniform"`, the default, `True`), N(0, 1/(2 · rank)) (`"kaiming_normal"`) or N(0, 0.02²)
-            (`"normal"`, for AdamW at a learning rate of about 1e-2: its gradients, products of all other
-            factors, are too small for SGD and for bf16 adapters). `"zero_output"` starts the output's factor
-            at zero, as LoRA does, and draws all else from N(0, 1/fan_in), so that every factor of the chain
-            keeps the variance of its input, whatever the width; it takes LoRA's learning rates. Compared in
-            examples/benchmarks/flora_inits.py and quality.py. `False` starts nothing at zero.
+            is. `"zero_output"`, the default, `True`, starts the output's factor at zero, as LoRA does, and
+            draws all else from N(0, 1/fan_in), so that every factor of the chain keeps the variance of its
+            input, whatever the width; it takes LoRA's learning rates. The three of the authors have a core of
+            zeros, and factors from U(-1/√rank, 1/√rank) (`"kaiming_uniform"`), N(0, 1/(2 · rank))
+            (`"kaiming_normal"`) or N(0, 0.02²) (`"normal"`). Compared in examples/benchmarks/flora_inits.py
+            and quality.py. `False` starts nothing at zero.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -55,28 +54,25 @@ class FLoRAConfig(ScaledConfig):
 
     peft_type_name: ClassVar[str] = "FLORA"
     init_choices: ClassVar[tuple[str, ...]] = ("kaiming_uniform", "kaiming_normal", "normal", "zero_output")
-    values_of_sums: ClassVar[Mapping[str, Any]] = {"dropout": 0.0, "alpha_pattern": {}, "scale": 1.0}
+    values_of_sums: ClassVar[Mapping[str, Any]] = {**ScaledConfig.values_of_sums, "scale": None}
 
     r: int | list[int] = field(default=8)
     kernel_r: int | list[int] | None = field(default=None)
     scale: float | None = field(default=None)
 
     def __post_init__(self) -> None:
+        if self.scale is not None:
+            check_number("scale", self.scale)
+            self.scaling = self.scale
         super().__post_init__()
         if self.kernel_r is not None:
             check_counts("kernel_r", self.kernel_r)
-        if self.scale is not None:
-            check_number("scale", self.scale)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Accept a whole number, or a list of at least two."""
         if isinstance(rank, list | tuple) and len(rank) < 2:
             raise invalid(name, rank, "must have a rank for each mode, [in, out, *kernel], or be one number")
         check_counts(name, rank)
-
-    def scaling_for(self, module_name: str) -> float:
-        """`scale` if set, else `alpha / r` of one module."""
-        return super().scaling_for(module_name) if self.scale is None else self.scale
 
     def spec_for(self, module_name: str, shape: WeightShape) -> FLoRASpec:
         """Ranks of all modes, none above its dimension.

@@ -50,20 +50,25 @@ class FLoRADelta(Delta):
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw the factors and the core; one of them starts at zero, unless `init_weights` is False."""
-        axes = (1, 0, *range(2, self.core.ndim))  # of the modes, in the weight
-        for axis, factor in zip(axes, self.mode_factors, strict=True):
+        start = "zero_output" if init_weights is True else init_weights
+        # Modes begin with `in, out`, the axes of the weight with `out, in`.
+        for axis, factor in zip((1, 0, *range(2, self.core.ndim)), self.mode_factors, strict=True):
             dim, rank = factor.shape
-            if init_weights in ("kaiming_uniform", True):
+            if start == "kaiming_uniform":
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
                 keeping = 1.0 if axis == self.shape.lookup_axis else dim**-0.5
                 stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
-                factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
-        if init_weights in (False, "zero_output"):
-            fan_in = self.core.numel() // self.core.shape[1] if init_weights else 1
+                factor.data.normal_(0.0, stds.get(start, (2 * rank) ** -0.5), generator=generator)
+        if start in (False, "zero_output"):
+            fan_in = self.core.numel() // self.core.shape[1] if start else 1
             self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
-        if init_weights is not False:
-            (self.mode_factor_1 if init_weights == "zero_output" else self.core).data.zero_()
+        if start is not False:
+            (self.mode_factor_1 if start == "zero_output" else self.core).data.zero_()
+
+    def speed(self, config: FLoRAConfig) -> float | None:
+        """Return `√(m r)`; unknown for the authors' starts, which take other rates than the rule says."""
+        return self.mode_factor_1.numel() ** 0.5 if config.init_weights in (True, "zero_output") else None
 
     @classmethod
     def concatenate(cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]) -> Combined:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft_subspace.core.validation import check_flag
-from peft_subspace.tuner.config import DropoutConfig
+from peft_subspace.tuner.branch_config import DropoutConfig
 
 
 @dataclass

@@ -63,6 +63,10 @@ class LoRASBDelta(Delta):
         else:
             self.R.data.zero_()
 
+    def speed(self, config: LoRASBConfig) -> float:
+        """Return `√(r²)`: the bases keep lengths."""
+        return float(len(self.R))
+
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular vectors of the weight as bases, LoRA-XS; `R` stays zero."""
         U, _, Vh = truncated_svd(weight.flatten(1), len(self.R), exact=self.exact_svd)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_flag, invalid
-from peft_subspace.tuner.config import ScaledConfig
+from peft_subspace.tuner.branch_config import ScaledConfig
 from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.patterns import look_up
 
@@ -37,7 +37,7 @@ class MoSConfig(ScaledConfig):
         pair_dissociation: Whether the shards of both factors are chosen independently.
         group_pattern: Group of single modules, by name or regular expression, in place of their type: the
             name without its numbers, such as `layers.self_attn.q_proj`. Shapes are kept apart in any case.
-        alpha: Numerator of the scaling `alpha / r`.
+        alpha: Numerator of the scaling `alpha / r`, as LoRA has it; `None` leaves that to `scaling`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
         init_weights: `True` starts pool A at random, uniform in ±1/√(input width), and pool B at zero, so
             that the update is zero too. `False` starts pool B at random as well.
@@ -54,6 +54,7 @@ class MoSConfig(ScaledConfig):
     """
 
     peft_type_name: ClassVar[str] = "MOSHARDS"
+    paper_alpha: ClassVar[float] = 16
 
     r: int = field(default=16)
     equivalent_r: int = field(default=4)
@@ -62,7 +63,6 @@ class MoSConfig(ScaledConfig):
     subset_selection: bool = field(default=True)
     pair_dissociation: bool = field(default=True)
     group_pattern: dict[str, str] = field(default_factory=dict)
-    alpha: float = field(default=16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
