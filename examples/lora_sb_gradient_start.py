@@ -58,7 +58,7 @@ def adapted(**fields: object) -> PeftModel:
 def loss_after_training(model: PeftModel, **settings: object) -> float:
     """Train, and return the mean loss of the last steps."""
     arguments = TrainingArguments(
-        OUTPUT, max_steps=options.steps, learning_rate=1e-2, warmup_steps=0.1, per_device_train_batch_size=16,
+        OUTPUT, max_steps=options.steps, learning_rate=3e-3, warmup_steps=0.1, per_device_train_batch_size=16,
         logging_steps=5, save_strategy="no", report_to="none",
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer, **settings)

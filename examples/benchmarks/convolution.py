@@ -101,7 +101,7 @@ def measure(conv: nn.Conv2d, size: tuple[int, ...], rank: int, batch: int, repea
     """Median seconds of the frozen layer, and median ratios of the adapted forms to it and to each other."""
     conv = copy.deepcopy(conv).requires_grad_(False)
     conv._forward_hooks.clear()
-    config = FLoRAConfig(r=rank, target_modules=["0"])
+    config = FLoRAConfig(r=rank, scaling="paper", init_weights="kaiming_uniform", target_modules=["0"])
     layers = {
         "base": conv,
         "authors": AuthorsForm(copy.deepcopy(conv), rank),

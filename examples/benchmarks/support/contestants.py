@@ -174,28 +174,39 @@ CONTESTANTS = {
     "flora": Contestant(
         "FLoRA",
         (1e-3, 3e-3, 1e-2),
-        lambda targets, r: peft_subspace.FLoRAConfig(r=r, target_modules=targets),
+        lambda targets, r: peft_subspace.FLoRAConfig(
+            r=r, init_weights="kaiming_uniform", scaling="paper", target_modules=targets
+        ),
     ),
     "flora-zero": Contestant(
         "FLoRA from an output of zero",
         (1e-3, 3e-3, 1e-2),
-        lambda targets, r: peft_subspace.FLoRAConfig(r=r, init_weights="zero_output", target_modules=targets),
+        lambda targets, r: peft_subspace.FLoRAConfig(
+            r=r, init_weights="zero_output", scaling="paper", target_modules=targets
+        ),
     ),
     "flora-all": Contestant(
         "FLoRA on all convolutions",
         (1e-3, 3e-3, 1e-2),
         # grouped ones too, which the others cannot adapt
-        lambda targets, r: peft_subspace.FLoRAConfig(r=r, target_modules=rf"{targets}|.*\.convolution"),
+        lambda targets, r: peft_subspace.FLoRAConfig(
+            r=r,
+            init_weights="kaiming_uniform",
+            scaling="paper",
+            target_modules=rf"{targets}|.*\.convolution",
+        ),
     ),
     "mos": Contestant(
         "MoS",
         (1e-3, 3e-3, 1e-2),
-        lambda targets, e: peft_subspace.MoSConfig(r=4 * e, equivalent_r=e, target_modules=targets),
+        lambda targets, e: peft_subspace.MoSConfig(
+            r=4 * e, equivalent_r=e, scaling="paper", target_modules=targets
+        ),
     ),
     "lora-sb": Contestant(
         "LoRA-SB",
         (3e-3, 1e-2, 3e-2),
-        lambda targets, r: peft_subspace.LoRASBConfig(r=r, target_modules=targets),
+        lambda targets, r: peft_subspace.LoRASBConfig(r=r, scaling="paper", target_modules=targets),
         after=_start_lora_sb,
     ),
     "effort": Contestant(
@@ -206,6 +217,8 @@ CONTESTANTS = {
     "continual-svd": Contestant(
         "Continual SVD",
         (1e-3, 3e-3, 1e-2),
-        lambda targets, r: peft_subspace.ContinualSVDConfig(r=r, preserve=0.5, target_modules=targets),
+        lambda targets, r: peft_subspace.ContinualSVDConfig(
+            r=r, preserve=0.5, scaling="paper", target_modules=targets
+        ),
     ),
 }

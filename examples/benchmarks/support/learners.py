@@ -98,7 +98,9 @@ def _osf(base: nn.Module, preserve: float) -> nn.Module:
 
 def _continual_svd(r: int | None) -> Callable[[nn.Module, float], nn.Module]:
     def start(base: nn.Module, preserve: float) -> nn.Module:
-        config = peft_subspace.ContinualSVDConfig(r=r, preserve=preserve, target_modules=TARGETS)
+        config = peft_subspace.ContinualSVDConfig(
+            r=r, preserve=preserve, scaling="paper", target_modules=TARGETS
+        )
         return peft.get_peft_model(base, config)
 
     return start

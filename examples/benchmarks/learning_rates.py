@@ -1,0 +1,141 @@
+"""Accuracy against the learning rate, of PEFT's default LoRA and of every method with its own defaults.
+
+    python examples/benchmarks/learning_rates.py                        digits, about half an hour on 2 cores
+    python examples/benchmarks/learning_rates.py --data FOLDER --tasks trec6 cifar10 [--decoder DIRECTORY]
+
+One start of each method for each rate, all as its config's defaults have it and, with `--before`, with the
+constants of the authors. Training stops when validation has not improved for two looks; schedules and rows are
+those of `quality.py` with three times the steps, and heads train with the rate that is best for the head
+alone. The question: is the rate that is best for LoRA within one point of each method's own best? An
+interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import peft
+
+import peft_subspace as ps
+import quality
+import timing
+from claims import kind_of, markdown
+from support import graded, trial
+from support.contestants import CONTESTANTS, Contestant
+from support.results import Results
+from support.task import Sizes
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+HEAD_RATES = {"trec6": 1e-1, "agnews": 1e-1, "cifar10": 3e-3, "digits": 1e-2, "bbcnews": 1e-1}
+"""Rates that `quality.py` found best for the head alone."""
+
+CONFIGS: dict[str, Any] = {
+    "LoRA": peft.LoraConfig,
+    "FLoRA": ps.FLoRAConfig,
+    "MoS": ps.MoSConfig,
+    "LoRA-SB": ps.LoRASBConfig,
+    "Continual SVD": ps.ContinualSVDConfig,
+    "Continual SVD, r=16": lambda **options: ps.ContinualSVDConfig(r=16, **options),
+    "Effort": ps.EffortConfig,
+}
+PAPER: dict[str, Any] = {"FLoRA": {"scaling": "paper", "init_weights": "kaiming_uniform"}, "LoRA": {}}
+
+
+def contestant(name: str, *, before: bool) -> Contestant:
+    """A method with its defaults, or with the constants of its authors."""
+    options = PAPER.get(name, {"scaling": "paper"}) if before else {}
+    make = CONFIGS[name]
+    made = Contestant(name, RATES[:3], lambda targets, _: make(target_modules=targets, **options))
+    return dataclasses.replace(made, after=CONTESTANTS["lora-sb"].after) if name == "LoRA-SB" else made
+
+
+class Rates:
+    """All runs, of which the results file has those that are done."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        settings = quality.settings(options)
+        self.results = Results(options.results, settings)
+        self.tasks = {
+            task: graded.load(task, options.data, options.decoder, Sizes(**settings[kind_of(task)]["rows"]))
+            for task in options.tasks
+        }
+        self.schedules = {
+            task: dataclasses.replace(trial.Schedule(**settings[kind_of(task)]["schedule"]), checks=8)
+            for task in options.tasks
+        }
+
+    def wanted(self) -> dict[str, tuple]:
+        """Arguments of all runs of `measure`, by their keys."""
+        when = "before" if self.options.before else "after"
+        return {
+            f"{task} {name} {when} {rate:g} {seed}": (task, name, rate, seed)
+            for task in self.options.tasks
+            for seed in range(self.options.seeds)
+            for name in CONFIGS
+            for rate in self.options.rates
+        }
+
+    def measure(self, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train once."""
+        CONTESTANTS[name] = contestant(name, before=self.options.before)
+        head = HEAD_RATES.get(task)
+        found = trial.run(self.tasks[task], name, 0, rate, seed, self.schedules[task], head)
+        about = {"task": task, "entry": name, "rate": rate, "seed": seed, "before": self.options.before}
+        return {**about, **found}
+
+
+def table(content: dict[str, Any], *, before: bool) -> str:
+    """Test accuracy by rate, and how far LoRA's best rate is from each method's own, by validation loss."""
+    runs = [run for run in content["runs"].values() if run["before"] == before]
+    rates = sorted({run["rate"] for run in runs})
+    rows = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        best_of_lora = None
+        for name in CONFIGS:
+            own = {r["rate"]: r for r in runs if (r["task"], r["entry"], r["seed"]) == (task, name, 0)}
+            if not own:
+                continue
+            best = min(own, key=lambda rate: own[rate]["validation_loss"])
+            best_of_lora = best if name == "LoRA" else best_of_lora
+            at = own.get(best_of_lora)
+            gap = "" if at is None else f"{at['test_accuracy'] - own[best]['test_accuracy']:+.3f}"
+            found = [f"{own[rate]['test_accuracy']:.3f}" if rate in own else "" for rate in rates]
+            rows.append([task, name, *found, f"{best:g}", gap])
+    header = ["task", "method", *(f"{rate:g}" for rate in rates), "best", "LoRA's rate / own best"]
+    return markdown(header, rows)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder with more data")
+    parser.add_argument("--decoder", type=Path, metavar="DIRECTORY", help="language model")
+    parser.add_argument("--tasks", nargs="+", default=["digits"], help="tasks to run")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates")
+    parser.add_argument("--seeds", type=int, default=1, help="runs for each rate")
+    parser.add_argument("--before", action="store_true", help="the authors' constants")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--results", type=Path, default=timing.RESULTS / "learning_rates.json")
+    options = parser.parse_args(arguments)
+    options.small, options.longer = options.data is None, 3
+    return options
+
+
+def main() -> None:
+    """Run what is missing, and print what was found."""
+    options = parse_arguments()
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    rates = Rates(options)
+    rates.results.complete(rates, options.workers)
+    print(table(rates.results.content, before=options.before))
+
+
+if __name__ == "__main__":
+    main()
