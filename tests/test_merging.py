@@ -14,7 +14,7 @@ from torch import Tensor
 import methods
 import models
 from layers import distance
-from peft_subspace.merging import METHODS, Coefficients, Source, Stack, merge, register
+from peft_subspace.merging import METHODS, Coefficients, Source, Stack, merge, register, search
 from peft_subspace.merging.cutting import cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
@@ -439,6 +439,38 @@ def test_a_merge_is_added_to_a_model(tmp_path):
     assert fresh.peft_config["default"].r == 2
     with pytest.raises(ValueError, match="adapter_name='sum' exists already"):
         made.add_to(model, "sum")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_search_finds_the_scale_that_evaluates_best_and_leaves_the_model_alone(tmp_path, wrapped):
+    adapter = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    for name in ("first", "second"):
+        get_peft_model(models.llama(), adapter).save_pretrained(tmp_path / name)
+    folders, ids = [tmp_path / "first", tmp_path / "second"], torch.arange(8)[None]
+    wanted = merge(folders, "magnitude", density=0.5, base=models.llama(), scale=0.25)
+    wanted = wanted.add_to(models.llama(), "wanted", rank=8).eval()(input_ids=ids).logits
+    model = models.llama().eval()
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False)).eval()
+    before, kinds = model(input_ids=ids).logits, [type(m) for m in model.modules()]
+
+    def evaluate(merged):
+        return -float((merged(input_ids=ids).logits - wanted).norm())
+
+    grid = {"scale": [1.0, 0.25, -0.5], "density": [0.1, 0.5]}
+    found = search("magnitude", folders, grid, evaluate, model=model, rank=8)
+    assert len(found) == 6
+    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    assert {key: found[0][key] for key in grid} == {"scale": 0.25, "density": 0.5}
+    assert found[0]["score"] > -1e-4
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert wrapped or [type(m) for m in model.modules()] == kinds
+    for bad in ({}, {"scale": []}):
+        with pytest.raises(ValueError, match="must have at least one option"):
+            search("magnitude", folders, bad, evaluate, model=model, rank=8)
+    with pytest.raises(ValueError, match="evaluate=nan must be finite"):
+        search("magnitude", folders, {"density": [0.5]}, lambda _: float("nan"), model=model, rank=8)
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_heads_are_kept_dropped_or_refused(tmp_path):

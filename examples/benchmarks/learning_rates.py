@@ -4,8 +4,8 @@
     python examples/benchmarks/learning_rates.py --data FOLDER --tasks trec6 cifar10 [--decoder DIRECTORY]
 
 One start of each method for each rate, all as its config's defaults have it and, with `--before`, with the
-constants of the authors. Training stops when validation has not improved for two looks; schedules and rows are
-those of `quality.py` with three times the steps, and heads train with the rate that is best for the head
+constants of the authors. Training stops when validation has not improved for two looks; schedules and rows
+are those of `quality.py` with three times the steps, and heads train with the rate that is best for the head
 alone. The question: is the rate that is best for LoRA within one point of each method's own best? An
 interrupted comparison goes on where it stopped.
 """

@@ -5,6 +5,7 @@ from .cutting import ModuleReport
 from .driver import Merge
 from .methods import METHODS, Coefficients, Entries, Factors, register
 from .prepare import merge
+from .search import search
 from .source import Source
 from .sources import open_source
 from .stack import Stack
@@ -21,4 +22,5 @@ __all__ = [
     "merge",
     "open_source",
     "register",
+    "search",
 ]
