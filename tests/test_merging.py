@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -471,6 +472,67 @@ def test_search_finds_the_scale_that_evaluates_best_and_leaves_the_model_alone(t
     with pytest.raises(ValueError, match="evaluate=nan must be finite"):
         search("magnitude", folders, {"density": [0.5]}, lambda _: float("nan"), model=model, rank=8)
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """A base in three files, and two checkpoints that were trained from it."""
+    for number, name in enumerate(("base", "one", "two")):
+        model = models.llama()
+        for parameter in model.parameters():
+            if number and parameter.ndim > 1:
+                parameter.data += 0.1 * number * torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / name, max_shard_size="8KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    return [tmp_path / "one", tmp_path / "two"], tmp_path / "base"
+
+
+def test_a_merged_model_is_there_once_it_is_complete_and_a_killed_merge_goes_on(
+    two_checkpoints, tmp_path, monkeypatch
+):
+    folders, base = two_checkpoints
+    merge(folders, "ties", density=0.5, base=base).to_model(tmp_path / "whole")
+    made = merge(folders, "ties", density=0.5, base=base)
+    plain = type(made).update
+
+    def killed(self, module):
+        if any((tmp_path / "out.partial").glob("*.safetensors")):
+            raise KeyboardInterrupt
+        return plain(self, module)
+
+    monkeypatch.setattr(type(made), "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.to_model(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    complete = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert complete
+    monkeypatch.setattr(type(made), "update", plain)
+    made.to_model(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    assert all((tmp_path / "out" / path.name).stat().st_mtime_ns == at for path, at in complete.items())
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        one, other = load_file(path), load_file(tmp_path / "out" / path.name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_merge_that_fails_or_has_no_room_leaves_nothing(two_checkpoints, tmp_path, monkeypatch):
+    folders, base = two_checkpoints
+    made = merge(folders, base=base)
+
+    def broken(self, module):
+        raise ValueError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made), "update", broken)
+        with pytest.raises(ValueError, match="broken"):
+            made.to_model(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        with pytest.raises(ValueError, match="the disk has 100; make room first"):
+            made.to_model(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "two"]
 
 
 def test_heads_are_kept_dropped_or_refused(tmp_path):

@@ -103,31 +103,67 @@ class Checkpoint(Source):
         return change.flatten(1), torch.eye(columns).reshape(columns, *change.shape[1:])
 
 
-def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | None]) -> None:
+def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | None], recipe: str) -> None:
     """Write a checkpoint that is a base plus updates, file by file.
+
+    The folder is there once it is complete. After a kill, the same merge goes on with the files that it has
+    in `<folder>.partial`; after an error that folder is gone.
 
     Args:
         base: Folder of the base model.
         directory: Folder to write.
         updates: Function of a module's name that returns its update, or None.
+        recipe: Description of the merge, by which it is known again.
+
+    Raises:
+        ValueError: If the disk has no room for it.
     """
     places = shards(base)
+    unfinished = directory.absolute().with_name(f"{directory.name}.partial")
+    note = unfinished / "recipe.txt"
+    if not (note.is_file() and note.read_text() == recipe):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        note.write_text(recipe)
+    try:
+        _check_room(unfinished, set(places.values()))
+        for file in sorted(set(places.values())):
+            if not (unfinished / file.name).is_file():
+                names = sorted(name for name, place in places.items() if place == file)
+                _write_shard(unfinished / file.name, {name: places[name] for name in names}, updates)
+    except Exception:
+        shutil.rmtree(unfinished)
+        raise
+    note.unlink()
     directory.mkdir(parents=True, exist_ok=True)
-    for file in sorted(set(places.values())):
-        tensors = {}
-        for name in sorted(n for n, place in places.items() if place == file):
-            tensor = read_tensor(places[name], name)
-            change = updates(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            if change is not None:
-                tensor = (tensor.float() + change.reshape(tensor.shape)).to(tensor.dtype)
-            tensors[name] = tensor.contiguous()
-        with atomic_write(directory / file.name) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})
-    for file in _rest(base, directory):
-        shutil.copy2(file, directory / file.name)
+    for file in [*_rest(base), *sorted(unfinished.iterdir())]:
+        move = shutil.copy2 if file.parent == base else shutil.move
+        move(file, directory / file.name)
+    unfinished.rmdir()
 
 
-def _rest(base: Path, directory: Path) -> Iterator[Path]:
+def _check_room(folder: Path, files: set[Path]) -> None:
+    needed = sum(file.stat().st_size for file in files if not (folder / file.name).is_file())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the merged model takes {needed:,} bytes, and the disk has {free:,}; make room first"
+        )
+
+
+def _write_shard(path: Path, places: dict[str, Path], updates: Callable[[str], Tensor | None]) -> None:
+    tensors = {}
+    for name, place in places.items():
+        tensor = read_tensor(place, name)
+        change = updates(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if change is not None:
+            tensor = (tensor.float() + change.reshape(tensor.shape)).to(tensor.dtype)
+        tensors[name] = tensor.contiguous()
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def _rest(base: Path) -> Iterator[Path]:
     """Files of the base model besides its weights."""
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):

@@ -20,6 +20,7 @@ from peft_subspace.merging.output import add_lora, save_lora
 from peft_subspace.merging.source import Source
 from peft_subspace.merging.sources import check_finite
 from peft_subspace.merging.stack import Stack
+from peft_subspace.runtime.progress import bar
 from peft_subspace.runtime.progress import progress as shown
 
 TILE_BYTES = 2**28
@@ -116,17 +117,28 @@ class Merge:
         return add_lora(self, model, adapter_name, list(self.pairs(rank, energy)))
 
     def to_model(self, directory: str | Path) -> None:
-        """Write the base model plus the merged update, nothing cut.
+        """Write the base model plus the merged update, nothing cut; after a kill, go on where it stopped.
 
         Raises:
-            ValueError: If no base was given.
+            ValueError: If no base was given, or the disk has no room.
         """
         if self.base is None or isinstance(self.base, nn.Module):
             raise invalid("base", self.base, "must be the folder of the base model; give it to merge()")
         modules = set(self.modules)
-        write_merged(
-            Path(self.base), Path(directory), lambda name: self.update(name) if name in modules else None
-        )
+        with bar(len(modules), "merging") as counted:
+
+            def update(name: str) -> Tensor | None:
+                counted.update(name in modules)
+                return self.update(name) if name in modules else None
+
+            write_merged(Path(self.base), Path(directory), update, self.recipe)
+
+    @property
+    def recipe(self) -> str:
+        """What is merged and how, in words."""
+        names = [source.name for source in self.sources]
+        how = (self.method, self.weights, self.scale, self.space, self.seed, sorted(self.options.items()))
+        return f"{names} on {self.base}: {how}"
 
     def _stack(self, module: str) -> tuple[Stack, tuple[int, ...]]:
         """Updates of all sources, zero where one has none, and the axes of the right factors."""
