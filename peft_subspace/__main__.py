@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .merging import Merge, merge
+from .merging.plan import plan
 from .persistence.lora_export import export_lora
 from .tools.read_adapter import read_adapter
 from .tools.report import inspect
@@ -96,24 +97,17 @@ def _merge(options: argparse.Namespace) -> None:
         **given,
     )
     if options.dry_run:
-        print(aligned([["module", "rank", "rows", "columns"], *map(_planned(made), made.modules)]))
+        planned = plan(made, options.rank)
+        rows = [[name, str(planned.ranks[name]), *map(str, shape)] for name, shape in planned.shapes.items()]
+        print(aligned([["module", "rank", "rows", "columns"], *rows]))
+        sizes = f"LoRA {planned.lora_bytes / 2**20:.1f} MiB, peak {planned.peak_bytes / 2**20:.1f} MiB"
+        print(f"\n{len(rows)} modules; {sizes} of memory; about {planned.seconds:.0f} s")
     elif options.lora:
         made.to_lora(options.lora, options.rank, options.energy)
         print(f"{aligned(_merge_table(made))}\n\nLoRA: {options.lora}")
     else:
         made.to_model(options.model)
         print(f"model: {options.model}")
-
-
-def _planned(made: Merge) -> Callable[[str], list[str]]:
-    """Row of a module: the rank of the exact sum, and the size of its weight."""
-
-    def row(module: str) -> list[str]:
-        pairs = [source.pair(module) for source in made.sources if module in source.modules]
-        columns = pairs[0][1][0].numel()
-        return [module, str(sum(left.shape[1] for left, _ in pairs)), str(len(pairs[0][0])), str(columns)]
-
-    return row
 
 
 def _merge_table(made: Merge) -> list[list[str]]:

@@ -653,7 +653,15 @@ def test_command_line_merges_and_says_what_it_would(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main([*given, "--lora", out, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert len(printed.strip().splitlines()) == 1 + 6
+    rows = [line.split() for line in printed.strip().splitlines()]
+    assert len(rows) == 1 + 6 + 2
+    made = merge([tmp_path / "a", tmp_path / "bb"], weights=[0.5, 2.0])
+    made.to_lora(tmp_path / "exact")
+    tensors = load_file(tmp_path / "exact" / "adapter_model.safetensors").values()
+    assert f"LoRA {sum(t.nbytes for t in tensors) / 2**20:.1f} MiB" in printed
+    assert {name: int(rank) for name, rank, *_ in rows[1:7]} == {
+        name: sum(stack.ranks) for name, stack in made.stacks()
+    }
     assert not (tmp_path / "out").exists()
     assert main([*given, "--method", "ties", "--density", "0.5", "--lora", out, "--rank", "3"]) == 0
     assert "error of the cut" in capsys.readouterr().out
