@@ -17,6 +17,7 @@ import models
 from layers import distance
 from peft_subspace.merging import METHODS, Coefficients, Source, Stack, merge, register, search
 from peft_subspace.merging.cutting import cut
+from peft_subspace.merging.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 
@@ -370,6 +371,21 @@ def test_loras_of_all_kinds_are_read_as_peft_computes_them(tmp_path):
             assert distance(again(ids).logits, model(ids).logits) < 1e-5
 
 
+def test_loras_on_a_model_are_read_like_those_in_folders(tmp_path):
+    model = get_peft_model(
+        models.llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "one"
+    )
+    model.add_adapter(
+        "two",
+        LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["v_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path)
+    held, saved = merge([(model, "one"), (model, "two")]), merge([tmp_path / "one", tmp_path / "two"])
+    assert len(held.modules) == 2 * len(merge([(model, "one")]).modules)
+    for module in held.modules:
+        assert torch.equal(held.update(module), saved.update(module))
+
+
 def test_every_method_of_ours_is_a_source(method, tmp_path):
     model = ours(method)
     found = merge([model])
@@ -658,7 +674,8 @@ def test_command_line_merges_and_says_what_it_would(tmp_path, capsys):
     made = merge([tmp_path / "a", tmp_path / "bb"], weights=[0.5, 2.0])
     made.to_lora(tmp_path / "exact")
     tensors = load_file(tmp_path / "exact" / "adapter_model.safetensors").values()
-    assert f"LoRA {sum(t.nbytes for t in tensors) / 2**20:.1f} MiB" in printed
+    assert plan(made).lora_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert f"LoRA {plan(made).lora_bytes / 2**20:.1f} MiB" in printed
     assert {name: int(rank) for name, rank, *_ in rows[1:7]} == {
         name: sum(stack.ranks) for name, stack in made.stacks()
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
@@ -53,8 +53,8 @@ def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Sour
     """Open what is to be merged.
 
     Args:
-        source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"` of this
-            package, or a pair of model and adapter name.
+        source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"`, of this
+            package or a LoRA of PEFT's, or a pair of model and adapter name.
         base: Folder of the base model, needed for checkpoints; for adapters it may be the model itself.
 
     Raises:
@@ -66,16 +66,13 @@ def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Sour
     if isinstance(source, nn.Module):
         source = (source, "default")
     if isinstance(source, tuple):
-        model, name = source
-        config, state = lora_state_dict(model, name)
-        return _of_lora(name, config, _held(state))
+        return _of_lora(source[1], *_on_model(*source))
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
         return Checkpoint.open(folder, base)
     declared = json.loads((folder / CONFIG_NAME).read_text())
     if declared.get("peft_type") != "LORA":
-        config, state = lora_state_dict(read_adapter(folder, base))
-        return _of_lora(str(folder), config, _held(state))
+        return _of_lora(str(folder), *_on_model(read_adapter(folder, base), "default"))
     config = PeftConfig.from_pretrained(str(folder))
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -85,9 +82,14 @@ def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Sour
     return _of_lora(str(folder), config, {key: partial(read_tensor, path, key) for key in keys})
 
 
-def _held(state: Mapping[str, Tensor]) -> dict[str, Read]:
-    """Functions that return tensors that are there."""
-    return {key: partial(_same, tensor) for key, tensor in state.items()}
+def _on_model(model: nn.Module, name: str) -> tuple[Any, dict[str, Read]]:
+    """Config of an adapter as a LoRA, and functions that return its tensors."""
+    config = getattr(model, "peft_config", {}).get(name)
+    if config is not None and config.peft_type == PeftType.LORA:
+        state = get_peft_model_state_dict(model, adapter_name=name)
+    else:
+        config, state = lora_state_dict(model, name)
+    return config, {key: partial(_same, tensor.detach()) for key, tensor in state.items()}
 
 
 def _same(tensor: Tensor) -> Tensor:
