@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+import learning_rates
+
 BENCHMARKS = Path(__file__).resolve().parents[1]
 WIDTH, WORDS, CLASSES = 128, 12, 3
 NAMES = (
@@ -371,3 +373,32 @@ def test_spectra_are_those_of_what_was_trained(task, monkeypatch, name):
     assert len(values) > 1
     assert all(1 <= rank <= WIDTH for rank in found["effective_ranks"].values())
     assert len(found["effective_ranks"]) == 4 * 6
+
+
+def test_learning_rates_are_compared_with_loras_best_by_validation_loss():
+    runs = {
+        f"{name} {rate}": {
+            "task": "t", "entry": name, "rate": rate, "seed": 0, "before": False, "validation_loss": loss,
+            "test_accuracy": accuracy,
+        }
+        for name, rate, loss, accuracy in (
+            ("LoRA", 1e-3, 0.5, 0.8), ("LoRA", 3e-3, 0.4, 0.7), ("MoS", 1e-3, 0.3, 0.9), ("MoS", 3e-3, 0.6, 0.85),
+        )
+    }  # fmt: skip
+    lines = learning_rates.table({"runs": runs}, before=False).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "t",
+        "LoRA",
+        "0.800",
+        "0.700",
+        "0.003",
+        "+0.000",
+    ]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
+        "t",
+        "MoS",
+        "0.900",
+        "0.850",
+        "0.001",
+        "-0.050",
+    ]
