@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.precision import apply_keeping_fp32
 from peft_subspace.core.shapes import ModuleSpec
+from peft_subspace.core.trained import TrainedModule
 
 FINGERPRINT = 6
 """Numbers in the fingerprint of a base weight."""
@@ -36,7 +37,7 @@ ReadWeight = Callable[[], Tensor]
 """Returns the base weight, `(out, in, *kernel)` in fp32."""
 
 
-class Update(nn.Module, ABC):
+class Update(TrainedModule, ABC):
     """Tensors of one adapter on one weight, and the update `ΔW` that they make of it.
 
     Parameters train; buffers are frozen, persistent, and stay fp32 when the module is cast to less. An update
@@ -78,8 +79,8 @@ class Update(nn.Module, ABC):
         self.penalized_at: int | None = None
         if self.needs_weight:
             self.register_buffer("fingerprint", torch.zeros(FINGERPRINT, dtype=torch.float32))
-        # A tuple hides the module from torch: one place alone holds, moves and saves it.
-        self._shared: tuple[nn.Module, ...] = ()
+        # A tuple hides modules from torch: one place alone holds, moves and saves them.
+        self._shared: tuple[Any, str] = ({}, "")
 
     @abstractmethod
     def update(self, weight: ReadWeight) -> Tensor:
@@ -91,7 +92,8 @@ class Update(nn.Module, ABC):
 
     def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
         """The chain; called as a module, so that hooks which fetch the tensors from elsewhere run."""
-        return self.chain(weight)
+        factors = self.chain(weight)
+        return tuple(factor.clone() for factor in factors) if self.is_fetched else factors
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
@@ -156,9 +158,20 @@ class Update(nn.Module, ABC):
         defined: Any = cls.shared
         return defined.__func__ is not vars(Update)["shared"].__func__
 
-    def attach(self, shared: nn.Module) -> None:
-        """Set the tensors that this update shares with others."""
-        self._shared = (shared,)
+    def attach(self, holder: Any, name: str) -> None:
+        """Set where the tensors are that this update shares with others: `holder[name]`, now and later."""
+        self._shared = (holder, name)
+
+    @property
+    def shared_tensors(self) -> Any:
+        """The module of tensors that this update shares; to be called, so that hooks which fetch them run."""
+        holder, name = self._shared
+        return holder[name]
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that have the tensors: the update, and what it shares."""
+        return (self, self.shared_tensors) if self._shared[1] else (self,)
 
     def copy_frozen(self, source: Update) -> None:
         """Take over the frozen tensors of another update of the same config."""

@@ -190,8 +190,12 @@ def innermost(layer: nn.Module) -> nn.Module:
 
 
 def has_hooks(base: nn.Module) -> bool:
-    """Whether calling the layer does more than its forward: hooks, or a forward replaced by accelerate."""
-    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+    """Whether calling the layer does more than its forward.
+
+    There may be hooks, a forward replaced by accelerate, or a module such as FSDP's around the layer.
+    """
+    hooks = base._forward_hooks or base._forward_pre_hooks
+    return bool(hooks or base._modules or "forward" in vars(base))
 
 
 def sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:

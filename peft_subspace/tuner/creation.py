@@ -36,7 +36,7 @@ def create_adapter(
         layer._deferred[adapter_name] = (config, spec.name)
     if shared is not None:
         layer._shared = (shared,)
-        delta.attach(shared[adapter_name])
+        delta.attach(shared, adapter_name)
     layer.deltas[adapter_name] = delta
     dropout = getattr(config, "dropout", 0.0)
     if dropout and layer.kind.dropout_cls is not None:

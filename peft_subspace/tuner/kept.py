@@ -156,7 +156,7 @@ def _extra_bytes(branch: Branch, state: State) -> int:
 
 
 def _state(delta: Update, scaling: float, memo: dict[int, Stamps]) -> State:
-    modules = tuple(module for root in (delta, *delta._shared) for module in root.modules())
+    modules = tuple(module for root in delta.parts for module in root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     held = (*tensors, *(tensor.detach() for tensor in tensors))
     return State(modules, scaling, _stamps(modules, memo), held)

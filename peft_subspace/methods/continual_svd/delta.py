@@ -84,7 +84,7 @@ class ContinualSVDDelta(Delta):
         dtype = (
             self.fingerprint.dtype
         )  # that of the bases, also where a trainer has stored parameters in less
-        trained = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        trained = {name: parameter.to(dtype) for name, parameter in self.trained.items()}
         with torch.autocast(self.fingerprint.device.type, enabled=False):  # in less than fp32 it would leak
             *left, right = self._low_rank_chain(**trained) if self.low_rank else self._full_chain(**trained)
         return *left, right.unflatten(1, self.shape.dims[1:])
