@@ -1,4 +1,4 @@
-"""Models whose parameters are plain tensors while they run: in replicas, in shards, in functional calls."""
+"""What is around a model: replicas, shards, functional calls, inference mode, transforms, compilers."""
 
 import importlib
 from contextlib import nullcontext
@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from layers import Net, adapt, distance, trainables, tuner_layer
 from methods import METHODS
-from peft_subspace import EffortConfig, FLoRAConfig, regularization_loss
+from peft_subspace import ContinualSVDConfig, EffortConfig, FLoRAConfig, load, regularization_loss
+from peft_subspace.continual import next_task
 from processes import run_in_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -67,6 +68,7 @@ def meta_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
+@pytest.mark.typical("layers or methods")
 @pytest.mark.where(method="alone")
 def test_replicas_use_nothing_of_another_device(method, case, replicate, meta_autocast):
     model = adapt(method, case)
@@ -81,6 +83,7 @@ def test_replicas_of_a_parameter_of_its_own_use_nothing_of_another_device(replic
     assert distance(here(x), model(x)) < 1e-6
 
 
+@pytest.mark.typical("layers or methods")
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_functional_call_gives_the_same_output(method, case, mode):
     model, x = adapt(method, case).train(mode), case.inputs()
@@ -147,13 +150,15 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def network(method, all_train):
+TARGETS = ["patches", "blocks.0", "blocks.1"]
+
+
+def network(method, all_train=False, **options):
     torch.manual_seed(0)
-    targets = ["patches", "blocks.0", "blocks.1"]
     if method is None:
-        model = get_peft_model(Network(), LoraConfig(r=2, target_modules=targets))
+        model = get_peft_model(Network(), LoraConfig(r=2, target_modules=TARGETS))
     else:
-        model = get_peft_model(Network(), method.config(target_modules=targets, seed=0))
+        model = get_peft_model(Network(), method.config(target_modules=TARGETS, seed=0, **options))
     return model.requires_grad_(True) if all_train else model
 
 
@@ -225,3 +230,98 @@ def test_two_processes_with_shards_train_as_one_does(method, units, original, tr
     assert losses[-1] < losses[0]
     found = torch.load(trained_in_shards / f"{units.__name__}-{original}-{method}.pt")
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- inference mode
+
+
+def merge_for_good(model, method, folder):
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def merge_and_go_back(model, method, folder):
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def merge_and_disable(model, method, folder):
+    model.merge_adapter()
+    with model.disable_adapter():
+        model(batch()[0])
+
+
+def add_another(model, method, folder):
+    model.add_adapter("other", method.config(target_modules=TARGETS, init_weights=False))
+    model.set_adapter("other")
+
+
+def wrap_another(model, method, folder):
+    return get_peft_model(model.unload(), method.config(target_modules=TARGETS, init_weights=False))
+
+
+def save_and_load(model, method, folder):
+    model.save_pretrained(folder)
+    return load(model.unload(), folder, is_trainable=True)
+
+
+def go_on_to_the_next_task(model, method, folder):
+    if isinstance(method.config(), ContinualSVDConfig):
+        next_task(model, "two")
+
+
+INSIDE = [
+    merge_for_good, merge_and_go_back, merge_and_disable, add_another, wrap_another, save_and_load,
+    go_on_to_the_next_task,
+]  # fmt: skip
+
+
+def check_that_it_trains(model):
+    caches = [cache.basis for module in model.modules() if (cache := getattr(module, "_range", None))]
+    tensors = [*trainables(model).values(), *model.buffers(), *caches]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    before = {name: parameter.detach().clone() for name, parameter in trainables(model).items()}
+    train(model, *batch())
+    assert any(not torch.equal(before[name], now) for name, now in trainables(model).items())
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
+@pytest.mark.parametrize("action", INSIDE, ids=lambda action: action.__name__)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_what_is_written_in_inference_mode_can_be_trained_with(method, action, tmp_path):
+    model = network(method, init_weights=False)
+    with torch.inference_mode():
+        model = action(model, method, tmp_path) or model
+    check_that_it_trains(model)
+
+
+@pytest.mark.parametrize("config", [EffortConfig, ContinualSVDConfig])
+def test_a_start_that_waits_for_the_weight_may_be_in_inference_mode(config):
+    method = next(method for method in METHODS if method.config_cls is config)
+    with torch.device("meta"):
+        model = network(method)
+    there = network(method)
+    base = {name: tensor for name, tensor in there.state_dict().items() if "delta" not in name}
+    model.load_state_dict(base, strict=False, assign=True)
+    with torch.inference_mode():
+        model(batch()[0])
+    for (name, buffer), expected in zip(model.named_buffers(), there.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, msg=name)
+    check_that_it_trains(model)
+
+
+def test_loss_terms_that_are_looked_at_in_inference_mode_train_as_without():
+    gradients = []
+    for look in (regularization_loss, lambda model: None):
+        config = EffortConfig(
+            r=2, target_modules=TARGETS, orthogonality_weight=1.0, init_weights=False, seed=0
+        )
+        torch.manual_seed(0)
+        model = get_peft_model(Network(), config)
+        with torch.inference_mode():
+            look(model)
+        regularization_loss(model).backward()
+        gradients.append(
+            torch.stack([p.grad.norm() for p in trainables(model).values() if p.grad is not None])
+        )
+        check_that_it_trains(model)
+    assert torch.equal(*gradients)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
-from peft_subspace.core.tracing import is_transformed
+from peft_subspace.core.modes import is_transformed, lasting
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
@@ -88,7 +88,8 @@ def mean_losses(layers: list[SubspaceLayer], adapter_name: str) -> dict[str, Ten
         delta = layer.deltas[adapter_name]
         _check_whole(delta)
         # In the precision of the adapter, whatever autocast says.
-        with torch.autocast(next(iter(delta.trained.values())).device.type, enabled=False):
+        device = next(iter(delta.trained.values())).device.type
+        with lasting(), torch.autocast(device, enabled=False):
             losses = delta.penalty(layer.read_weight)
         for key, loss in losses.items():
             sums[key] = sums[key] + loss.to(sums[key].device) if key in sums else loss
