@@ -1,11 +1,14 @@
 """What is around a model: replicas, shards, functional calls, inference mode, transforms, compilers."""
 
+import copy
 import importlib
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
@@ -313,7 +316,7 @@ def test_loss_terms_that_are_looked_at_in_inference_mode_train_as_without():
     gradients = []
     for look in (regularization_loss, lambda model: None):
         config = EffortConfig(
-            r=2, target_modules=TARGETS, orthogonality_weight=1.0, init_weights=False, seed=0
+            r=2, target_modules=["head"], orthogonality_weight=1.0, init_weights=False, seed=0
         )
         torch.manual_seed(0)
         model = get_peft_model(Network(), config)
@@ -325,3 +328,66 @@ def test_loss_terms_that_are_looked_at_in_inference_mode_train_as_without():
         )
         check_that_it_trains(model)
     assert torch.equal(*gradients)
+
+
+# ------------------------------------------------------------------------------------------- optimizers
+
+
+class Sharpness(torch.optim.Optimizer):
+    """A wrapper that has parameters of its own, by name and in a list, beside the optimizer inside."""
+
+    def __init__(self, parameters):
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.inner = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9)]
+        self.own, self.named = list(parameters), {f"p{i}": p for i, p in enumerate(parameters)}
+
+    def step(self, closure=None):
+        loss = closure()
+        for parameter in self.own:
+            parameter.data += 0.01 * parameter.grad
+        closure()
+        for parameter in self.named.values():
+            parameter.data -= 0.01 * parameter.grad
+        self.inner[0].step()
+        return loss
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "LBFGS": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=4),
+    "line search": lambda parameters: torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe"),
+    "wrapper": Sharpness,
+    "accelerate": lambda parameters: AcceleratedOptimizer(torch.optim.LBFGS(parameters, max_iter=4)),
+}
+
+
+def take_steps(model, optimizer, shift=0.0):
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y + shift)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("r", [None, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_next_task_trains_as_with_a_fresh_optimizer(optimizer, r):
+    Accelerator(cpu=True)
+    config = ContinualSVDConfig(r=r, preserve=2, target_modules=TARGETS, seed=0, init_weights=r is None)
+    model = get_peft_model(Network(), config, "one")
+    lasting = optimizer(trainables(model).values())
+    take_steps(model, lasting)
+    next_task(model, "two", optimizer=lasting)
+    twin = copy.deepcopy(model)
+    start = {name: parameter.detach().clone() for name, parameter in trainables(model).items()}
+    take_steps(model, lasting, shift=1.0)
+    take_steps(twin, optimizer(trainables(twin).values()), shift=1.0)
+    for parameter, expected in zip(trainables(model).values(), trainables(twin).values(), strict=True):
+        assert torch.equal(parameter, expected)
+    assert any(not torch.equal(parameter, start[name]) for name, parameter in trainables(model).items())
