@@ -12,11 +12,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import Net, adapt, distance, trainables, tuner_layer
+from layers import BOTH, Net, activate, adapt, distance, trainables, tuner_layer, two_adapters
 from methods import METHODS
 from peft_subspace import ContinualSVDConfig, EffortConfig, FLoRAConfig, load, regularization_loss
 from peft_subspace.continual import next_task
@@ -391,3 +393,115 @@ def test_the_next_task_trains_as_with_a_fresh_optimizer(optimizer, r):
     for parameter, expected in zip(trainables(model).values(), trainables(twin).values(), strict=True):
         assert torch.equal(parameter, expected)
     assert any(not torch.equal(parameter, start[name]) for name, parameter in trainables(model).items())
+
+
+# ------------------------------------------------------------------------------------ transforms, exports
+
+
+class Nested(nn.Module):
+    """Parameters that are no layers' weights, of two and three axes, beside weights of modules of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.across = nn.ConvTranspose1d(4, 3, 2, stride=2)
+
+    def forward(self, x):
+        x = self.normed(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.experts(x.mean(1)).mean(1)[:, None, :4]
+        return self.across(x.transpose(1, 2))
+
+
+def nested(method):
+    torch.manual_seed(1)
+    options = {
+        "target_modules": ["out_proj", "normed", "across"],
+        "target_parameters": ["experts.stack", "attention.in_proj_weight"],
+    }
+    return get_peft_model(Nested(), method.config(init_weights=False, seed=3, **options))
+
+
+def adapted(method, case, adapters):
+    return adapt(method, case) if adapters == 1 else activated(two_adapters(method, case))
+
+
+def activated(model):
+    activate(model, *BOTH)
+    return model
+
+
+def tensors_of(model):
+    return {name: parameter.detach().clone() for name, parameter in trainables(model).items()}
+
+
+def check_gradients_per_sample(model, inputs):
+    def loss(parameters, sample):
+        return functional_call(model, parameters, (sample[None],)).square().sum()
+
+    x = inputs(batch=4)
+    found = vmap(grad(loss), in_dims=(None, 0))(tensors_of(model), x)
+    for i, sample in enumerate(x):
+        model.zero_grad()
+        model(sample[None]).square().sum().backward()
+        for name, parameter in trainables(model).items():
+            assert distance(found[name][i], parameter.grad) < 1e-3
+
+
+def check_forward_mode(model, inputs):
+    x = inputs(batch=4)
+    if not x.is_floating_point():
+        x = x.clamp_min(4)  # beyond all padding, which torch keeps from training in reverse mode only
+    point = tensors_of(model)
+    tangent = {name: torch.randn_like(tensor) for name, tensor in point.items()}
+    y, moved = jvp(lambda tensors: functional_call(model, tensors, (x,)), (point,), (tangent,))
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(tensor, tangent[name]) for name, tensor in point.items()}
+        again = forward_ad.unpack_dual(functional_call(model, dual, (x,))).tangent
+    assert distance(y, model(x)) < 1e-5
+    assert distance(again, moved) < 1e-5
+    direction = torch.randn_like(y)
+    model(x).backward(direction)
+    back = sum((parameter.grad * tangent[name]).sum() for name, parameter in trainables(model).items())
+    assert abs(back - (direction * moved).sum()) < 1e-4 * direction.norm() * moved.norm()
+
+
+def check_export(model, inputs, has_length=False):
+    sizes = {0: torch.export.Dim("batch", min=2, max=1024)}
+    if has_length:
+        sizes[1] = torch.export.Dim("length", min=2, max=1024)
+    program = torch.export.export(model, (inputs(batch=4),), dynamic_shapes={"args": (sizes,)}).module()
+    for batch, length in ((2, 9), (300, 3)):  # few samples, for which a dense update pays, and many
+        x = inputs(batch=batch)
+        x = x[:, :1].repeat_interleave(length, 1) if has_length else x
+        assert distance(program(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("adapters", [1, 2], ids=["one", "two"])
+@pytest.mark.typical("layers or methods")
+@pytest.mark.feature("gradients per sample, by vmap(grad)")
+def test_gradients_per_sample_are_those_of_each_sample_alone(method, case, adapters):
+    check_gradients_per_sample(adapted(method, case, adapters), case.inputs)
+
+
+@pytest.mark.typical("layers or methods")
+@pytest.mark.feature("forward-mode differentiation, by jvp")
+def test_forward_mode_is_the_transpose_of_reverse_mode(method, case):
+    check_forward_mode(adapt(method, case), case.inputs)
+
+
+@pytest.mark.parametrize(("adapters", "mode"), [(1, True), (2, False)], ids=["training", "two"])
+@pytest.mark.typical("layers or methods")
+@pytest.mark.feature("torch.export with dynamic sizes")
+def test_exported_program_is_right_at_other_sizes(method, case, adapters, mode):
+    has_length = case.kind == "embedding" or (case.kind != "conv" and len(case.size) == 2)
+    check_export(adapted(method, case, adapters).train(mode), case.inputs, has_length)
+
+
+@pytest.mark.parametrize("check", [check_gradients_per_sample, check_forward_mode, check_export])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_weights_that_are_read_go_through_transforms_too(method, check):
+    with sdpa_kernel(SDPBackend.MATH):  # the others know no transforms
+        check(nested(method), lambda batch: torch.randn(batch, 3, 4))

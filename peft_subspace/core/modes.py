@@ -19,6 +19,11 @@ def lasting() -> Iterator[None]:
         yield
 
 
+def must_be_plain() -> bool:
+    """Whether no autograd function may run (transforms do not know them), and no choice by size (exports)."""
+    return torch.compiler.is_exporting() or is_transformed()
+
+
 def is_transformed() -> bool:
     """Whether `vmap`, `grad`, `jvp` or forward-mode differentiation run, which know no autograd functions."""
     if torch.compiler.is_compiling():

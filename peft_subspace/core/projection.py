@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_subspace.core.linalg import orthonormal
+from peft_subspace.core.modes import is_transformed
 
 _SMALLEST = 1e-6
 """Singular values below this part of the largest are lost in the Gram matrix, which squares them."""
@@ -34,7 +35,8 @@ def singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def project(matrix: Tensor, basis: Tensor, within: bool) -> Tensor:
     """`P M (d, c)` or `(I − P) M` for the projection `P = B Bᵀ` of an orthonormal basis `B (d, k)`."""
     # a compiler chooses layouts itself, and tracing a function of one's own makes it warn
-    formula = _project if torch.compiler.is_compiling() else _Projection.apply
+    plain = torch.compiler.is_compiling() or is_transformed()
+    formula = _project if plain else _Projection.apply
     result: Tensor = formula(matrix, basis, within)
     return result
 
