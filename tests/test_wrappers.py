@@ -505,3 +505,69 @@ def test_exported_program_is_right_at_other_sizes(method, case, adapters, mode):
 def test_weights_that_are_read_go_through_transforms_too(method, check):
     with sdpa_kernel(SDPBackend.MATH):  # the others know no transforms
         check(nested(method), lambda batch: torch.randn(batch, 3, 4))
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_layers_in_place(model):
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.feature("wrapping a compiled model")
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, compiled_layers_in_place])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_model_compiled_before_it_is_wrapped_is_adapted(method, compiled):
+    torch._dynamo.reset()
+    config = method.config(target_modules=["patches", "0", "1"], seed=0, init_weights=False)
+    model, (x, y) = get_peft_model(compiled(Network()), config), batch()
+    losses = train(model, x, y)
+    assert losses[-1] < losses[0]
+    trained = model(x)
+    with model.disable_adapter():
+        assert distance(model(x), trained) > 1e-3
+    base = model.merge_and_unload()
+    assert distance(base(x), trained) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_an_adapter_of_a_compiled_model_is_loaded_by_key_mapping(method, tmp_path):
+    config = method.config(target_modules=["patches", "0", "1"], seed=0, init_weights=False)
+    plain, x = Network(), batch()[0]
+    model = get_peft_model(compiled_whole(copy.deepcopy(plain)), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="_orig_mod"):
+        load(copy.deepcopy(plain), tmp_path)
+    again = load(copy.deepcopy(plain), tmp_path, key_mapping={r"^_orig_mod\.": ""})
+    assert distance(again(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_layer_that_a_compiler_holds_is_refused_or_left_out(method):
+    def holding():
+        model = Network()
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+        return model
+
+    with pytest.raises(TypeError, match=r"blocks\.0\._orig_mod: torch\.compile holds this layer"):
+        get_peft_model(holding(), method.config(target_modules=["_orig_mod"]))
+    model = get_peft_model(holding(), method.config(target_modules="all-linear"))
+    assert not any("blocks.0" in name for name, _ in model.named_modules() if name.endswith("base_layer"))
+
+
+def test_an_adapted_layer_that_a_compiler_holds_takes_another_adapter(method):
+    model, x = network(method), batch()[0]
+    model.base_model.model.blocks[0] = torch.compile(model.base_model.model.blocks[0], backend="eager")
+    model.add_adapter("other", method.config(target_modules=["_orig_mod"], init_weights=False))
+    with torch.no_grad():
+        expected = model(x)
+        model.set_adapter("other")
+        assert distance(model(x), expected) > 1e-3
