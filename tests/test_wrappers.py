@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from layers import BOTH, Net, activate, adapt, distance, trainables, tuner_layer, two_adapters
 from methods import METHODS
@@ -234,6 +235,81 @@ def test_two_processes_with_shards_train_as_one_does(method, units, original, tr
     losses = train(model, *batch())
     assert losses[-1] < losses[0]
     found = torch.load(trained_in_shards / f"{units.__name__}-{original}-{method}.pt")
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- DDP with unused targets
+
+
+class Routed(Network):
+    """A network that sends no sample to one of its layers, or, with an argument, to two."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(12, 12)
+
+    def forward(self, x, short=False):
+        x = self.patches(x).flatten(2).mean(2)
+        for block in self.blocks[: 1 if short else 2]:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+WAYS = {"unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
+
+
+def routed(method):
+    torch.manual_seed(0)
+    targets = [*TARGETS, "spare"]
+    config = LoraConfig(r=2, target_modules=targets) if method is None else None
+    return get_peft_model(Routed(), config or method.config(target_modules=targets, seed=0))
+
+
+def losses_of(call, optimizer, y):
+    losses = []
+    for _ in range(3):
+        loss = nn.functional.mse_loss(call(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def train_with_unused(rank, folder):
+    x, y = batch()
+    mine = slice(4 * rank, 4 * rank + 4)
+    for way, options in WAYS.items():
+        for method in LORA_AND_METHODS:
+            model = routed(method)
+            wrapped = DistributedDataParallel(model, **options)
+            short = rank == 1 and way == "unused"
+            optimizer = torch.optim.SGD(trainables(model).values(), lr=0.1)
+            losses = losses_of(partial(wrapped, x[mine], short=short), optimizer, y[mine])
+            torch.distributed.all_reduce(losses)
+            torch.save(losses / 2, folder / f"{way}-{method}.pt")
+
+
+@pytest.fixture(scope="module")
+def trained_with_unused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    run_in_two_processes(train_with_unused, folder)
+    return folder
+
+
+@pytest.mark.feature("DDP with targets that are not used")
+@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
+@pytest.mark.filterwarnings("ignore:adapter .* got no gradient .* in 1 of 4 layers. spare")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", LORA_AND_METHODS, ids=str)
+def test_two_processes_train_as_one_where_layers_go_unused(method, way, trained_with_unused):
+    x, y = batch()
+    model = routed(method)
+    optimizer = torch.optim.SGD(trainables(model).values(), lr=0.1)
+    halves = [(x[:4], False), (x[4:], way == "unused")]
+    losses = losses_of(lambda: torch.cat([model(half, short=short) for half, short in halves]), optimizer, y)
+    assert losses[-1] < losses[0]
+    found = torch.load(trained_with_unused / f"{way}-{method}.pt")
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
 
 
