@@ -647,3 +647,19 @@ def test_an_adapted_layer_that_a_compiler_holds_takes_another_adapter(method):
         expected = model(x)
         model.set_adapter("other")
         assert distance(model(x), expected) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_merged_adapter_is_out_before_what_is_disabled_is_traced(method):
+    model, x = network(method, init_weights=False), batch()[0]
+    with model.disable_adapter():
+        expected = model(x)
+    merged = model(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert distance(jvp(model, (x,), (x,))[0], expected) < 1e-6
+    assert distance(model(x), merged) < 1e-5
+    model.merge_adapter()
+    with model.disable_adapter():
+        check_export(model, lambda batch: torch.randn(batch, 3, 4, 4))
+    assert distance(model(x), merged) < 1e-5

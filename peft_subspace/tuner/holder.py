@@ -121,6 +121,12 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
             if delta.frozen:
                 delta.requires_grad_(False)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; merged ones are taken out here, for what is traced must write nothing."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     def train(self, mode: bool = True) -> AdapterHolder:
         """Set the mode of training; what is kept is of adapters that do not train."""
         if mode or self.training:
