@@ -122,7 +122,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
                 delta.requires_grad_(False)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off; merged ones are taken out here, for what is traced must write nothing."""
+        """Switch adapters on or off; merged ones are taken out now, for what is traced must write nothing."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
