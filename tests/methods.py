@@ -52,6 +52,11 @@ class Method:
         return "embedding" in self.kinds
 
     @property
+    def alone(self) -> bool:
+        """Whether all parameters of a layer lie in it."""
+        return not self.pooled
+
+    @property
     def refuses_combinations(self) -> bool:
         return not self.combines
 

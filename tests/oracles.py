@@ -52,7 +52,7 @@ def flora_scale(config) -> float:
 
 def mos(delta: nn.Module, config) -> Tensor:
     """(α / r) Σ_j b_j ⊗ a_j, every vector put together shard by shard, as `(out, in, *kernel)`."""
-    pool_a, pool_b = (pool.double() for pool in delta._shared[0].pair(delta.spec.group))
+    pool_a, pool_b = (pool.double() for pool in delta.shared_tensors.pair(delta.spec.group))
     rows_a, rows_b = delta.index_A.tolist(), delta.index_B.tolist()
     out, *rest = delta.shape.dims
     shards_a, shards_b = prod(rest) // pool_a.shape[1], out // pool_b.shape[1]

@@ -181,13 +181,6 @@ def test_adapted_layer_compiles_without_graph_breaks_for_evaluation(method, case
     assert distance(result, outputs(model, x)) < FP32.tolerance
 
 
-@pytest.mark.typical("layers")
-def test_exported_program_gives_the_same_output(method, case):
-    model, x = adapt(method, case).eval(), case.inputs()
-    program = torch.export.export(model, (x,))
-    assert distance(outputs(program.module(), x), outputs(model, x)) < FP32.tolerance
-
-
 # ------------------------------------------------------------------------------------------- dropout
 
 

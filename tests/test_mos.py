@@ -93,7 +93,7 @@ def delta_of(model, suffix, adapter="default"):
 
 
 def pools_under(delta):
-    return delta._shared[0].pair(delta.spec.group)
+    return delta.shared_tensors.pair(delta.spec.group)
 
 
 def pools_of(model, adapter="default"):
@@ -811,8 +811,8 @@ def test_gradient_of_a_pool_is_the_sum_over_the_modules_that_use_its_rows():
         lone = copy.deepcopy(model)
         lone.zero_grad()
         delta = lone.get_submodule(name).deltas["default"]
-        own = copy.deepcopy(delta._shared[0])
-        delta.attach(own)
+        own = copy.deepcopy(delta.shared_tensors)
+        delta.attach({"own": own}, "own")
         lone(IDS, labels=IDS).loss.backward()
         gradient = own.pair("v_proj")[0].grad
         used = set(layer.deltas["default"].index_A.tolist())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+Swaps = dict[int, tuple[Tensor, Tensor | None]]
+"""Old parameters, by identity, and those that take their places."""
 
 
 def parameter_names(model: nn.Module, optimizer: Any) -> dict[int, str]:
@@ -22,7 +25,9 @@ def restart_optimizer(
     *,
     keep_state: bool = False,
 ) -> None:
-    """Replace one task's parameters in an optimiser by another's, group by group, and forget its state.
+    """Replace one task's parameters in an optimiser by another's, in place, and forget its state.
+
+    Some optimisers keep lists of parameters besides their groups, or other optimisers that have them.
 
     Args:
         optimizer: The optimiser, or accelerate's wrapper around one; None does nothing.
@@ -34,24 +39,59 @@ def restart_optimizer(
     """
     if optimizer is None:
         return
-    optimizer = getattr(optimizer, "optimizer", optimizer)
     parameters = dict(model.named_parameters())
     # The adapter's name stands behind the container's; elsewhere in a path it means something else.
     own = re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
-    state = dict(optimizer.state) if keep_state else {}
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        renamed = [
-            own.sub(lambda found: f"{found[1]}.{name}", names[id(p)]) if id(p) in names else None
-            for p in group["params"]
-        ]
-        pairs = [
-            (old, old if new is None else parameters[new])
-            for old, new in zip(group["params"], renamed, strict=True)
-            if new is None or new in parameters
-        ]
-        group["params"] = [parameter for _, parameter in pairs]
-        optimizer.state.update((parameter, state[old]) for old, parameter in pairs if old in state)
+    swaps: Swaps = {}
+    optimizers = _inside(optimizer)
+    for group in (group for one in optimizers for group in one.param_groups):
+        for old in (p for p in group["params"] if id(p) in names):
+            new = own.sub(lambda found: f"{found[1]}.{name}", names[id(old)])
+            swaps[id(old)] = old, parameters.get(new)
+    seen: set[int] = set()
+    for one in optimizers:
+        if not keep_state:
+            getattr(one, "state", {}).clear()
+        if hasattr(one, "_numel_cache"):  # of LBFGS
+            one._numel_cache = None
+        for attribute in vars(one).values():
+            _swap(attribute, swaps, seen)
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    """An optimiser and those that it, as a wrapper, has inside."""
+    found: list[Any] = []
+    to_see = [optimizer]
+    while to_see:
+        one = to_see.pop()
+        if isinstance(one, list | tuple):
+            to_see.extend(one)
+        elif hasattr(one, "param_groups") and not any(one is other for other in found):
+            found.append(one)
+            to_see.extend(vars(one).values())
+    return found
+
+
+def _swap(container: Any, swaps: Swaps, seen: set[int]) -> None:
+    """Put new parameters, if there are any, in the place of old ones in lists and dictionaries."""
+    if not isinstance(container, list | dict) or id(container) in seen:
+        return
+    seen.add(id(container))
+
+    def new(value: Any) -> Any:
+        return swaps[id(value)][1] if id(value) in swaps else value
+
+    def stays(value: Any) -> bool:
+        return id(value) not in swaps or swaps[id(value)][1] is not None
+
+    if isinstance(container, list):
+        container[:] = [new(value) for value in container if stays(value)]
+    elif any(id(value) in swaps for pair in container.items() for value in pair):
+        entries = [(new(key), new(value)) for key, value in container.items() if stays(key) and stays(value)]
+        container.clear()
+        container.update(entries)
+    for value in container if isinstance(container, list) else container.values():
+        _swap(value, swaps, seen)
 
 
 def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:

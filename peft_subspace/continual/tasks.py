@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
 from peft_subspace.core.errors import error_context
+from peft_subspace.core.modes import lasting
 from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
@@ -24,6 +25,7 @@ from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.merging import check_finite, merge_permanently
 
 
+@lasting()
 def next_task(
     model: nn.Module,
     name: str,
@@ -221,10 +223,9 @@ def _head_state(module: Any, name: str) -> dict[str, Tensor]:
 
 def _freeze(tuner: ContinualSVDModel, task: str) -> None:
     tuner.peft_config[task].closed = True
-    for module in tuner.modules():
-        if isinstance(module, ContinualSVDModel.tuner_layer_cls) and task in module.deltas:
-            module.deltas[task].frozen = True
-            module.deltas[task].make_lean()
+    for layer in adapted_layers(tuner, task, SubspaceLayer).values():
+        layer.deltas[task].frozen = True
+        layer.deltas[task].make_lean()
 
 
 def _reduce_to_heads(tuner: ContinualSVDModel, task: str) -> None:

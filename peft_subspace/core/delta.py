@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply
+from peft_subspace.core.lean import LeanModule
 from peft_subspace.core.precision import apply_keeping_fp32
 from peft_subspace.core.shapes import ModuleSpec
 
@@ -36,7 +37,7 @@ ReadWeight = Callable[[], Tensor]
 """Returns the base weight, `(out, in, *kernel)` in fp32."""
 
 
-class Update(nn.Module, ABC):
+class Update(LeanModule, ABC):
     """Tensors of one adapter on one weight, and the update `ΔW` that they make of it.
 
     Parameters train; buffers are frozen, persistent, and stay fp32 in casts to less. An update knows nothing
@@ -56,7 +57,6 @@ class Update(nn.Module, ABC):
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
         initialized: Whether the tensors are from a file or from data, so that nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
-        training_only: Names of the buffers that only further training needs; None in a lean update.
         penalty_weights: Weights of the loss terms by name.
         penalized_at: Version of the parameters that a gradient of the loss terms reached last; -1 after that
             step, None before any.
@@ -71,17 +71,15 @@ class Update(nn.Module, ABC):
     fingerprint: Tensor
 
     def __init__(self, config: Any, spec: ModuleSpec) -> None:
-        super().__init__()
+        super().__init__(for_inference=config.for_inference)
         self.spec, self.shape = spec, spec.shape
         self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
-        self.training_only: tuple[str, ...] = ()
-        self._for_inference: bool = config.for_inference
         if self.needs_weight:
             self.register_buffer("fingerprint", torch.zeros(FINGERPRINT, dtype=torch.float32))
-        # A tuple hides the module from torch: one place alone holds, moves and saves it.
-        self._shared: tuple[nn.Module, ...] = ()
+        # A tuple hides modules from torch: one place alone holds, moves and saves them.
+        self._shared: tuple[Any, str] = ({}, "")
 
     @abstractmethod
     def update(self, weight: ReadWeight) -> Tensor:
@@ -93,31 +91,8 @@ class Update(nn.Module, ABC):
 
     def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
         """The chain; called as a module, so that hooks which fetch the tensors run."""
-        return self.chain(weight)
-
-    def register_frozen(self, name: str, tensor: Tensor, *, training_only: bool) -> None:
-        """Register a buffer; files, and adapters that are only run, go without what only training needs."""
-        self.training_only += (name,) if training_only else ()
-        self.register_buffer(name, None if training_only and self._for_inference else tensor)
-
-    @property
-    def lean(self) -> bool:
-        """Whether the buffers are missing that only training needs, so that nothing may train."""
-        return any(getattr(self, name) is None for name in self.training_only)
-
-    def inference_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors that make the same update without those for training, given all by name."""
-        return {name: tensor for name, tensor in state.items() if name not in self.training_only}
-
-    def make_lean(self) -> None:
-        """Forget what only training needs; the update stays what it is, bit for bit."""
-        self.load_state_dict(self.inference_state(self.state_dict()), strict=False)
-        self.drop_training_buffers()
-
-    def drop_training_buffers(self) -> None:
-        """Make room for the tensors of a lean update."""
-        for name in self.training_only:
-            setattr(self, name, None)
+        factors = self.chain(weight)
+        return tuple(factor.clone() for factor in factors) if self.is_fetched else factors
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
@@ -186,9 +161,20 @@ class Update(nn.Module, ABC):
         defined: Any = cls.shared
         return defined.__func__ is not vars(Update)["shared"].__func__
 
-    def attach(self, shared: nn.Module) -> None:
-        """Set the tensors that this update shares with others."""
-        self._shared = (shared,)
+    def attach(self, holder: Any, name: str) -> None:
+        """Set where the tensors are that this update shares with others: `holder[name]`, now and later."""
+        self._shared = (holder, name)
+
+    @property
+    def shared_tensors(self) -> Any:
+        """The module of tensors that this update shares; to be called, so that hooks which fetch them run."""
+        holder, name = self._shared
+        return holder[name]
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that have the tensors: the update, and what it shares."""
+        return (self, self.shared_tensors) if self._shared[1] else (self,)
 
     def copy_frozen(self, source: Update) -> None:
         """Take over the frozen tensors of another update of the same config."""

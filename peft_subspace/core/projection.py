@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_subspace.core.linalg import orthonormal
+from peft_subspace.core.modes import is_transformed
 
 _SMALLEST = 1e-6
 """Singular values below this part of the largest are lost in the Gram matrix, which squares them."""
@@ -37,7 +38,8 @@ def project(matrix: Tensor, basis: Tensor, within: bool, *, rows: bool = False) 
     With `rows` it is `M P (c, d)` or `M (I − P)`. The result is contiguous, as if it came from a file.
     """
     # a compiler chooses layouts itself, and tracing a function of one's own makes it warn
-    formula = _project if torch.compiler.is_compiling() else _Projection.apply
+    plain = torch.compiler.is_compiling() or is_transformed()
+    formula = _project if plain else _Projection.apply
     result: Tensor = formula(matrix, basis, within, rows)
     return result
 

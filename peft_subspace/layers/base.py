@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_subspace.core.chain import multiply
+from peft_subspace.core.modes import must_be_plain
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.costs import Route
 from peft_subspace.layers.stacked import Form
@@ -102,7 +103,8 @@ class LayerKind:
             routes: Sequence[Route | None] = [None] * len(branches)
         else:
             base = innermost(layer)
-            routes = self.routes(base, branches, x, free and not has_hooks(base))
+            free = free and not has_hooks(base) and not must_be_plain()
+            routes = self.routes(base, branches, x, free)
             if routes[0] is not None and routes[0].startswith("updated"):
                 return self.run_updated(base, branches, x, routes[0])
         result = layer(x, *args, **kwargs)
@@ -190,8 +192,12 @@ def innermost(layer: nn.Module) -> nn.Module:
 
 
 def has_hooks(base: nn.Module) -> bool:
-    """Whether calling the layer does more than its forward: hooks, or a forward replaced by accelerate."""
-    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+    """Whether calling the layer does more than its forward.
+
+    There may be hooks, a forward replaced by accelerate, or a module such as FSDP's around the layer.
+    """
+    hooks = base._forward_hooks or base._forward_pre_hooks
+    return bool(hooks or base._modules or "forward" in vars(base))
 
 
 def sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:

@@ -190,6 +190,6 @@ def _add_pointwise(result: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """`result` plus a 1×1 convolution, in one call where layouts and dtypes allow."""
     same = result.dtype == x.dtype == factor.dtype and not torch.is_autocast_enabled(x.device.type)
     if same and result.is_contiguous() and x.is_contiguous():
-        batch = factor.expand(len(x), -1, -1)
+        batch = factor.expand(x.shape[0], -1, -1)
         return torch.baddbmm(result.flatten(2), batch, x.flatten(2)).view_as(result)
     return (result + _pointwise(x, factor)).to(result.dtype)

@@ -11,6 +11,8 @@ with examples/benchmarks/convolution.py and speed.py, which count forward and ba
 | `"updated"` | the layer once, with `W + ΔW` |
 | `"updated_pair"` | the same, with the gradients of two thin factors, never of the weight |
 | `"updated_depthwise"` | the same, with a faster gradient of depthwise convolutions |
+
+Transforms (`vmap`, `jvp`) and exports get a route that depends on no size and needs no autograd function.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_subspace.core.chain import chain_cost, kernel_at, narrowest, narrowest_rank, product_cost
+from peft_subspace.core.modes import must_be_plain
 from peft_subspace.core.shapes import WeightShape
 
 Route = Literal["chain", "pair", "dense", "updated", "updated_pair", "updated_depthwise"]
@@ -44,7 +47,8 @@ _SMALLEST_KERNEL = 5
 def branch_route(factors: Chain, tokens: int) -> Route:
     """Cheapest way to apply a chain of matrices to `tokens` rows, beside a layer."""
     trained = [factor.requires_grad for factor in factors]
-    if len(factors) < 2 or (torch.is_grad_enabled() and any(trained) and not all(trained)):
+    mixed = torch.is_grad_enabled() and any(trained) and not all(trained)
+    if len(factors) < 2 or mixed or must_be_plain():
         return "chain"  # a product of frozen and trained factors takes a gradient as large as itself
     dense = (factors[0].shape[0], factors[-1].shape[1])
     rank = factors[narrowest(factors)].shape[0]
@@ -133,6 +137,8 @@ def _factors_pay(shape: WeightShape, factors: Chain, inputs: int, outputs: int, 
     """Whether three passes through the factors are cheaper than `dense_passes` dense convolutions."""
     if shape.groups > 1:
         return False
+    if must_be_plain():
+        return True
     joint = kernel_at(factors)
     thin = outputs * chain_cost(factors[: joint + 1]) + inputs * chain_cost(factors[joint + 1 :])
     return 3 * _THIN * thin < dense_passes * outputs * prod(shape.dims)

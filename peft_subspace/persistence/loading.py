@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from peft_subspace.core.modes import lasting
 from peft_subspace.core.names import in_base
 from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.persistence.folder import adapter_folder
@@ -27,6 +28,7 @@ from peft_subspace.tuner.source import opened
 from peft_subspace.tuner.state import check_updates, is_optional, mismatched, values_checked
 
 
+@lasting()
 def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
     """Load an adapter of this package onto a model, after checking that it fits and is sound.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
+from peft_subspace.core.modes import is_transformed, lasting
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
@@ -74,7 +75,7 @@ def regularized_layers(model: nn.Module) -> dict[str, list[SubspaceLayer]]:
     for layer in _layers(model):
         for name in [] if layer.disable_adapters else layer.active_here():
             delta = layer.deltas[name]
-            trains = any(parameter.requires_grad for parameter in delta.parameters())
+            trains = any(parameter.requires_grad for parameter in delta.trained.values())
             if trains and any(delta.penalty_weights.values()) and name not in layer.merged_adapters:
                 found.setdefault(name, []).append(layer)
     return found
@@ -85,12 +86,25 @@ def mean_losses(layers: list[SubspaceLayer], adapter_name: str) -> dict[str, Ten
     sums: dict[str, Tensor] = {}
     for layer in layers:
         delta = layer.deltas[adapter_name]
+        _check_whole(delta)
         # In the precision of the adapter, whatever autocast says.
-        with torch.autocast(next(delta.parameters()).device.type, enabled=False):
+        device = next(iter(delta.trained.values())).device.type
+        with lasting(), torch.autocast(device, enabled=False):
             losses = delta.penalty(layer.read_weight)
         for key, loss in losses.items():
             sums[key] = sums[key] + loss.to(sums[key].device) if key in sums else loss
     return {key: total / len(layers) for key, total in sums.items()}
+
+
+def _check_whole(delta: Update) -> None:
+    """Raise if the parameters are not all here: FSDP and DeepSpeed leave parts of them, or freed memory."""
+    for name, tensor in delta.trained.items():
+        freed = not is_transformed() and not tensor.is_meta and tensor.untyped_storage().size() == 0
+        if tensor.shape != delta.trained_shapes[name] or hasattr(tensor, "device_mesh") or freed:
+            weights = " and ".join(f"{key}_weight" for key, value in delta.penalty_weights.items() if value)
+            raise RuntimeError(
+                f"{weights} need whole tensors, and these are sharded; set them to 0, or train with DDP"
+            )
 
 
 def share_of_step(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float:
@@ -115,12 +129,12 @@ def share_of_step(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float
 def mark(deltas: list[Update]) -> None:
     """Note that the gradient for the present parameters is there."""
     for delta in deltas:
-        delta.penalized_at = version_of(delta)
+        delta.original.penalized_at = version_of(delta)
 
 
 def version_of(delta: Update) -> int:
     """Number of changes that the parameters of an update have seen."""
-    return next(delta.parameters())._version
+    return next(iter(delta.original.trained.values()))._version
 
 
 def _regularize(tuner: SubspaceModel, model: nn.Module, adapter_name: str) -> None:
@@ -143,7 +157,7 @@ class _Watch:
         self.version = version_of(delta) if self.version is None else self.version
         if self.version == version_of(delta):
             return True
-        if delta.penalized_at is None:
+        if delta.original.penalized_at is None:
             names = " and ".join(f"{name}_weight" for name in delta.penalty_weights)
             warnings.warn(
                 f"adapter {adapter_name!r} has taken a step without its {names}: the loss that the model "

@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
+from peft_subspace.core.modes import lasting
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.shared import SharedTensors
@@ -36,7 +37,7 @@ def create_adapter(
         layer._deferred[adapter_name] = (config, spec.name)
     if shared is not None:
         layer._shared = (shared,)
-        delta.attach(shared[adapter_name])
+        delta.attach(shared, adapter_name)
     layer.deltas[adapter_name] = delta
     dropout = getattr(config, "dropout", 0.0)
     if dropout and layer.kind.dropout_cls is not None:
@@ -46,6 +47,7 @@ def create_adapter(
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
+@lasting()
 def initialize_deferred(layer: Any, adapter_name: str) -> None:
     """Initialize an adapter that was added while the base weight was on the meta device.
 

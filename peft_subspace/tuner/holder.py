@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor
-from peft_subspace.base_weights.weight import offload_hook
+from peft_subspace.base_weights.weight import BaseWeight, offload_hook
 from peft_subspace.core.delta import Update
 from peft_subspace.core.names import in_base
 from peft_subspace.tuner.kept import Kept
@@ -35,6 +36,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     prefix: ClassVar[str]
     delta_cls: ClassVar[type[Update]]
+    base_weight: BaseWeight
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,10 +108,11 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _watch(self) -> None:
-        for name in [name for name in self.active_here() if name in self._watchers]:
-            self._watchers[name] = [look for look in self._watchers[name] if look(self.deltas[name], name)]
-            if not self._watchers[name]:
-                del self._watchers[name]
+        for name in self.active_here():
+            # Taken out first, for replicas run at once.
+            again = [look for look in self._watchers.pop(name, ()) if look(self.deltas[name], name)]
+            if again:
+                self._watchers[name] = again
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters; those that are frozen do not train."""
@@ -117,6 +120,12 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         for delta in self.deltas.values():
             if delta.frozen:
                 delta.requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; merged ones are taken out now, for what is traced must write nothing."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     def train(self, mode: bool = True) -> AdapterHolder:
         """Set the mode of training; what is kept is of adapters that do not train."""
@@ -134,6 +143,14 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         if self._shared and adapter_name in self._shared[0]:
             del self._shared[0][adapter_name]
         super().delete_adapter(adapter_name)
+
+    def _replicate_for_data_parallel(self) -> AdapterHolder:
+        """Replica for one device of `nn.DataParallel`, with the weight that it has there."""
+        replica: AdapterHolder = super()._replicate_for_data_parallel()
+        replica.base_weight = copy.copy(self.base_weight)
+        replica.base_weight.holder = replica
+        replica._reach, replica.kept = None, Kept()
+        return replica
 
     def requires_grad_(self, requires_grad: bool = True) -> AdapterHolder:
         """Let all that belongs to the layer train, or freeze it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_subspace.base_weights.quantization import nbytes
 from peft_subspace.core.chain import narrowest_rank
 from peft_subspace.core.delta import Delta, Update
+from peft_subspace.core.modes import lasting
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.base import Branch, has_hooks
 from peft_subspace.layers.stacked import Form, fitting, stack
@@ -82,7 +83,7 @@ def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
     layer.kept = Kept()  # what was kept is freed before there is more
     known = [name for name in kept.states if name in layer.deltas]
     del kept
-    with torch.inference_mode(False), torch.no_grad():
+    with lasting(), torch.no_grad():
         layer.kept = kept = _renewed(layer, dict.fromkeys([*known, *names]), memo)
     return kept
 
@@ -156,7 +157,7 @@ def _extra_bytes(branch: Branch, state: State) -> int:
 
 
 def _state(delta: Update, scaling: float, memo: dict[int, Stamps]) -> State:
-    modules = tuple(module for root in (delta, *delta._shared) for module in root.modules())
+    modules = tuple(module for root in delta.parts for module in root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     held = (*tensors, *(tensor.detach() for tensor in tensors))
     return State(modules, scaling, _stamps(modules, memo), held)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from peft_subspace.core.modes import lasting
 from peft_subspace.runtime.progress import count_step
 
 
+@lasting()
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Add `ΔW` of the given (default: all active) adapters to the base weight; see `SubspaceLayer.merge`."""
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.deltas]
@@ -32,6 +34,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     count_step()
 
 
+@lasting()
 def unmerge(layer: Any) -> None:
     """Put the base weight back, bit for bit."""
     layer.base_weight.restore()

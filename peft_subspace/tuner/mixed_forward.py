@@ -114,4 +114,4 @@ def _gets_gradient(layer: Any, name: str) -> bool:
     if not torch.is_grad_enabled():
         return False
     delta = layer.deltas[name]
-    return any(p.requires_grad for module in (delta, *delta._shared) for p in module.parameters())
+    return any(p.requires_grad for module in delta.parts for p in module.parameters())

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
+from peft_subspace.core.modes import lasting
 from peft_subspace.runtime.progress import counting
 from peft_subspace.tuner import callers, combination
 from peft_subspace.tuner.classes import layer_classes
@@ -89,6 +90,7 @@ class SubspaceModel(StateHooks):
 
     # PEFT adds an adapter by inject_adapter, which calls _prepare_model, then _create_and_replace per target.
 
+    @lasting()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if that fails, or PEFT cannot load its tensors afterwards, all is as it was before.
 

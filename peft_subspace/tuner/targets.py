@@ -99,6 +99,7 @@ def include_all_linear_layers(config: SubspaceConfig, model: nn.Module) -> None:
         return
     found = set(config.target_modules or ())
     dead = {name for name in found if usage_of(*surroundings(model, name)) == (False, True)}
+    dead |= {name for name in found if _is_held_by_compiler(name, model.get_submodule(name))}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     more = {
         name
@@ -155,6 +156,11 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
                     "another adapter adapts a parameter of it; load the adapters into separate models, or "
                     "leave the module out of target_modules"
                 )
+            if _is_held_by_compiler(name, module):
+                raise TypeError(
+                    "torch.compile holds this layer itself, so an adapter in its place would never run; "
+                    "adapt the model before the layer is compiled, or compile the layer with layer.compile()"
+                )
             yield name, analyze_use(target, *surroundings(model, name))
     for name, owner, parameter_name in targeted_parameters(model, config):
         with error_context(name):
@@ -170,6 +176,11 @@ def _analyze_parts(name: str, base: nn.Module) -> dict[str, Target]:
         if usage_of(own, [base]) == (False, True):
             parts[f"{name}.{own}"] = replace(analyze_use(analyze_module(child), own, [base]), part_of=name)
     return parts
+
+
+def _is_held_by_compiler(name: str, module: nn.Module) -> bool:
+    """Whether `torch.compile` was given the layer: it calls that, whatever is in its place later."""
+    return name.rpartition(".")[2] == "_orig_mod" and not isinstance(module, BaseTunerLayer)
 
 
 def check_same_parameters(model: nn.Module, names: set[str]) -> None:

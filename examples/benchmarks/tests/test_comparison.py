@@ -382,7 +382,8 @@ def test_learning_rates_are_compared_with_loras_best_by_validation_loss():
             "test_accuracy": accuracy,
         }
         for name, rate, loss, accuracy in (
-            ("LoRA", 1e-3, 0.5, 0.8), ("LoRA", 3e-3, 0.4, 0.7), ("MoS", 1e-3, 0.3, 0.9), ("MoS", 3e-3, 0.6, 0.85),
+            ("LoRA", 1e-3, 0.5, 0.8), ("LoRA", 3e-3, 0.4, 0.7),
+            ("MoS", 1e-3, 0.3, 0.9), ("MoS", 3e-3, 0.6, 0.85),
         )
     }  # fmt: skip
     lines = learning_rates.table({"runs": runs}, before=False).splitlines()

@@ -85,7 +85,7 @@ class ContinualSVDDelta(Delta):
 
     def factors(self) -> tuple[Tensor, ...]:
         """Return the chain of the constraint and form, multiplied up where a side is kept as a reflection."""
-        state = {**dict(self.named_parameters()), **{name: getattr(self, name) for name in self.sides}}
+        state = {**self.trained, **{name: getattr(self, name) for name in self.sides}}
         with torch.autocast(self.fingerprint.device.type, enabled=False):  # in less than fp32 it would leak
             *left, right = (self._low_rank_chain if self.low_rank else self._full_chain)(state)
         return *left, right.unflatten(1, self.shape.dims[1:])

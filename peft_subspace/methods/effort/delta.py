@@ -105,16 +105,7 @@ class EffortDelta(Delta):
         self._range = None
 
     def penalty(self, weight: ReadWeight) -> dict[str, Tensor]:
-        """Both losses by name, those that have a weight.
-
-        Raises:
-            RuntimeError: If the tensors are sharded.
-        """
-        if self.U_change.shape != self.U0.shape or hasattr(self.U_change, "device_mesh"):
-            raise RuntimeError(
-                "orthogonality_weight and energy_weight need whole tensors, and these are sharded; set both "
-                "to 0 or train with DDP"
-            )
+        """Both losses by name, those that have a weight."""
         losses = {"orthogonality": self.orthogonality_loss, "energy": self.energy_loss}
         return {
             name: losses[name](lambda: weight().flatten(1)) for name, w in self.penalty_weights.items() if w

@@ -38,7 +38,7 @@ class FLoRADelta(Delta):
     @property
     def mode_factors(self) -> list[Tensor]:
         """Factors of all modes, `(dim_n, rank_n)` each."""
-        return [self.get_parameter(f"mode_factor_{mode}") for mode in range(self.core.ndim)]
+        return [getattr(self, f"mode_factor_{mode}") for mode in range(self.core.ndim)]
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return `A⁽²⁾`, the core with its kernel modes multiplied out, and `A⁽¹⁾ᵀ`."""

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_subspace.core.delta import Delta
@@ -51,10 +50,8 @@ class MoSDelta(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `B` of shape `(out, r)` and `A` of shape `(r, in, *kernel)`."""
-        pool_A, pool_B = self._shared[0].pair(self.spec.group)
-        A = _gather(pool_A, self.index_A).reshape(self.spec.rank, *self.shape.dims[1:])
-        B = _gather(pool_B, self.index_B).reshape(self.spec.rank, self.shape.out_features)
-        return B.T, A
+        A, B = self.shared_tensors(self.spec.group, self.index_A, self.index_B)
+        return B.reshape(self.spec.rank, -1).T, A.reshape(self.spec.rank, *self.shape.dims[1:])
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw the indices, of which any adapter with this seed has the same; the pools are not its own."""
@@ -87,9 +84,3 @@ class MoSDelta(Delta):
     def extra_repr(self) -> str:
         """Group of the module and shapes of the indices."""
         return f"group={self.spec.group}, {super().extra_repr()}"
-
-
-def _gather(pool: Tensor, index: Tensor) -> Tensor:
-    """Rows of `pool`, on the device of `index`."""
-    # An embedding, for its gradient is deterministic on every device; that of `pool[index]` is not.
-    return F.embedding(index.to(pool.device), pool).to(index.device)

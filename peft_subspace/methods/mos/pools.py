@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_subspace.core.trained import TrainedModule
 
 from .sharing import MoSSpec
 
 
-class Pools(nn.Module):
+class Pools(TrainedModule):
     """Pools of one adapter: `<group>__A` of shape `(e·L·l, in / l)` and `<group>__B` of `(e·L·l, out / l)`.
 
     The names are flat because PEFT finds an adapter's name in a key only as its last or last but one part.
@@ -30,6 +33,10 @@ class Pools(nn.Module):
                     pool = nn.Parameter(torch.empty(shape, dtype=torch.float32))
                     self.register_parameter(f"{spec.group}__{side}", pool)
 
+    def forward(self, group: str, *indices: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows of one group's pools A and B that the indices name."""
+        return tuple(_gather(pool, index) for pool, index in zip(self.pair(group), indices, strict=True))
+
     def pair(self, group: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Pools A and B of one group, as they are now: parameters get replaced."""
         return getattr(self, f"{group}__A"), getattr(self, f"{group}__B")
@@ -45,3 +52,9 @@ class Pools(nn.Module):
                 pool_b.data.uniform_(-1.0, 1.0, generator=generator)
             else:
                 pool_b.data.zero_()
+
+
+def _gather(pool: Tensor, index: Tensor) -> Tensor:
+    """Rows of `pool`, on the device of `index`."""
+    # An embedding, for its gradient is deterministic on every device; that of `pool[index]` is not.
+    return F.embedding(index.to(pool.device), pool).to(index.device)
