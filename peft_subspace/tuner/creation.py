@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
@@ -27,11 +27,13 @@ def create_adapter(
     """Create an adapter in a tuner layer; the arguments are those of `SubspaceLayer.update_layer`."""
     delta = layer.delta_cls(config, spec)
     layer._deferred.pop(adapter_name, None)
-    if not any(tensor.is_meta for tensor in _tensors(delta)):
+    held = [] if shared is None else _tensors(shared[adapter_name])
+    if any(tensor.is_meta for tensor in [*_tensors(delta), *held]):
+        delta.to("meta")  # PEFT leaves parameters to be loaded there, but not the rest
+        initialized = False
+    else:
         copied = layer.deltas[source] if source is not None and source in layer.deltas else None
         initialized = _initialize(layer, delta, config, copied, starts)
-    else:
-        initialized = False
     if not initialized and delta.needs_weight and delta.reads_weight:
         layer._deferred[adapter_name] = (config, spec.name)
     if shared is not None:
@@ -90,5 +92,5 @@ def _initialize(
     return there
 
 
-def _tensors(delta: Update) -> list[Tensor]:
-    return [*delta.parameters(), *delta.buffers()]
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

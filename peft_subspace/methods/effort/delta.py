@@ -210,6 +210,7 @@ def _departure(start: Tensor, change: Tensor, head: Range | None) -> Tensor:
     The blocks are `XᵀX − I` and, twice, `X_headᵀ X`, in which `start` drops out, so that nothing cancels.
     `head` is the range of head and tail together, `None` if that is the whole space.
     """
+    change = change.to(start.dtype)  # a trainer may store parameters in less
     overlap = start.T @ change
     beyond = change - start @ overlap
     cross = beyond.square().sum() if head is None else head.norm_within(beyond)
