@@ -144,6 +144,12 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
             self._shared_here().requires_grad_(requires_grad)
         return self
 
+    def adapter_dtype(self, adapter_name: str) -> torch.dtype:
+        """Dtype in which an adapter's parameters are stored, those that it shares included."""
+        shared = self._shared_here()
+        own = [self.deltas[adapter_name], *([shared[adapter_name]] if adapter_name in shared else [])]
+        return next((p.dtype for module in own for p in module.parameters()), torch.float32)
+
     def cast_trained(self, adapter_name: str, dtype: torch.dtype | None) -> None:
         """Cast what the adapter shares to a dtype; with None, cast that and its own to the base layer's."""
         shared = [self._shared[0][adapter_name]] if self._shared else []

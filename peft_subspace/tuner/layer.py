@@ -183,11 +183,15 @@ class SubspaceLayer(AdapterHolder):
 
     def with_updates(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
         """A base weight plus the updates of some adapters, `(out, in, *kernel)` in fp32."""
-        updates = (self.kind.from_layout(self.get_delta_weight(name)) for name in adapters)
+        updates = (self.kind.from_layout(self.exact_update(name)) for name in adapters)
         return sum(updates, start=self.kind.from_layout(weight).float())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
+        """`exact_update`, in the dtype in which the adapter is stored."""
+        return self.exact_update(adapter).to(self.adapter_dtype(adapter))
+
+    def exact_update(self, adapter: str) -> Tensor:
+        """`s · ΔW` of one adapter in fp32, laid out as the base layer stores its weight."""
         delta = self.initialized_delta(adapter)
         with torch.no_grad():
             product = multiply([factor.float() for factor in delta(self.read_weight)])
