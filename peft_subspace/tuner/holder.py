@@ -72,7 +72,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         return getattr(self, f"{self.prefix}dropout")
 
     def _shared_here(self) -> nn.ModuleDict:
-        """Shared tensors of the adapters that this layer has: the container itself where it has all of them."""
+        """Shared tensors of the adapters that this layer has; where it has all, the container itself."""
         held: Any = self._shared[0] if self._shared else {}
         if self._shared and all(name in self.deltas for name in held):
             return held
