@@ -80,6 +80,17 @@ def test_one_dtype_trains_where_peft_is_asked_not_to_cast(method, tmp_path, dtyp
         assert buffer.dtype in (torch.float32, torch.int32)
 
 
+@pytest.mark.parametrize("r", [None, 2])
+@pytest.mark.parametrize("constraint", ["both", "core", "input", "output"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_protection_is_that_of_fp32_with_less_in_the_parameters(constraint, r, dtype):
+    config = peft_subspace.ContinualSVDConfig(
+        r=r, target_modules=["first", "conv"], init_weights=False, constraint=constraint
+    )
+    model = get_peft_model(Net(dtype), config, autocast_adapter_dtype=False)
+    assert peft_subspace.continual.subspace_leak(model)["max"] < 1e-5
+
+
 def test_losses_are_taken_in_one_dtype():
     config = peft_subspace.EffortConfig(
         r=2, target_modules=["first", "conv"], init_weights=False, orthogonality_weight=1.0, energy_weight=1.0
