@@ -94,7 +94,7 @@ class Update(nn.Module, ABC):
         return self.chain(weight)
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
+        """Fill the parameters in place; `init_weights=False` asks for a random update, `shape.random_std`."""
         raise NotImplementedError
 
     def reset_from_weight(self, weight: Tensor) -> None:

@@ -53,7 +53,7 @@ class SubspaceConfig(PeftConfig):
             embedding.
         bias: `"none"`, `"all"`, or the method's own `"…_only"` to train the biases of the adapted modules.
         init_weights: `True` for the method's default initialization, the name of another one, or `False` for
-            one that changes the output (useful in tests).
+            a random update that is about as large as a trained one (useful in tests).
         seed: Seed of this adapter's random initialization; `None` follows `torch.manual_seed` without drawing
             from the global generator.
         initialized: Written by the library, into files alone: the tensors are there, so that nothing is

@@ -76,6 +76,9 @@ class ContinualSVDDelta(Delta):
             sizes = {
                 f"{x}{i}": size for i in pairs for x, size in (("B", (m, spec.rank)), ("A", (spec.rank, n)))
             }
+        self.trained = tuple(
+            sizes
+        )  # wrappers replace parameters by plain tensors, which have these names too
         for name, shape in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
@@ -84,7 +87,7 @@ class ContinualSVDDelta(Delta):
         dtype = (
             self.fingerprint.dtype
         )  # that of the bases, also where a trainer has stored parameters in less
-        trained = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        trained = {name: getattr(self, name).to(dtype) for name in self.trained}
         with torch.autocast(self.fingerprint.device.type, enabled=False):  # in less than fp32 it would leak
             *left, right = self._low_rank_chain(**trained) if self.low_rank else self._full_chain(**trained)
         return *left, right.unflatten(1, self.shape.dims[1:])
@@ -119,13 +122,11 @@ class ContinualSVDDelta(Delta):
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start at `ΔW = 0` with random `A`, or at random if `init_weights` is False."""
+        columns = self.shape.columns
+        drawn = self.shape.random_std * (columns / self.spec.rank if self.low_rank else 1) ** 0.5
         for name, parameter in self.named_parameters():
-            if init_weights is False:
-                parameter.data.normal_(generator=generator)
-            elif name[0] == "A":
-                parameter.data.normal_(std=self.shape.columns**-0.5, generator=generator)
-            else:
-                parameter.data.zero_()
+            std = columns**-0.5 if name[0] == "A" else drawn if init_weights is False else 0.0
+            parameter.data.normal_(std=std, generator=generator)
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular directions of the weight as those to protect."""

@@ -31,6 +31,7 @@ class FLoRADelta(Delta):
 
     def __init__(self, config: FLoRAConfig, spec: FLoRASpec) -> None:
         super().__init__(config, spec)
+        self.random_std = spec.shape.random_std / (config.scaling_for(spec.name) or 1.0)
         self.core = nn.Parameter(torch.empty(spec.mode_ranks))
         for mode, sizes in enumerate(zip(spec.shape.modes, spec.mode_ranks, strict=True)):
             self.register_parameter(f"mode_factor_{mode}", nn.Parameter(torch.empty(sizes)))
@@ -38,7 +39,7 @@ class FLoRADelta(Delta):
     @property
     def mode_factors(self) -> list[Tensor]:
         """Factors of all modes, `(dim_n, rank_n)` each."""
-        return [self.get_parameter(f"mode_factor_{mode}") for mode in range(self.core.ndim)]
+        return [getattr(self, f"mode_factor_{mode}") for mode in range(self.core.ndim)]
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return `A⁽²⁾`, the core with its kernel modes multiplied out, and `A⁽¹⁾ᵀ`."""
@@ -57,11 +58,11 @@ class FLoRADelta(Delta):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
                 keeping = 1.0 if axis == self.shape.lookup_axis else dim**-0.5
-                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
+                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping, False: rank**-0.5}
                 factor.data.normal_(0.0, stds.get(init_weights, (2 * rank) ** -0.5), generator=generator)
         if init_weights in (False, "zero_output"):
-            fan_in = self.core.numel() // self.core.shape[1] if init_weights else 1
-            self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
+            std = (self.core.shape[1] / self.core.numel()) ** 0.5 if init_weights else self.random_std
+            self.core.data.normal_(0.0, std, generator=generator)
         if init_weights is not False:
             (self.mode_factor_1 if init_weights == "zero_output" else self.core).data.zero_()
 

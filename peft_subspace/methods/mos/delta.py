@@ -47,7 +47,7 @@ class MoSDelta(Delta):
     @classmethod
     def shared(cls, config: MoSConfig, specs: Sequence[Any]) -> Pools:
         """Make the pools of all groups."""
-        return Pools(specs)
+        return Pools(specs, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `B` of shape `(out, r)` and `A` of shape `(r, in, *kernel)`."""
