@@ -8,9 +8,27 @@ from typing import Any
 from torch import nn
 
 
-def parameter_names(model: nn.Module, optimizer: Any) -> dict[int, str]:
-    """Names of the model's parameters by identity, where there is an optimiser to take them over."""
-    return {} if optimizer is None else {id(p): name for name, p in model.named_parameters()}
+def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, str]:
+    """Names of the model's parameters by identity, where there is an optimiser to take them over.
+
+    Raises:
+        ValueError: If the optimiser has none of the task's.
+    """
+    if optimizer is None:
+        return {}
+    names, own = {id(p): name for name, p in model.named_parameters()}, _parameters_of(task)
+    groups = getattr(optimizer, "optimizer", optimizer).param_groups
+    if not any(own.search(names.get(id(p), "")) for group in groups for p in group["params"]):
+        raise ValueError(
+            f"the optimizer has no parameter of the current task, {task!r}, so it cannot take those of "
+            "another in their place; leave it out, and make a new one afterwards"
+        )
+    return names
+
+
+def _parameters_of(task: str) -> re.Pattern[str]:
+    # The adapter's name stands behind the container's; elsewhere in a path it means something else.
+    return re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
 
 
 def restart_optimizer(
@@ -36,8 +54,7 @@ def restart_optimizer(
         return
     optimizer = getattr(optimizer, "optimizer", optimizer)
     parameters = dict(model.named_parameters())
-    # The adapter's name stands behind the container's; elsewhere in a path it means something else.
-    own = re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
+    own = _parameters_of(task)
     state = dict(optimizer.state) if keep_state else {}
     optimizer.state.clear()
     for group in optimizer.param_groups:
@@ -50,8 +67,10 @@ def restart_optimizer(
             for old, new in zip(group["params"], renamed, strict=True)
             if new is None or new in parameters
         ]
-        group["params"] = [parameter for _, parameter in pairs]
+        group["params"][:] = [parameter for _, parameter in pairs]  # in place: LBFGS holds on to the list
         optimizer.state.update((parameter, state[old]) for old, parameter in pairs if old in state)
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None  # LBFGS's count of them
 
 
 def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:

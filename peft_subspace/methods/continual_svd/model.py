@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_subspace.tuner import callers
 from peft_subspace.tuner.heads import set_heads
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
@@ -72,6 +73,9 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         super().delete_adapter(adapter_name)
         if len(others) > 1:
             self.set_adapter(others)
+            owner = callers.deletes_from()
+            if owner is not None and owner.active_adapter == adapter_name:
+                owner.active_adapter = others[-1]  # PEFT does this for a single one
 
     def _layers(self) -> list[SubspaceLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
