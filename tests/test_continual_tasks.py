@@ -270,9 +270,31 @@ def test_merged_tasks_cannot_be_opened_again():
     refused(model, ValueError, "of the active adapters .* these are open: ")
 
 
-def test_an_optimizer_with_a_list_of_its_own_trains_the_next_task():
+class Signs(torch.optim.SGD):
+    """An optimizer that steps along a list of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(list(params), lr)
+        self.mine = [p for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure):
+        closure()
+        for parameter in self.mine:
+            parameter.data.sub_(self.param_groups[0]["lr"] * parameter.grad.sign())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2),
+        lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+        lambda p: Signs(p, lr=0.01),
+    ],
+    ids=["lbfgs", "line-search", "list"],
+)
+def test_an_optimizer_with_a_list_of_its_own_trains_the_next_task(make):
     model = first(3, modules_to_save=None)
-    optimizer = torch.optim.LBFGS(trainables(model).values(), lr=0.1, max_iter=2)
+    optimizer = make(trainables(model).values())
 
     def closure():
         optimizer.zero_grad()

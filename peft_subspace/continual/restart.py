@@ -53,24 +53,21 @@ def restart_optimizer(
     if optimizer is None:
         return
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    parameters = dict(model.named_parameters())
-    own = _parameters_of(task)
-    state = dict(optimizer.state) if keep_state else {}
+    parameters, own = dict(model.named_parameters()), _parameters_of(task)
+    taken: dict[int, nn.Parameter | None] = {}
+    for old in (p for group in optimizer.param_groups for p in group["params"]):
+        key = own.sub(lambda found: f"{found[1]}.{name}", names.get(id(old), ""))
+        taken[id(old)] = old if key == names.get(id(old), "") else parameters.get(key)
+    state = {taken.get(id(old)): value for old, value in optimizer.state.items()} if keep_state else {}
     optimizer.state.clear()
-    for group in optimizer.param_groups:
-        renamed = [
-            own.sub(lambda found: f"{found[1]}.{name}", names[id(p)]) if id(p) in names else None
-            for p in group["params"]
-        ]
-        pairs = [
-            (old, old if new is None else parameters[new])
-            for old, new in zip(group["params"], renamed, strict=True)
-            if new is None or new in parameters
-        ]
-        group["params"][:] = [parameter for _, parameter in pairs]  # in place: LBFGS holds on to the list
-        optimizer.state.update((parameter, state[old]) for old, parameter in pairs if old in state)
+    optimizer.state.update((new, value) for new, value in state.items() if new is not None)
+    # In place, and wherever the optimizer keeps lists of its own, as LBFGS does, which counts them as well.
+    for held in [group["params"] for group in optimizer.param_groups] + list(vars(optimizer).values()):
+        if isinstance(held, list):
+            new = [taken.get(id(item), item) for item in held]
+            held[:] = [item for item, old in zip(new, held, strict=True) if item is not None or old is None]
     if hasattr(optimizer, "_numel_cache"):
-        optimizer._numel_cache = None  # LBFGS's count of them
+        optimizer._numel_cache = None
 
 
 def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:
