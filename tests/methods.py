@@ -62,7 +62,7 @@ class Method:
 
     def adapter_dtype(self, setting: Any) -> torch.dtype:
         """Dtype of the adapter on a base of that setting."""
-        return torch.float32 if self.stays_fp32 or setting.autocast else setting.dtype
+        return torch.float32 if setting.autocast else setting.dtype
 
     def fitting(self, names: list[str]) -> list[str]:
         """Those of the modules that the method adapts."""

@@ -15,7 +15,7 @@ import peft_subspace
 from layers import distance
 from models import bert, build, llama
 from peft_subspace import ContinualSVDConfig, NextTaskCallback
-from peft_subspace.continual import list_tasks, next_task, subspace_leak
+from peft_subspace.continual import list_tasks, next_task, reopen, subspace_leak
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
 from quantized import KINDS, WARNINGS, marked, quantised_model
 
@@ -213,6 +213,105 @@ def test_a_stacked_task_can_be_disabled_and_deleted():
     assert torch.equal(logits(model), without)
     assert list_tasks(model) == {"task2": "stack", "task3": "open"}
     assert all(".task3" in name for name in trainables(model))
+
+
+def test_a_deleted_task_leaves_the_one_before_to_go_on_from():
+    model = three_tasks("stack", 3)
+    before = updates(model, "task2")
+    deleted = adamw(model)
+    model.delete_adapter("task3")
+    assert model.active_adapters == ["task1", "task2"]
+    refused(model, ValueError, "optimizer has no parameter of the current task, 'task2'", optimizer=deleted)
+    next_task(model, "again", preserve=0.5)
+    assert list_tasks(model) == {"task1": "stack", "task2": "stack", "again": "open"}
+    assert model.active_adapters == ["task1", "task2", "again"]
+    train(model, 3)
+    assert all(torch.equal(before[name], update) for name, update in updates(model, "task2").items())
+    assert max(update.norm() for update in updates(model, "again").values()) > 1e-3
+    assert subspace_leak(model, "again")["max"] < 1e-5
+    for name in ("again", "task2"):
+        model.delete_adapter(name)
+    next_task(model, "second")
+    assert list_tasks(model) == {"task1": "stack", "second": "open"}
+
+
+def test_a_closed_task_can_be_opened_again(tmp_path):
+    model = three_tasks("stack", 3)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, message in (
+        ("task2", r"tasks \['task3'\] build on 'task2'"),
+        ("task1", r"tasks \['task2', 'task3'\] build on 'task1'"),
+        ("nope", r"name='nope' is no adapter of the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reopen(model, name)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert list_tasks(model) == {"task1": "stack", "task2": "stack", "task3": "open"}
+    model.delete_adapter("task3")
+    here = logits(model)
+    reopen(model, "task2")
+    assert torch.equal(logits(model), here)
+    assert list_tasks(model) == {"task1": "stack", "task2": "open"}
+    names = trainables(model)
+    assert all(".task2" in name for name in names)
+    assert {"continualsvd_delta", "modules_to_save"} <= {part for name in names for part in name.split(".")}
+    train(model, 2)
+    assert distance(logits(model), here) > 1e-4
+    next_task(model, "task3b", keep="stack")
+    assert list_tasks(model) == {"task1": "stack", "task2": "stack", "task3b": "open"}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task1", "task1")
+    assert not trainables(loaded)
+    reopen(loaded, "task1")
+    assert trainables(loaded)
+
+
+def test_merged_tasks_cannot_be_opened_again():
+    model = three_tasks("merge", 3)
+    with pytest.raises(ValueError, match="the update of 'task2' is in the base weights"):
+        reopen(model, "task2")
+    model.delete_adapter("task3")
+    refused(model, ValueError, "of the active adapters .* these are open: ")
+
+
+class Signs(torch.optim.SGD):
+    """An optimizer that steps along a list of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(list(params), lr)
+        self.mine = [p for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure):
+        closure()
+        for parameter in self.mine:
+            parameter.data.sub_(self.param_groups[0]["lr"] * parameter.grad.sign())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2),
+        lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+        lambda p: Signs(p, lr=0.01),
+    ],
+    ids=["lbfgs", "line-search", "list"],
+)
+def test_an_optimizer_with_a_list_of_its_own_trains_the_next_task(make):
+    model = first(3, modules_to_save=None)
+    optimizer = make(trainables(model).values())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**inputs()).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    closed = updates(model, "task1")
+    next_task(model, "task2", keep="stack", optimizer=optimizer)
+    optimizer.step(closure)
+    assert all(torch.equal(closed[name], update) for name, update in updates(model, "task1").items())
+    assert max(update.norm() for update in updates(model, "task2").values()) > 1e-4
 
 
 def test_finished_tasks_stay_frozen_whatever_peft_enables():

@@ -1,10 +1,17 @@
 """Every method in diffusers: a UNet with its convolutions, and a diffusion transformer."""
 
+import inspect
+
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_subspace
@@ -135,3 +142,31 @@ def test_lora_export_loads_as_diffusers_loads_any_lora(method, network, tmp_path
     )
     with torch.no_grad():
         torch.testing.assert_close(outputs(fresh), outputs(model), atol=1e-5, rtol=1e-4)
+
+
+PIPELINES = {"unet": (unet, StableDiffusionPipeline), "transformer": (dit, StableDiffusion3Pipeline)}
+
+
+@pytest.mark.parametrize("key_prefix", PIPELINES)
+@pytest.mark.feature("diffusers `pipe.load_lora_weights`")
+def test_pipelines_load_the_lora_export(method, tmp_path, key_prefix):
+    build_network, pipeline_cls = PIPELINES[key_prefix]
+    network = (lambda: build(lambda _: build_network(), None), TARGETS[build_network])
+    model = adapted(method, network, init_weights=False)
+    peft_subspace.export_lora(model, tmp_path, key_prefix=key_prefix)
+    _, state = peft_subspace.lora_state_dict(model, key_prefix=key_prefix)
+    save_file(state, tmp_path / "by_hand.safetensors")
+    for weights in ("adapter_model.safetensors", "by_hand.safetensors", None):
+        pipe = pipeline(pipeline_cls, key_prefix, network[0]())
+        pipe.load_lora_weights(*([state] if weights is None else [tmp_path]), weight_name=weights)
+        with torch.no_grad():
+            loaded = outputs(getattr(pipe, key_prefix))
+            torch.testing.assert_close(loaded, outputs(model), atol=1e-5, rtol=1e-4)
+
+
+def pipeline(pipeline_cls, name, model):
+    """A pipeline with this model alone, which is all that `load_lora_weights` looks at."""
+    parts = inspect.signature(pipeline_cls.__init__).parameters
+    components = {part: None for part in parts if part != "self" and not part.startswith("requires_")}
+    options = {part: False for part in parts if part.startswith("requires_")}
+    return pipeline_cls(**{**components, **options, name: model})

@@ -16,7 +16,7 @@ import trl
 
 import models
 import peft_subspace
-from test_diffusers import unet
+from test_diffusers import StableDiffusionPipeline, pipeline, unet
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -87,6 +87,7 @@ class Page:
             "my_loss": lambda output: output.loss,
             "unet": unet(),
             "fresh_unet": unet(),
+            "pipe": pipeline(StableDiffusionPipeline, "unet", unet()),
         }  # fmt: skip
 
     def run(self, code, line, page):

@@ -254,9 +254,8 @@ def test_checkpoint_holds_both_bases_and_r(tmp_path):
 
 def test_everything_stays_fp32_on_a_bf16_base():
     model = get_peft_model(
-        llama().to(torch.bfloat16), LoRASBConfig(r=8, target_modules=TARGETS, init_weights="svd"),
-        autocast_adapter_dtype=False,
-    )  # fmt: skip
+        llama().to(torch.bfloat16), LoRASBConfig(r=8, target_modules=TARGETS, init_weights="svd")
+    )
     for cast in (lambda m: m, lambda m: m.to(torch.bfloat16), lambda m: m.half().bfloat16()):
         state = {key: t for key, t in cast(model).state_dict().items() if "lorasb" in key}
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}

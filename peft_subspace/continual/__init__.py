@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_subspace.continual.callback import NextTaskCallback
+from peft_subspace.continual.current import reopen
 from peft_subspace.continual.importance import layer_importance, preserve_pattern, preserve_schedule
 from peft_subspace.continual.leak import subspace_leak
 from peft_subspace.continual.metrics import continual_metrics, save_heatmap
@@ -22,6 +23,7 @@ __all__ = [
     "next_task",
     "preserve_pattern",
     "preserve_schedule",
+    "reopen",
     "save_heatmap",
     "subspace_leak",
 ]

@@ -54,7 +54,7 @@ def subspace_leak(
             )
             weight = layer.with_updates(layer.get_base_weight(), beneath).flatten(1)
             heads = singular_vectors(weight, layer.deltas[adapter_name].directions)
-        update = layer.kind.from_layout(layer.get_delta_weight(adapter_name)).flatten(1).double()
+        update = layer.kind.from_layout(layer.exact_update(adapter_name)).flatten(1).double()
         modules[name] = _leaks(layer.deltas[adapter_name], update, heads)
     return {"max": max(value for leaks in modules.values() for value in leaks.values()), "modules": modules}
 

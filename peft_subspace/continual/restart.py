@@ -11,9 +11,27 @@ Swaps = dict[int, tuple[Tensor, Tensor | None]]
 """Old parameters, by identity, and those that take their places."""
 
 
-def parameter_names(model: nn.Module, optimizer: Any) -> dict[int, str]:
-    """Names of the model's parameters by identity, where there is an optimiser to take them over."""
-    return {} if optimizer is None else {id(p): name for name, p in model.named_parameters()}
+def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, str]:
+    """Names of the model's parameters by identity, where there is an optimiser to take them over.
+
+    Raises:
+        ValueError: If the optimiser has none of the task's.
+    """
+    if optimizer is None:
+        return {}
+    names, own = {id(p): name for name, p in model.named_parameters()}, _parameters_of(task)
+    groups = getattr(optimizer, "optimizer", optimizer).param_groups
+    if not any(own.search(names.get(id(p), "")) for group in groups for p in group["params"]):
+        raise ValueError(
+            f"the optimizer has no parameter of the current task, {task!r}, so it cannot take those of "
+            "another in their place; leave it out, and make a new one afterwards"
+        )
+    return names
+
+
+def _parameters_of(task: str) -> re.Pattern[str]:
+    # The adapter's name stands behind the container's; elsewhere in a path it means something else.
+    return re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
 
 
 def restart_optimizer(
@@ -40,8 +58,7 @@ def restart_optimizer(
     if optimizer is None:
         return
     parameters = dict(model.named_parameters())
-    # The adapter's name stands behind the container's; elsewhere in a path it means something else.
-    own = re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
+    own = _parameters_of(task)
     swaps: Swaps = {}
     optimizers = _inside(optimizer)
     for group in (group for one in optimizers for group in one.param_groups):

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_subspace.continual.current import close, current_task, tuner_of
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.modes import lasting
@@ -44,13 +44,13 @@ def next_task(
     weights are untouched, and the task's adapter stays as it is, frozen and active beneath the next ones; it
     can be disabled (`model.base_model.set_adapter([…])`), deleted, saved and shared by itself. The current
     task is the one that trains; its heads (`modules_to_save`) remain under its name either way, and
-    `model.set_adapter(task)` brings them back.
+    `model.set_adapter(task)` brings them back. If the current task is deleted, the one before it is followed.
 
     Args:
         model: Model with Continual SVD adapters, as `get_peft_model` returns it.
         name: Name of the new task and of its adapter.
         keep: `"merge"` or `"stack"`; by default `"stack"` on quantised base weights, which a merge would
-            round.
+            round, and for a task that is kept so already.
         preserve: What to protect from the new task, as in the config: a number for all modules, or one for
             each by name or regular expression (the config's `preserve` for others). By default as before.
         optimizer: Optimiser to go on with: it forgets its state and takes the new adapter's parameters.
@@ -59,22 +59,23 @@ def next_task(
 
     Raises:
         TypeError: If `model`, or the scheduler, is none that this works on.
-        ValueError: If there is no current task, it is merged, the name is taken, or `keep` or `preserve` does
-            not fit. Nothing has been changed then.
+        ValueError: If there is no current task, it is merged, the name is taken, the optimiser has none of
+            its parameters, or `keep` or `preserve` does not fit. Nothing has been changed then.
 
     Reference:
         Nayak et al. (arXiv 2504.07097), section 4, for merging.
     """
-    tuner = _tuner(model)
-    task = _current_task(tuner)
+    tuner = tuner_of(model)
+    task = current_task(tuner)
     layers = adapted_layers(tuner, task, SubspaceLayer).values()
-    keep = keep or ("stack" if any(layer.quantization_backend is not None for layer in layers) else "merge")
+    quantized = any(layer.quantization_backend is not None for layer in layers)
+    keep = keep or ("stack" if quantized or tuner.peft_config[task].closed else "merge")
     _check_name(tuner, name)
     _check_keep(tuner, task, keep)
     config = _next_config(tuner.peft_config[task], task, keep, preserve)
     tuner.plan(tuner.model, copy.deepcopy(config))
     restart_scheduler(scheduler, dry_run=True)
-    names = parameter_names(model, optimizer)
+    names = parameter_names(model, optimizer, task)
     if keep == "merge":
         for layer in progress(layers, len(layers), "checking updates"):
             check_finite(layer, [task])
@@ -83,7 +84,7 @@ def next_task(
     model.add_adapter(name, config)
     if not new_heads:
         _continue_heads(tuner, task, name)
-    _freeze(tuner, task)
+    close(tuner, task)
     model.set_adapter(name)
     if keep == "merge":
         _reduce_to_heads(tuner, task)
@@ -96,9 +97,9 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
 
     A Trainer that resumes loads all adapters, but leaves the one active that the model was made with.
     """
-    tuner = _tuner(model)
-    task = _current_task(tuner)
-    names = parameter_names(model, optimizer)
+    tuner = tuner_of(model)
+    task = current_task(tuner)
+    names = parameter_names(model, optimizer, task)
     source = tuner.peft_config[name].source
     if (
         source is not None and tuner.peft_config[name].for_inference
@@ -106,14 +107,14 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
         model.delete_adapter(name)
         model.load_adapter(str(source), name, is_trainable=True)
     for earlier in tuner.peft_config[name].lower_adapters:
-        _freeze(tuner, earlier)
+        close(tuner, earlier)
     model.set_adapter(name)
     restart_optimizer(optimizer, model, names, task, name, keep_state=True)
 
 
 def list_tasks(model: nn.Module) -> dict[str, str]:
     """Tasks of a model, oldest first: `"merge"` or `"stack"` as they were kept, `"open"` if not closed."""
-    configs = _tuner(model).peft_config
+    configs = tuner_of(model).peft_config
     tasks: dict[str, str] = {}
     for name, config in configs.items():
         past = {
@@ -121,39 +122,6 @@ def list_tasks(model: nn.Module) -> dict[str, str]:
         }
         tasks = {**tasks, **past, name: tasks.get(name, "stack" if config.closed else "open")}
     return tasks
-
-
-def _tuner(model: nn.Module) -> ContinualSVDModel:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            "DistributedDataParallel knows the parameters that it was made with only; call next_task before "
-            "wrapping the model"
-        )
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ContinualSVDModel):
-        raise TypeError(
-            f"{type(model).__name__} is no PeftModel with Continual SVD adapters; make one with "
-            "get_peft_model(model, ContinualSVDConfig(…))"
-        )
-    return model.base_model
-
-
-def _current_task(tuner: ContinualSVDModel) -> str:
-    """The one active adapter that is not closed."""
-    layers = [module for module in tuner.modules() if isinstance(module, ContinualSVDModel.tuner_layer_cls)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(f"adapters {merged} are merged; call unmerge_adapter() first")
-    if any(layer.disable_adapters for layer in layers):
-        raise ValueError(
-            "the adapters are disabled; leave disable_adapter(), or call enable_adapter_layers()"
-        )
-    tasks = [name for name in tuner.active_adapters if not tuner.peft_config[name].closed]
-    if len(tasks) != 1:
-        raise ValueError(
-            f"one task must be active and open, but of the active adapters {tuner.active_adapters} these are "
-            f"open: {tasks}; activate the one to close with model.set_adapter(…)"
-        )
-    return tasks[0]
 
 
 def _check_name(tuner: ContinualSVDModel, name: str) -> None:
@@ -219,13 +187,6 @@ def _continue_heads(tuner: ContinualSVDModel, task: str, name: str) -> None:
 
 def _head_state(module: Any, name: str) -> dict[str, Tensor]:
     return module.adapter_state_dict(name, module.state_dict())
-
-
-def _freeze(tuner: ContinualSVDModel, task: str) -> None:
-    tuner.peft_config[task].closed = True
-    for layer in adapted_layers(tuner, task, SubspaceLayer).values():
-        layer.deltas[task].frozen = True
-        layer.deltas[task].make_lean()
 
 
 def _reduce_to_heads(tuner: ContinualSVDModel, task: str) -> None:

@@ -55,6 +55,7 @@ class Update(LeanModule, ABC):
         full_precision: Names of parameters that stay fp32 as well.
         combinations: What `add_weighted_adapter` can make of several such updates, exactly.
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
+        random_std: Root mean square of the entries of `ΔW` that `init_weights=False` asks for.
         initialized: Whether the tensors are from a file or from data, so that nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
         penalty_weights: Weights of the loss terms by name.
@@ -72,7 +73,7 @@ class Update(LeanModule, ABC):
 
     def __init__(self, config: Any, spec: ModuleSpec) -> None:
         super().__init__(for_inference=config.for_inference)
-        self.spec, self.shape = spec, spec.shape
+        self.spec, self.shape, self.random_std = spec, spec.shape, spec.shape.random_std
         self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
@@ -95,7 +96,7 @@ class Update(LeanModule, ABC):
         return tuple(factor.clone() for factor in factors) if self.is_fetched else factors
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Fill the parameters in place; `init_weights=False` asks for values that change the output."""
+        """Fill the parameters in place; `init_weights=False` asks for a random update, `random_std`."""
         raise NotImplementedError
 
     def reset_from_weight(self, weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.names import in_base, saved_key
+from peft_subspace.core.names import BASE, in_base, saved_key
 from peft_subspace.layers.convolution import TransposedConvKind
 from peft_subspace.layers.embedding import EmbeddingKind
 from peft_subspace.layers.linear import Conv1DKind
@@ -28,8 +28,10 @@ from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.targets import weight_name
 
 
-def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert an adapter to an equal LoRA: `B A = s · ΔW`, with `lora_alpha = r`.
+def lora_state_dict(
+    model: nn.Module, adapter_name: str = "default", *, key_prefix: str = BASE.removesuffix(".")
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Convert an adapter to an equal LoRA: `B A = s · ΔW`, with `lora_alpha = r`, in the adapter's dtype.
 
     All modules get one rank, the largest that any of them needs, because some servers read a single rank from
     the config. Smaller factors are padded with zeros.
@@ -37,9 +39,11 @@ def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
         adapter_name: Adapter to convert.
+        key_prefix: Start of all keys; by default PEFT's. The pipelines of diffusers read `"unet"`,
+            `"transformer"`, `"text_encoder"` and the like, the names of their models.
 
     Returns:
-        Configuration and state dict of a LoRA adapter, as PEFT saves it.
+        Configuration and state dict of a LoRA adapter, as PEFT saves it. All tensors are contiguous.
 
     Raises:
         ValueError: If the model has no such adapter of this package, or the adapter has layers whose update
@@ -68,10 +72,18 @@ def lora_state_dict(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     state = _other_state(model, adapter_name)
     for name, (left, right) in pairs.items():
         state.update(_lora_tensors(name, layers[name], pad(left, 1, rank), pad(right, 0, rank)))
+    start = f"{key_prefix}." if key_prefix else ""
+    state = {f"{start}{in_base(key)}": tensor.contiguous() for key, tensor in state.items()}
     return _lora_config(model, adapter_name, layers, rank), state
 
 
-def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str = "default") -> None:
+def export_lora(
+    model: nn.Module,
+    save_directory: str | Path,
+    adapter_name: str = "default",
+    *,
+    key_prefix: str = BASE.removesuffix("."),
+) -> None:
     """Write an adapter as a standard LoRA, which PEFT, vLLM, SGLang, llama.cpp and diffusers can serve.
 
     Args:
@@ -79,11 +91,12 @@ def export_lora(model: nn.Module, save_directory: str | Path, adapter_name: str 
         save_directory: Folder for `adapter_config.json` and `adapter_model.safetensors`; it is
             created if it does not exist.
         adapter_name: Adapter to write.
+        key_prefix: As for `lora_state_dict`; `pipe.load_lora_weights` wants `"unet"` or another name of its.
 
     Raises:
         ValueError: As for `lora_state_dict`; nothing is written then.
     """
-    config, state = lora_state_dict(model, adapter_name)
+    config, state = lora_state_dict(model, adapter_name, key_prefix=key_prefix)
     folder = Path(save_directory)
     write_lora(folder, config, state)
     if folder.name == LORA_FOLDER and (folder.parent / CONFIG_NAME).is_file():
@@ -124,10 +137,11 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> s
 
 @torch.no_grad()
 def _lora_pair(layer: SubspaceLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Factors `(out, r)` and `(r, in, *kernel)` of the scaled update, in fp32."""
+    """Factors `(out, r)` and `(r, in, *kernel)` of the scaled update, multiplied in fp32."""
     factors = layer.initialized_delta(adapter_name)(layer.read_weight)
     left, right = split([factor.float() for factor in factors])
-    return left * layer.scaling[adapter_name], right
+    dtype = layer.adapter_dtype(adapter_name)
+    return (left * layer.scaling[adapter_name]).to(dtype), right.to(dtype)
 
 
 def _lora_tensors(name: str, layer: SubspaceLayer, left: Tensor, right: Tensor) -> dict[str, Tensor]:

@@ -50,6 +50,12 @@ def ignores_mismatched_sizes() -> bool:
     return frame is not None and bool(frame.f_locals["ignore_mismatched_sizes"])
 
 
+def deletes_from() -> PeftModel | None:
+    """The model of which PEFT is deleting an adapter."""
+    frame = _running(PeftModel.delete_adapter)
+    return None if frame is None else frame.f_locals["self"]
+
+
 def _running(function: Callable[..., Any]) -> FrameType | None:
     """Innermost call of a function that has not returned yet."""
     return next((frame for frame in calls() if frame.f_code is function.__code__), None)

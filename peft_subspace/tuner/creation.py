@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
@@ -27,12 +27,16 @@ def create_adapter(
 ) -> None:
     """Create an adapter in a tuner layer; the arguments are those of `SubspaceLayer.update_layer`."""
     delta = layer.delta_cls(config, spec)
+    scaling = config.scaling_for(delta)
+    delta.random_std /= scaling or 1.0
     layer._deferred.pop(adapter_name, None)
-    if not any(tensor.is_meta for tensor in _tensors(delta)):
+    held = [] if shared is None else _tensors(shared[adapter_name])
+    if any(tensor.is_meta for tensor in [*_tensors(delta), *held]):
+        delta.to("meta")  # PEFT leaves parameters to be loaded there, but not the rest
+        initialized = False
+    else:
         copied = layer.deltas[source] if source is not None and source in layer.deltas else None
         initialized = _initialize(layer, delta, config, copied, starts)
-    else:
-        initialized = False
     if not initialized and delta.needs_weight and delta.reads_weight:
         layer._deferred[adapter_name] = (config, spec.name)
     if shared is not None:
@@ -42,7 +46,7 @@ def create_adapter(
     dropout = getattr(config, "dropout", 0.0)
     if dropout and layer.kind.dropout_cls is not None:
         layer.dropouts[adapter_name] = layer.kind.dropout_cls(dropout)
-    layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = config.scaling_for(delta)
+    layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = scaling
     layer._move_adapter_to_device_of_base_layer(adapter_name)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
@@ -92,5 +96,5 @@ def _initialize(
     return there
 
 
-def _tensors(delta: Update) -> list[Tensor]:
-    return [*delta.parameters(), *delta.buffers()]
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

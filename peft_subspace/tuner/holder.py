@@ -74,8 +74,10 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         return getattr(self, f"{self.prefix}dropout")
 
     def _shared_here(self) -> nn.ModuleDict:
-        """Shared tensors of the adapters that this layer has."""
+        """Shared tensors of the adapters that this layer has; where it has all, the container itself."""
         held: Any = self._shared[0] if self._shared else {}
+        if self._shared and all(name in self.deltas for name in held):
+            return held
         return nn.ModuleDict({name: held[name] for name in self.deltas if name in held})
 
     def active_here(self) -> list[str]:
@@ -159,6 +161,21 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
             self._shared_here().requires_grad_(requires_grad)
         return self
 
+    def adapter_dtype(self, adapter_name: str) -> torch.dtype:
+        """Dtype in which an adapter's parameters are stored, those that it shares included."""
+        shared = self._shared_here()
+        own = [self.deltas[adapter_name], *([shared[adapter_name]] if adapter_name in shared else [])]
+        return next((p.dtype for module in own for p in module.parameters()), torch.float32)
+
+    def cast_trained(self, adapter_name: str, dtype: torch.dtype | None) -> None:
+        """Cast what the adapter shares to a dtype; with None, cast that and its own to the base layer's."""
+        shared = [self._shared[0][adapter_name]] if self._shared else []
+        if dtype is None:
+            dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1] or torch.float32
+            shared.append(self.deltas[adapter_name])
+        for parameter in [parameter for module in shared for parameter in module.parameters()]:
+            parameter.data = parameter.data.to(dtype)
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -167,7 +184,9 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         A weight on the meta device takes no adapter with it: it may be offloaded. What layers share leaves
         the host if one of them does.
         """
-        if adapter_name not in self.deltas or any(p.is_meta for p in self.deltas[adapter_name].parameters()):
+        if adapter_name not in self.deltas or any(
+            tensor.is_meta for tensor in self.deltas[adapter_name].state_dict().values()
+        ):
             return
         base = self.get_base_layer()
         base_device, dtype = self._get_base_layer_device_and_dtype(base)

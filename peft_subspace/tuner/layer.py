@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.base_weights.quantization import unmergeable
-from peft_subspace.base_weights.weight import BaseWeight, offload_hook
+from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Update
 from peft_subspace.core.shapes import ModuleSpec
@@ -21,6 +21,7 @@ from peft_subspace.tuner import merging, mixed_batch
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.creation import create_adapter, initialize_deferred
 from peft_subspace.tuner.holder import AdapterHolder
+from peft_subspace.tuner.lean import check_trainable
 from peft_subspace.tuner.mixed_forward import forward_mixed_batch
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.target import Target, analyze_module
@@ -160,10 +161,8 @@ class SubspaceLayer(AdapterHolder):
         dropouts = self.dropouts
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
         delta = self.initialized_delta(adapter_name)
-        if torch.is_grad_enabled() and offload_hook(delta) is not None:
-            _refuse_training(delta, f"adapter {adapter_name!r} is offloaded with its base layer", _OFFLOADED)
-        if delta.lean and self.takes_training_step:
-            _refuse_training(delta, f"adapter {adapter_name!r} was loaded, or closed, to be run only", _LEAN)
+        if torch.is_grad_enabled():
+            check_trainable(delta, adapter_name, training=self.takes_training_step)
         return Branch.scaled(delta(self.read_weight), self.scaling[adapter_name], dropout)
 
     def get_base_weight(self) -> Tensor:
@@ -185,11 +184,15 @@ class SubspaceLayer(AdapterHolder):
 
     def with_updates(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
         """A base weight plus the updates of some adapters, `(out, in, *kernel)` in fp32."""
-        updates = (self.kind.from_layout(self.get_delta_weight(name)) for name in adapters)
+        updates = (self.kind.from_layout(self.exact_update(name)) for name in adapters)
         return sum(updates, start=self.kind.from_layout(weight).float())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`s · ΔW` of one adapter, laid out as the base layer stores its weight."""
+        """`exact_update`, in the dtype in which the adapter is stored."""
+        return self.exact_update(adapter).to(self.adapter_dtype(adapter))
+
+    def exact_update(self, adapter: str) -> Tensor:
+        """`s · ΔW` of one adapter in fp32, laid out as the base layer stores its weight."""
         delta = self.initialized_delta(adapter)
         with torch.no_grad():
             product = multiply([factor.float() for factor in delta(self.read_weight)])
@@ -238,12 +241,3 @@ class SubspaceLayer(AdapterHolder):
     def extra_repr(self) -> str:
         """Name the quantization of the base layer, if it has any."""
         return quantization_extra_repr(self)
-
-
-_OFFLOADED = "give the layer a device in device_map, or load with is_trainable=False"
-_LEAN = "load it with is_trainable=True, or freeze it with model.set_requires_grad(name, False)"
-
-
-def _refuse_training(delta: Update, why: str, remedy: str) -> None:
-    if any(parameter.requires_grad for parameter in delta.parameters()):
-        raise RuntimeError(f"{why}, so it cannot be trained; {remedy}")

@@ -8,8 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_subspace.base_weights.weight import offload_hook
 from peft_subspace.core.delta import Update
 from peft_subspace.core.names import in_base, saved_key
+
+
+def check_trainable(update: Update, adapter_name: str, *, training: bool) -> None:
+    """Raise if an update has trainable parameters that cannot be trained.
+
+    Raises:
+        RuntimeError: If it is offloaded, or is lean in a training step.
+    """
+    if offload_hook(update) is not None:
+        why, remedy = "is offloaded with its base layer", "give the layer a device in device_map, or load"
+        remedy += " with is_trainable=False"
+    elif update.lean and training:
+        why = "was loaded, or closed, to be run only"
+        remedy = "load it with is_trainable=True, or freeze it with model.set_requires_grad(name, False)"
+    else:
+        return
+    if any(parameter.requires_grad for parameter in update.parameters()):
+        raise RuntimeError(f"adapter {adapter_name!r} {why}, so it cannot be trained; {remedy}")
 
 
 def layers_by_key(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict[tuple[str, str], Any]:

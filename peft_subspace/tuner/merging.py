@@ -23,7 +23,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         check_finite(layer, names)
     layer.base_weight.restore()
     weight = layer.get_base_weight()
-    updates = (layer.get_delta_weight(name) for name in [*layer.merged_adapters, *names])
+    updates = (layer.exact_update(name) for name in [*layer.merged_adapters, *names])
     total = sum(updates, start=weight.float())
     try:
         layer.base_weight.write(total.to(weight.dtype))
@@ -56,5 +56,5 @@ def check_finite(layer: Any, names: Iterable[str]) -> None:
         ValueError: In the words of PEFT.
     """
     for name in names:
-        if not torch.isfinite(layer.get_delta_weight(name)).all():
+        if not torch.isfinite(layer.exact_update(name)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -168,13 +168,10 @@ class SubspaceModel(StateHooks):
             parameter.requires_grad_(True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep shared tensors in fp32, or give them the base model's dtype if PEFT is asked not to cast."""
+        """Cast to fp32, or give all that trains the dtype of the base layer if PEFT is asked not to cast."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for _, container in shared_containers(self, self.shared_attribute()):
-            if adapter_name in container:
-                layer = next(iter(adapted_layers(self, adapter_name, self.tuner_layer_cls).values()))
-                base = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
-                container[adapter_name].to(torch.float32 if autocast_adapter_dtype else base or torch.float32)
+        for layer in adapted_layers(self, adapter_name, self.tuner_layer_cls).values():
+            layer.cast_trained(adapter_name, torch.float32 if autocast_adapter_dtype else None)
 
     def _check_merge_allowed(self) -> None:
         """Look, before anything is merged, for a layer that adapters cannot be merged into."""

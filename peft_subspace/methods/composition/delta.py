@@ -59,7 +59,7 @@ class CompositionDelta(Delta):
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start the coefficients; the factors are random until those of adapters take their place."""
         self.left.normal_(std=max(1, self.spec.rank) ** -0.5, generator=generator)
-        self.right.normal_(std=self.shape.columns**-0.5, generator=generator)
+        self.right.normal_(std=self.random_std, generator=generator)
         if self.coefficients is not None:
             _start(self.coefficients, self.start, init_weights, generator)
 

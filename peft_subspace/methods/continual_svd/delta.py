@@ -71,8 +71,9 @@ class ContinualSVDDelta(Delta):
             size = m if name == "U" else n
             reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
             self.sides[name] = Side(size, k, reflects)
-            kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
-            self.register_frozen(name, kept, training_only=self.low_rank)
+            self.register_frozen(
+                name, torch.zeros(size, min(k, size - k)).float(), training_only=self.low_rank
+            )
         sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
         if core:
             sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}
@@ -121,13 +122,10 @@ class ContinualSVDDelta(Delta):
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start at `ΔW = 0` with random `A`, or at random if `init_weights` is False."""
+        drawn = self.random_std * (self.shape.columns / self.spec.rank if self.low_rank else 1) ** 0.5
         for name, parameter in self.named_parameters():
-            if init_weights is False:
-                parameter.data.normal_(generator=generator)
-            elif name[0] == "A":
-                parameter.data.normal_(std=self.shape.columns**-0.5, generator=generator)
-            else:
-                parameter.data.zero_()
+            std = self.shape.columns**-0.5 if name[0] == "A" else drawn if init_weights is False else 0.0
+            parameter.data.normal_(std=std, generator=generator)
 
     def speed(self, config: ContinualSVDConfig) -> float:
         """Return `√p` of the `p` dimensions that the constraint allows; `A` spans `r / n` of them."""

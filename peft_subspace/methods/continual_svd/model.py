@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.utils.other import _set_adapter as set_heads
 from torch import nn
 
+from peft_subspace.tuner import callers
+from peft_subspace.tuner.heads import set_heads
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 
@@ -24,15 +25,19 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         """Set the active adapters. What belongs to a finished task stays frozen.
 
         A task by name comes with what it builds on: a stacked one with the tasks beneath it, one whose update
-        went into the base weights with the task that is open now. A list is taken as it is. Heads
-        (`modules_to_save`) are those of the last adapter.
+        went into the base weights with the task that is open now; heads (`modules_to_save`) are its own. A
+        list is taken as it is, heads included; of tasks that follow each other, the last one's are taken.
+
+        Raises:
+            ValueError: If tasks of a list that do not follow each other have heads in one module.
         """
         names = self._with_history(adapter_name) if isinstance(adapter_name, str) else adapter_name
         if not names:
             super().set_adapter(names, inference_mode)
             return
-        closed = self.peft_config[names[-1]].frozen
-        set_heads(self.model, names[-1], inference_mode=inference_mode or closed)
+        frozen = [name for name, config in self.peft_config.items() if inference_mode or config.frozen]
+        earlier = {name: config.earlier_tasks for name, config in self.peft_config.items()}
+        set_heads(self.model, names[-1:] if isinstance(adapter_name, str) else names, earlier, frozen)
         for layer in self._layers():
             if layer.merged:
                 warnings.warn("adapters are merged; unmerging them first", stacklevel=2)
@@ -68,6 +73,9 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         super().delete_adapter(adapter_name)
         if len(others) > 1:
             self.set_adapter(others)
+            owner = callers.deletes_from()
+            if owner is not None and owner.active_adapter == adapter_name:
+                owner.active_adapter = others[-1]  # PEFT does this for a single one
 
     def _layers(self) -> list[SubspaceLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]

@@ -69,16 +69,19 @@ class EffortDelta(Delta):
         return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
-        """Start everything at zero; with `init_weights=False`, at orthonormal triples and normal changes."""
+        """Start everything at zero; with `init_weights=False`, at equal triples and changes as large."""
         for tensor in (*self.parameters(), *self.buffers()):
             tensor.data.zero_()
         if init_weights is not False:
             return
         draw_orthonormal_(self.U0, generator)
         draw_orthonormal_(self.Vh0.flatten(1).T, generator)
-        self.S0.fill_(1.0)
-        for parameter in self.parameters():
-            parameter.data.normal_(generator=generator)
+        # The update has seven terms of equal norm: three of S0, and four, as all vectors are √2 long, of S.
+        rows, columns = self.shape.out_features, self.shape.columns
+        self.S0.fill_(self.random_std * (rows * columns / (7 * len(self.S0))) ** 0.5)
+        self.U_change.data.normal_(0.0, rows**-0.5, generator=generator)
+        self.Vh_change.data.normal_(0.0, columns**-0.5, generator=generator)
+        self.S_change.data.normal_(generator=generator).mul_(self.S0)
 
     def check_weight(self, weight: Tensor) -> None:
         """Raise unless the weight has singular vectors.
@@ -201,6 +204,7 @@ def _departure(start: Tensor, change: Tensor, head: Range | None) -> Tensor:
     The blocks are `XᵀX − I` and, twice, `X_headᵀ X`, in which `start` drops out, so that nothing cancels.
     `head` is the range of head and tail together, `None` if that is the whole space.
     """
+    change = change.to(start.dtype)  # a trainer may store parameters in less
     overlap = start.T @ change
     beyond = change - start @ overlap
     cross = beyond.square().sum() if head is None else head.norm_within(beyond)

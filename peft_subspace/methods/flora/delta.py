@@ -58,11 +58,11 @@ class FLoRADelta(Delta):
                 factor.data.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
             else:
                 keeping = 1.0 if axis == self.shape.lookup_axis else dim**-0.5
-                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping}
+                stds: dict[bool | str, float] = {"normal": 0.02, "zero_output": keeping, False: rank**-0.5}
                 factor.data.normal_(0.0, stds.get(start, (2 * rank) ** -0.5), generator=generator)
         if start in (False, "zero_output"):
-            fan_in = self.core.numel() // self.core.shape[1] if start else 1
-            self.core.data.normal_(0.0, fan_in**-0.5, generator=generator)
+            std = (self.core.shape[1] / self.core.numel()) ** 0.5 if start else self.random_std
+            self.core.data.normal_(0.0, std, generator=generator)
         if start is not False:
             (self.mode_factor_1 if start == "zero_output" else self.core).data.zero_()
 

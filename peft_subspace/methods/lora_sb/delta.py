@@ -59,7 +59,8 @@ class LoRASBDelta(Delta):
         draw_orthonormal_(self.B, generator)
         draw_orthonormal_(self.A.flatten(1).T, generator)
         if init_weights is False:
-            self.R.data.normal_(generator=generator)
+            norm = self.random_std * (self.shape.out_features * self.shape.columns) ** 0.5
+            self.R.data.normal_(0.0, norm / len(self.R), generator=generator)
         else:
             self.R.data.zero_()
 

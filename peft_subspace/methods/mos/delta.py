@@ -46,7 +46,7 @@ class MoSDelta(Delta):
     @classmethod
     def shared(cls, config: MoSConfig, specs: Sequence[Any]) -> Pools:
         """Make the pools of all groups."""
-        return Pools(specs)
+        return Pools(specs, lambda spec: config.scaling_for(cls(config, spec)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `B` of shape `(out, r)` and `A` of shape `(r, in, *kernel)`."""

@@ -21,14 +21,16 @@ class Pools(TrainedModule):
 
     Args:
         specs: Slices of all modules.
+        scaling_of: Function of a module's slices that returns its scaling.
     """
 
-    def __init__(self, specs: Iterable[MoSSpec]) -> None:
+    def __init__(self, specs: Iterable[MoSSpec], scaling_of: Callable[[MoSSpec], float]) -> None:
         super().__init__()
-        self.input_widths: dict[str, int] = {}
+        self.first: dict[str, MoSSpec] = {}
+        self.scaling_of = scaling_of
         for spec in specs:
-            if spec.group not in self.input_widths:
-                self.input_widths[spec.group] = spec.shape.columns
+            if spec.group not in self.first:
+                self.first[spec.group] = spec
                 for side, shape in zip("AB", spec.pool_shapes, strict=True):
                     pool = nn.Parameter(torch.empty(shape, dtype=torch.float32))
                     self.register_parameter(f"{spec.group}__{side}", pool)
@@ -44,12 +46,15 @@ class Pools(TrainedModule):
     def reset_parameters(
         self, init_weights: bool | str, generator_for: Callable[[str], torch.Generator]
     ) -> None:
-        """Draw pool A from U(±1/√in), with the whole vector's width; zero pool B, or draw it from U(±1)."""
-        for group, width in self.input_widths.items():
+        """Draw pool A from U(±1/√in), with the whole vector's width; zero pool B, or draw it evenly too."""
+        for group, spec in self.first.items():
             generator, (pool_a, pool_b) = generator_for(group), self.pair(group)
+            width = spec.shape.columns
             pool_a.data.uniform_(-(width**-0.5), width**-0.5, generator=generator)
             if init_weights is False:
-                pool_b.data.uniform_(-1.0, 1.0, generator=generator)
+                std = spec.shape.random_std / (self.scaling_of(spec) or 1.0)
+                bound = 3 * std * (width / spec.rank) ** 0.5  # three, as U(±b) has a variance of b² / 3
+                pool_b.data.uniform_(-bound, bound, generator=generator)
             else:
                 pool_b.data.zero_()
 
