@@ -250,7 +250,7 @@ def test_a_closed_task_can_be_opened_again(tmp_path):
     model.delete_adapter("task3")
     here = logits(model)
     reopen(model, "task2")
-    assert torch.equal(logits(model), here)
+    assert distance(logits(model), here) < 1e-5  # projected once more
     assert list_tasks(model) == {"task1": "stack", "task2": "open"}
     names = trainables(model)
     assert all(".task2" in name for name in names)

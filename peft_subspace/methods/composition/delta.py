@@ -51,8 +51,8 @@ class CompositionDelta(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `[L_1 … L_T] diag(c)` and `[R_1; …; R_T]`."""
-        held: Any = self._shared[0] if self.coefficients is None else self
-        values = held.coefficients.to(self.left.dtype)
+        values = self.shared_tensors() if self.coefficients is None else self.coefficients
+        values = values.to(self.left.dtype)
         c = torch.cat([values[t : t + 1].expand(rank) for t, rank in enumerate(self.ranks)])
         return self.left * c, self.right
 
@@ -88,6 +88,10 @@ class Coefficients(nn.Module):
         super().__init__()
         self.start = start
         self.coefficients = nn.Parameter(torch.empty(count, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """Return them."""
+        return self.coefficients
 
     def reset_parameters(
         self, init_weights: bool | str, generator_for: Callable[[str], torch.Generator]

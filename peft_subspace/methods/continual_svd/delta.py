@@ -71,9 +71,8 @@ class ContinualSVDDelta(Delta):
             size = m if name == "U" else n
             reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
             self.sides[name] = Side(size, k, reflects)
-            self.register_frozen(
-                name, torch.zeros(size, min(k, size - k)).float(), training_only=self.low_rank
-            )
+            kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
+            self.register_frozen(name, kept, training_only=self.low_rank)
         sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
         if core:
             sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}

@@ -81,9 +81,8 @@ def complement(head: Tensor) -> Tensor:
 
 def lift(reflector: Tensor, coordinates: Tensor) -> Tensor:
     """`H⊥ Z (d, c)` from coordinates `Z (d − k, c)`, by the reflection that stands for `H⊥`."""
-    count = reflector.shape[1]
-    inside = reflector[count:].T @ coordinates
-    return torch.addmm(F.pad(coordinates, (0, 0, count, 0)), reflector, inside, alpha=-1)
+    k = reflector.shape[1]
+    return torch.addmm(F.pad(coordinates, (0, 0, k, 0)), reflector, reflector[k:].T @ coordinates, alpha=-1)
 
 
 def reflect(reflector: Tensor, matrix: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class MoSDelta(Delta):
     @classmethod
     def shared(cls, config: MoSConfig, specs: Sequence[Any]) -> Pools:
         """Make the pools of all groups."""
-        return Pools(specs, lambda spec: config.scaling_for(cls(config, spec)))
+        return Pools(specs, {s.group: config.scaling_for(cls(config, s)) for s in reversed(specs)})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `B` of shape `(out, r)` and `A` of shape `(r, in, *kernel)`."""

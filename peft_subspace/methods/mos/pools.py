@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ class Pools(TrainedModule):
 
     Args:
         specs: Slices of all modules.
-        scaling_of: Function of a module's slices that returns its scaling.
+        scalings: Scaling of the first module of each group.
     """
 
-    def __init__(self, specs: Iterable[MoSSpec], scaling_of: Callable[[MoSSpec], float]) -> None:
+    def __init__(self, specs: Iterable[MoSSpec], scalings: Mapping[str, float]) -> None:
         super().__init__()
         self.first: dict[str, MoSSpec] = {}
-        self.scaling_of = scaling_of
+        self.scalings = dict(scalings)
         for spec in specs:
             if spec.group not in self.first:
                 self.first[spec.group] = spec
@@ -52,7 +52,7 @@ class Pools(TrainedModule):
             width = spec.shape.columns
             pool_a.data.uniform_(-(width**-0.5), width**-0.5, generator=generator)
             if init_weights is False:
-                std = spec.shape.random_std / (self.scaling_of(spec) or 1.0)
+                std = spec.shape.random_std / (self.scalings[group] or 1.0)
                 bound = 3 * std * (width / spec.rank) ** 0.5  # three, as U(±b) has a variance of b² / 3
                 pool_b.data.uniform_(-bound, bound, generator=generator)
             else:
