@@ -82,7 +82,7 @@ def test_composition_is_the_weighted_sum_of_what_the_folders_hold(per, sources):
         if hasattr(module, "ranks"):
             shares = [[w] * r for w, r in zip(weights, module.spec.ranks, strict=True)]
             values = weights if per != "component" else [w for share in shares for w in share]
-            held = module._shared[0] if per == "task" else module
+            held = module.shared_tensors if per == "task" else module
             held.coefficients.data.copy_(torch.tensor(values))
     assert distance(logits(model), summed(sources, weights)) < 1e-5
     counts = {"task": 3, "module": 9, "component": sum(p.numel() for p in coefficients(model).values())}
@@ -108,7 +108,7 @@ def test_gradient_of_a_coefficient_is_the_inner_product_of_gradient_and_update(p
     deltas = {m.spec.name: m for m in model.modules() if hasattr(m, "ranks")}
     assert set(deltas) == set(expected)
     if per == "task":
-        found = next(iter(deltas.values()))._shared[0].coefficients.grad
+        found = next(iter(deltas.values())).shared_tensors.coefficients.grad
         assert distance(found, sum(expected.values())) < 1e-5
     else:
         for name, delta in deltas.items():

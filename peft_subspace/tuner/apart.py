@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,10 @@ def compute_again(layers: Mapping[str, Any], adapter_name: str, config: Any) -> 
         len(layers),
     )
     starts, tensors = WeightStarts(len(layers)), dict[str, Tensor]()
+    whole = replace(config, initialized=False)  # whose updates are not lean
     for start, layer in layers.items():
         update = layer.deltas[adapter_name]
-        fresh = type(update)(config, update.spec)
+        fresh = type(update)(whole, update.spec)
         with error_context(update.spec.name):
             try:
                 if not starts.start(fresh, layer, config):
