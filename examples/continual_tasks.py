@@ -69,7 +69,7 @@ def trainer_of(model: torch.nn.Module, train: list[dict], test: list[dict]) -> T
     )  # fmt: skip
 
 
-# Every task has an adapter and a head of its own; adapters of earlier tasks stay active beneath it.
+# Every task has an adapter and a head of its own; adapters of earlier tasks stay active below it.
 data = {task.replace(",", "-"): rows_of(task) for task in options.tasks}
 config = ContinualSVDConfig(r=16, preserve=0.5, target_modules="all-linear", task_type="SEQ_CLS")
 model = get_peft_model(base, config, next(iter(data)))

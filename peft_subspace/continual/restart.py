@@ -1,4 +1,4 @@
-"""Fresh optimiser and schedule for the next task, in place, for the loops that hold on to them."""
+"""Fresh optimizer and schedule for the next task, in place, for the loops that hold on to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def parameter_names(model: nn.Module, optimizer: Any) -> dict[int, str]:
-    """Names of the model's parameters by identity, where there is an optimiser to take them over."""
+    """Names of the model's parameters by identity, where there is an optimizer to take them over."""
     return {} if optimizer is None else {id(p): name for name, p in model.named_parameters()}
 
 
@@ -22,12 +22,12 @@ def restart_optimizer(
     *,
     keep_state: bool = False,
 ) -> None:
-    """Replace one task's parameters in an optimiser by another's, group by group, and forget its state.
+    """Replace one task's parameters in an optimizer by another's, group by group, and forget its state.
 
     Args:
-        optimizer: The optimiser, or accelerate's wrapper around one; None does nothing.
+        optimizer: The optimizer, or accelerate's wrapper around one; None does nothing.
         model: Model with both tasks, or with the new one.
-        names: Names of the parameters that the optimiser has.
+        names: Names of the parameters that the optimizer has.
         task: Task that is over.
         name: Task that begins.
         keep_state: Whether the state is that of the new task's parameters already, and kept for them.
@@ -66,7 +66,7 @@ def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:
     if not hasattr(scheduler, "base_lrs") or hasattr(scheduler, "_schedulers"):
         raise TypeError(
             f"{type(scheduler).__name__} cannot be started again; leave out scheduler= and make a new "
-            "one for the optimiser"
+            "one for the optimizer"
         )
     if dry_run:
         return

@@ -33,7 +33,7 @@ ATTENTION = "eager"
 
 @dataclass
 class Backbone:
-    """A pretrained network and what its pixels are normalised with."""
+    """A pretrained network and what its pixels are normalized with."""
 
     network: nn.Module
     mean: tuple[float, ...]
@@ -70,7 +70,7 @@ class Detector(nn.Module):
 
 
 def load(model: str | None) -> Backbone:
-    """Network of the Hub or of a local directory with its normalisation; None gives the packaged CLIP."""
+    """Network of the Hub or of a local directory with its normalization; None gives the packaged CLIP."""
     if model is None:
         return Backbone(clip_vision(), CLIP_MEAN, CLIP_STD)
     network = AutoModel.from_pretrained(model, attn_implementation=ATTENTION)
@@ -108,7 +108,7 @@ def clip_classifier(pixels: int, num_labels: int) -> CLIPForImageClassification:
 
 
 def clip_vision() -> CLIPVisionModel:
-    """CLIP ViT-B/16's image tower (86 million weights), dequantised."""
+    """CLIP ViT-B/16's image tower (86 million weights), dequantized."""
     try:
         import onnx
 
@@ -124,7 +124,7 @@ def clip_vision() -> CLIPVisionModel:
     following = {name: node for node in graph.node for name in node.input}
     for node in graph.node:
         if node.op_type == "MatMulInteger" and (bias := _bias_after(node, following)):
-            matrix = _dequantised(stored, node.input[1].removesuffix("_quantized"))
+            matrix = _dequantized(stored, node.input[1].removesuffix("_quantized"))
             weights[bias.removeprefix(prefix).removesuffix("bias") + "weight"] = matrix
     network = CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH))
     network.load_state_dict(weights)
@@ -144,7 +144,7 @@ def _bias_after(node: Any, following: dict[str, Any]) -> str | None:
     return None
 
 
-def _dequantised(stored: dict[str, Tensor], name: str) -> Tensor:
+def _dequantized(stored: dict[str, Tensor], name: str) -> Tensor:
     """`(out, in)` weight from integers `(in, out)`, with a zero point and a scale per output."""
     integers, zero = stored[f"{name}_quantized"].float(), stored[f"{name}_zero_point"].float()
     return ((integers - zero) * stored[f"{name}_scale"]).T.contiguous()
