@@ -54,8 +54,8 @@ def kinds(run: dict[str, Any], markdown: Any) -> str:
         if found[lora] == "yes" and not all(found[method].startswith("yes") for method in ours)
     ]
     summary = (
-        f"LoRA has {len(without)} of {len(cells)} kinds not, or not whole; all of ours have {gained} of these. "
-        f"LoRA has and some of ours have not: {'; '.join(short) or 'none'}."
+        f"LoRA has {len(without)} of {len(cells)} kinds not, or not whole; "
+        f"all of ours have {gained} of these. LoRA has and some of ours have not: {'; '.join(short) or 'none'}."
     )
     rows = [[kind, *(found[method] for method in (lora, *ours))] for kind, found in cells.items()]
     return f"{markdown(['', lora, *ours], rows)}\n\n{summary}"
