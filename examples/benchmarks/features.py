@@ -55,7 +55,8 @@ def kinds(run: dict[str, Any], markdown: Any) -> str:
     ]
     summary = (
         f"LoRA has {len(without)} of {len(cells)} kinds not, or not whole; "
-        f"all of ours have {gained} of these. LoRA has and some of ours have not: {'; '.join(short) or 'none'}."
+        f"all of ours have {gained} of these. "
+        f"LoRA has and some of ours have not: {'; '.join(short) or 'none'}."
     )
     rows = [[kind, *(found[method] for method in (lora, *ours))] for kind, found in cells.items()]
     return f"{markdown(['', lora, *ours], rows)}\n\n{summary}"
