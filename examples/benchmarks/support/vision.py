@@ -114,7 +114,7 @@ def clip_vision() -> CLIPVisionModel:
 
         path = demos.packaged(PACKAGE, FILE)
     except ImportError as missing:  # also the type of importlib's PackageNotFoundError
-        raise SystemExit(f"{missing}; install examples/data-packages.txt, or give --model") from missing
+        raise SystemExit(f"{missing}; install examples/benchmark-packages.txt, or give --model") from missing
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     prefix = "vision_model."
