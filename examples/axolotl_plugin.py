@@ -10,7 +10,7 @@ Put this file where Axolotl runs, or on PYTHONPATH, and name it in the config:
       alpha: 32
       target_modules: all-linear
 
-Of Axolotl's commands, `merge-lora` knows LoRA only: use `merge_and_unload`, or `peft_subspace.export_lora`.
+Axolotl's command `merge-lora` knows LoRA only: use `merge_and_unload`, or `peft_subspace.export_lora`.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ class SubspacePlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[TrainerCallback]:
-        """Start LoRA-SB from gradients, and give Effort the gradients of its regularisers."""
+        """Start LoRA-SB from gradients, and give Effort the gradients of its regularizers."""
         callbacks = {
             "lora_sb": peft_subspace.GradientInitCallback,
             "effort": peft_subspace.RegularizationCallback,

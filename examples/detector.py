@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from transformers import AutoImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import peft_subspace
@@ -39,6 +39,8 @@ for folder in (options.real, options.generated, options.unseen):
     if len(found[folder]) < 5:
         sys.exit(f"{folder} has {len(found[folder])} image files (.jpg, .jpeg, .png); at least 5 are needed")
 try:
+    if not (kind := AutoConfig.from_pretrained(options.model).model_type).startswith("clip"):
+        sys.exit(f"{options.model} has no image tower of CLIP: it is of the type {kind}")
     processor = AutoImageProcessor.from_pretrained(options.model)
     tower = CLIPVisionModel.from_pretrained(options.model)
 except (OSError, ValueError) as error:

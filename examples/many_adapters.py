@@ -27,6 +27,8 @@ parser.add_argument("--layers", type=int, default=8, help="layers of the model w
 options = parser.parse_args()
 if options.adapters and not options.model:
     sys.exit("--adapters belong to a model: give --model, too")
+if absent := [path for path in options.adapters if not Path(path, "adapter_config.json").is_file()]:
+    sys.exit(f"{absent[0]} is no folder of an adapter: it has no adapter_config.json")
 
 
 def load_base() -> torch.nn.Module:

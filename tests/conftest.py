@@ -1,4 +1,4 @@
-"""Settings of the test run, and the parametrisation that all contract tests share."""
+"""Settings of the test run, and the parametrization that all contract tests share."""
 
 from __future__ import annotations
 

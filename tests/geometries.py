@@ -32,7 +32,7 @@ def embeddings(draw) -> LayerCase:
     return LayerCase(_name(build), "embedding", build, draw(BATCH_SHAPES), tokens=rows)
 
 
-# The package convolves some of them in ways of their own, see `ConvOps`. Of each kind: the numbers of axes,
+# The package convolves some of them in ways of their own, see `ConvOps`. A row has the numbers of axes,
 # whether there are groups, channels per group, and kernel sizes.
 CONVOLUTIONS = {
     "narrow": ((1, 3), False, (1, 3), (1, 4)),

@@ -101,17 +101,17 @@ def table(rows: list[tuple[str, str, int, int]]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print the table and each offence."""
+    """Print the table and each offense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).resolve().parents[1])
     arguments = parser.parse_args()
     rows = measure(arguments.root.resolve())
     print(*table(rows), sep="\n")
     print(f"{PACKAGE}, lines: {sum(row[2] for row in rows if row[1] == 'lines')}")
-    offences = [row for row in rows if row[2] > row[3]]
-    for place, what, value, limit in offences:
+    offenses = [row for row in rows if row[2] > row[3]]
+    for place, what, value, limit in offenses:
         print(f"{place}: {what}: {value}, limit {limit}")
-    return 1 if offences else 0
+    return 1 if offenses else 0
 
 
 if __name__ == "__main__":

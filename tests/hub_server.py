@@ -132,16 +132,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
 
     @property
-    def authorised(self) -> bool:
+    def authorized(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str, *, write: bool = False) -> Repository | None:
         """The repository, if it exists and the sender may see it; else the answer is given."""
         found = self.server.repositories.get(name)
-        if found is None or (found.private and not self.authorised):
-            self.fail(404 if self.authorised else 401, "RepoNotFound")
+        if found is None or (found.private and not self.authorized):
+            self.fail(404 if self.authorized else 401, "RepoNotFound")
             return None
-        if write and not self.authorised:
+        if write and not self.authorized:
             self.fail(401, "Unauthorized")
             return None
         return found
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------- writing
 
     def create(self) -> None:
-        if not self.authorised:
+        if not self.authorized:
             self.fail(401, "Unauthorized")
             return
         request = json.loads(self.body())

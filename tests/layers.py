@@ -45,7 +45,7 @@ class ShiftedEmbedding(nn.Embedding):
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """Weight standardisation, as in BiT: the output is no longer linear in the weight."""
+    """Weight standardization, as in BiT: the output is no longer linear in the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)

@@ -713,7 +713,7 @@ MUTANTS = [
         "if self.mask is not None and self.mask.shape == cosines.shape:",
         "if self.mask is None:",
         "test_continual_svd.py",
-        "normalised_mean_cosine",
+        "normalized_mean_cosine",
     ),
     Mutant(
         "relative-leak",

@@ -159,7 +159,7 @@ def effort(delta: nn.Module, config) -> Tensor:
 
 
 def effort_losses(delta: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both regularisers from their definition, on the full SVD of the base weight `(m, n)`."""
+    """Both regularizers from their definition, on the full SVD of the base weight `(m, n)`."""
     tensors = {name: tensor.double() for name, tensor in delta.state_dict(keep_vars=True).items()}
     U, S, Vh = (tensors[f"{name}0"] + tensors[f"{name}_change"] for name in ("U", "S", "Vh"))
     U_all, S_all, Vh_all = torch.linalg.svd(weight.double(), full_matrices=False)

@@ -1,4 +1,4 @@
-"""Linear layers quantised by real libraries, on a CPU, and what a test needs to know of each kind.
+"""Linear layers quantized by real libraries, on a CPU, and what a test needs to know of each kind.
 
 The libraries are imported where they are used: HQQ's takes seconds, and test files that start processes
 import this one.
@@ -23,20 +23,20 @@ WARNINGS = pytest.mark.filterwarnings(
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to quantise a linear layer.
+    """One way to quantize a linear layer.
 
     Attributes:
-        quantise: Returns a quantised layer for a plain one.
+        quantize: Returns a quantized layer for a plain one.
         feature: Row of the feature table.
-        requantised: Relative change of a weight that is quantised once more: about half a step of its block.
+        requantized: Relative change of a weight that is quantized once more: about half a step of its block.
         rounds: Relative error of the layer's arithmetic, where it computes in less than fp32.
-        settings: What transformers hangs on a model quantised so, and PEFT needs to quantise again.
+        settings: What transformers hangs on a model quantized so, and PEFT needs to quantize again.
     """
 
     name: str
-    quantise: Callable[[nn.Linear], nn.Module]
+    quantize: Callable[[nn.Linear], nn.Module]
     feature: str
-    requantised: float
+    requantized: float
     rounds: float = 1e-5
     settings: Callable[[], object] | None = None
 
@@ -44,19 +44,19 @@ class Kind:
         return self.name
 
 
-def quantised_model(model: nn.Module, kind: Kind, names: tuple[str, ...] | None = None) -> nn.Module:
-    """Quantise linear layers in place, all or those with one of the names, as a model loaded so has them."""
+def quantized_model(model: nn.Module, kind: Kind, names: tuple[str, ...] | None = None) -> nn.Module:
+    """Quantize linear layers in place, all or those with one of the names, as a model loaded so has them."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and (names is None or child in names):
-            setattr(model.get_submodule(parent), child, kind.quantise(module))
+            setattr(model.get_submodule(parent), child, kind.quantize(module))
     if kind.settings is not None:
         model.hf_quantizer = kind.settings()
     return model
 
 
 def parts(base: nn.Module) -> dict[str, Tensor]:
-    """Copies of everything that the weight of a quantised layer consists of."""
+    """Copies of everything that the weight of a quantized layer consists of."""
     weight = getattr(base, "weight", None)
     if weight is None:  # HQQ
         tensors = {"codes": base.W_q.data, "bias": base.bias, **base.meta}
@@ -84,14 +84,14 @@ def assert_same_parts(first: dict[str, Tensor], second: dict[str, Tensor]) -> No
 def _bnb4(**options) -> Callable[[nn.Linear], nn.Module]:
     options = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": False, **options}
 
-    def quantise(plain: nn.Linear) -> nn.Module:
+    def quantize(plain: nn.Linear) -> nn.Module:
         import bitsandbytes as bnb
 
         layer = bnb.nn.Linear4bit(plain.in_features, plain.out_features, plain.bias is not None, **options)
         layer.load_state_dict(plain.state_dict())
         return layer.to("cpu")
 
-    return quantise
+    return quantize
 
 
 def _bnb8(plain: nn.Linear) -> nn.Module:

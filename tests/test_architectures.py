@@ -329,7 +329,7 @@ def placed(folder):
 
 @pytest.mark.feature("offload to disk (`device_map`)")
 def test_adapter_is_loaded_onto_a_model_on_disk(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the offloaded weights beneath the working directory
+    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the offloaded weights below the working directory
     inputs = {"input_ids": IDS}
     plain = get_peft_model(llama(), config(method)).eval()
     plain.save_pretrained(tmp_path / "adapter")

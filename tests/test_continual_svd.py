@@ -153,7 +153,7 @@ def test_whole_complement_reaches_every_allowed_update(constraint):
     def check(shape, preserve):
         model = adapted(linear(*shape), preserve=preserve, constraint=constraint, scaling="paper")
         layer = only(model)
-        rows = []  # the update that each single trained number makes
+        rows = []  # the update that each single entry of the parameter makes
         for parameter in trainables(model):
             for index in range(parameter.numel()):
                 parameter.data.view(-1)[index] = 1.0
@@ -456,7 +456,7 @@ def oracle_importance(model, names, batches):
     return {name: mean / total for name, mean in means.items()}
 
 
-def test_importance_is_the_normalised_mean_cosine():
+def test_importance_is_the_normalized_mean_cosine():
     model = bert()
     for layer in model.bert.encoder.layer:  # so that outputs have to do with inputs
         for linear_layer in (layer.attention.self.query, layer.intermediate.dense):

@@ -17,7 +17,7 @@ from models import bert, build, llama
 from peft_subspace import ContinualSVDConfig, NextTaskCallback
 from peft_subspace.continual import list_tasks, next_task, reopen, subspace_leak
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
-from quantized import KINDS, WARNINGS, marked, quantised_model
+from quantized import KINDS, WARNINGS, marked, quantized_model
 
 TARGETS = ["query", "dense"]
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -458,7 +458,7 @@ def test_unload_does_not_lose_a_task_silently(form):
             copy.deepcopy(model).unload()
 
 
-# -------------------------------------------------------------------------------- optimiser, schedule
+# -------------------------------------------------------------------------------- optimizer, schedule
 
 
 @forms
@@ -586,15 +586,15 @@ def test_callback_starts_a_task_before_the_first_step_and_only_once(tmp_path):
         NextTaskCallback({0.5: "task2"})
 
 
-# ----------------------------------------------------------------------------------------- quantised
+# ----------------------------------------------------------------------------------------- quantized
 
 
-QUANTISED = [kind for kind in KINDS if str(kind) in ("bnb-nf4", "bnb-8bit", "torchao-int8", "hqq-4bit")]
+QUANTIZED = [kind for kind in KINDS if str(kind) in ("bnb-nf4", "bnb-8bit", "torchao-int8", "hqq-4bit")]
 
 
-def quantised(model, kind):
+def quantized(model, kind):
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return quantised_model(model, kind, tuple(names - {"classifier"}))
+    return quantized_model(model, kind, tuple(names - {"classifier"}))
 
 
 def wide_bert():
@@ -606,9 +606,9 @@ def wide_bert():
 
 
 @WARNINGS
-@pytest.mark.parametrize("kind", marked(QUANTISED))
-def test_quantised_weights_are_stacked_by_default(kind, tmp_path):
-    model = first(3, quantised(wide_bert(), kind), target_modules=["query", "value"])
+@pytest.mark.parametrize("kind", marked(QUANTIZED))
+def test_quantized_weights_are_stacked_by_default(kind, tmp_path):
+    model = first(3, quantized(wide_bert(), kind), target_modules=["query", "value"])
     before = weights(model)
     train(model)
     next_task(model, "task2")
@@ -617,23 +617,23 @@ def test_quantised_weights_are_stacked_by_default(kind, tmp_path):
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
     assert subspace_leak(model, "task2", from_weight=True)["max"] < 1e-5
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(quantised(wide_bert(), kind), tmp_path / "task1", "task1")
+    again = PeftModel.from_pretrained(quantized(wide_bert(), kind), tmp_path / "task1", "task1")
     again.load_adapter(str(tmp_path / "task2"), "task2")
     again.set_adapter("task2")
     assert torch.equal(logits(again.eval()), logits(model))
 
 
 @WARNINGS
-@pytest.mark.parametrize("kind", marked(QUANTISED))
-def test_quantised_weights_can_be_merged_into_when_asked_to(kind):
-    model = first(3, quantised(wide_bert(), kind), target_modules=["query", "value"], modules_to_save=None)
+@pytest.mark.parametrize("kind", marked(QUANTIZED))
+def test_quantized_weights_can_be_merged_into_when_asked_to(kind):
+    model = first(3, quantized(wide_bert(), kind), target_modules=["query", "value"], modules_to_save=None)
     train(model)
     base, update, before = weights(model), updates(model, "task1"), logits(model)
     next_task(model, "task2", keep="merge")
     for name, layer in layers(model).items():
         wanted = base[name] + update[name]
         found = layer.get_base_weight()
-        assert distance(found, wanted) < 1.25 * kind.requantised
+        assert distance(found, wanted) < 1.25 * kind.requantized
         assert distance(found, wanted) < distance(base[name], wanted)
         assert torch.equal(
             layer.deltas["task2"].fingerprint, layer.base_weight.fingerprint(layer.kind.from_layout)
@@ -701,7 +701,7 @@ def test_a_broken_task_is_not_merged():
 
 def test_a_stack_cannot_be_continued_by_merging():
     model = three_tasks("stack", 3)
-    refused(model, ValueError, r"beneath the stacked tasks \['task1', 'task2'\]", keep="merge")
+    refused(model, ValueError, r"below the stacked tasks \['task1', 'task2'\]", keep="merge")
 
 
 def test_merged_tasks_can_be_followed_by_stacked_ones():

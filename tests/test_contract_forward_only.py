@@ -1,7 +1,7 @@
 """What every method promises on layers whose weights can only be run: GPTQ, AWQ, AQLM, EETQ and unknown ones.
 
 Their libraries have no kernels for CPUs. The classes here stand in for theirs: they have the names and the
-attributes by which PEFT knows them, and keep their weight in codes.
+attributes by which PEFT knows them, and pack their weight.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Codes(nn.Module):
 
 
 class BaseQuantLinear(Codes):
-    """Of gptqmodel, for GPTQ: codes side by side in int32, one row per input."""
+    """Layer of gptqmodel, for GPTQ: integers side by side in int32, one row per input."""
 
     def store(self, codes):
         self.register_buffer("qweight", codes.T.contiguous().view(torch.int32))
@@ -51,13 +51,13 @@ class BaseQuantLinear(Codes):
 
 
 class AwqLinear(BaseQuantLinear):
-    """Of gptqmodel, for AWQ."""
+    """Layer of gptqmodel, for AWQ."""
 
     SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
 
 
 class QuantizedLinear(Codes):
-    """Of aqlm: parameters, none of which is named `weight`."""
+    """Layer of aqlm: parameters, none of which is named `weight`."""
 
     def store(self, codes):
         self.codebooks = nn.Parameter(torch.arange(-128.0, 128.0), requires_grad=False)
@@ -68,7 +68,7 @@ class QuantizedLinear(Codes):
 
 
 class EetqLinear(Codes):
-    """Of eetq, as transformers builds it: `weight` has the codes, `(in, out)`, and tells the sizes."""
+    """Layer of eetq, as transformers builds it: `weight` is packed, `(in, out)`, and tells the sizes."""
 
     def store(self, codes):
         del self.in_features, self.out_features
@@ -79,7 +79,7 @@ class EetqLinear(Codes):
 
 
 class NewQuantLinear(Codes):
-    """Of a library that PEFT does not know, with older names for its sizes."""
+    """Layer of a library that PEFT does not know, with older names for its sizes."""
 
     def store(self, codes):
         self.infeatures, self.outfeatures = self.in_features, self.out_features
@@ -158,7 +158,7 @@ def config(method, **options):
 
 @pytest.fixture
 def saved(method, tmp_path):
-    """Adapter that changes the output, made on the unquantised model."""
+    """Adapter that changes the output, made on the unquantized model."""
     model = get_peft_model(Net(), config(method))
     folder = tmp_path / "checkpoint-1"  # with what training needs, which cannot be computed from such weights
     model.save_pretrained(folder)
@@ -175,7 +175,7 @@ def outputs(model):
 
 
 def wanted(model, method):
-    """Outputs by the oracle: the quantised layers' own, and the update of each beside them."""
+    """Outputs by the oracle: the quantized layers' own, and the update of each beside them."""
     net = model.base_model.model
     with torch.no_grad():
         x = X
@@ -192,12 +192,14 @@ def test_default_start_is_the_identity_or_asks_for_a_weight(method, kind, record
         with pytest.raises(ValueError, match=f"layer: the weight of {kind.__name__} cannot be read.*save it"):
             get_peft_model(net, config(method, init_weights=True))
         assert dict(net.named_modules()) == modules
-        record_property("no", "its start is an SVD of the weight, which PEFT's backend cannot dequantise")
+        record_property(
+            "no", "it is initialized by an SVD of the weight, which PEFT's backend cannot dequantize"
+        )
     else:
         assert distance(outputs(get_peft_model(net, config(method, init_weights=True))), base) < 1e-6
 
 
-def test_adapter_of_the_unquantised_model_is_loaded_and_trained(method, kind, saved, tmp_path):
+def test_adapter_of_the_unquantized_model_is_loaded_and_trained(method, kind, saved, tmp_path):
     model = load(kind, saved)
     of_file = load_file(saved / "adapter_model.safetensors")
     assert all(torch.equal(t, of_file[name]) for name, t in get_peft_model_state_dict(model).items())
@@ -286,8 +288,8 @@ def test_reading_the_weight_is_an_error_that_names_the_layer_type(method, kind, 
 
 
 @pytest.mark.parametrize("single", ["flora", "mos", "lora_sb", "effort"])
-def test_random_start_is_that_of_an_unquantised_layer(single, kind):
-    """The type of codes, 8-bit floats in one kind, is no type for an adapter."""
+def test_random_start_is_that_of_an_unquantized_layer(single, kind):
+    """The type of packed weights, 8-bit floats in one kind, is no type for an adapter."""
     options = config(METHODS_BY_NAME[single])
     found, wanted = (get_peft_model_state_dict(get_peft_model(net, options)) for net in (Net(kind), Net()))
     assert found.keys() == wanted.keys()
@@ -317,8 +319,8 @@ def test_start_from_gradients(single, kind):
 @pytest.mark.parametrize(
     ("single", "keep", "message"),
     [
-        ("continual_svd", "merge", "layer: these quantised weights cannot be rewritten"),
-        ("continual_svd_r", "merge", "layer: these quantised weights cannot be rewritten"),
+        ("continual_svd", "merge", "layer: these quantized weights cannot be rewritten"),
+        ("continual_svd_r", "merge", "layer: these quantized weights cannot be rewritten"),
         ("continual_svd_r", "stack", "layer: the weight of .* cannot be read"),
     ],
 )

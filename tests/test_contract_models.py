@@ -458,7 +458,7 @@ def test_several_adapters_are_saved_in_folders_and_loaded_back(method, tmp_path)
         assert torch.equal(logits(again), logits(model))
 
 
-def test_loading_runs_no_initialisation_from_the_weight(method, tmp_path, monkeypatch):
+def test_loading_runs_no_initialization_from_the_weight(method, tmp_path, monkeypatch):
     model = wrap(method).eval()
     model.save_pretrained(tmp_path)
 

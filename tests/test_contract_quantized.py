@@ -1,4 +1,4 @@
-"""What every method promises on bases quantised by bitsandbytes, torchao and HQQ, on a CPU."""
+"""What every method promises on bases quantized by bitsandbytes, torchao and HQQ, on a CPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import TorchAoConfig
 import peft_subspace
 from layers import distance, tuner_layer
 from methods import METHODS
-from quantized import KINDS, WARNINGS, assert_same_parts, marked, parts, quantised_model
+from quantized import KINDS, WARNINGS, assert_same_parts, marked, parts, quantized_model
 
 pytestmark = WARNINGS
 
 
 class Net(nn.Module):
-    """A plain layer before the quantised one, so that gradients have to pass it."""
+    """A plain layer before the quantized one, so that gradients have to pass it."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ def kind(request):
 
 
 def network(kind):
-    return quantised_model(Net(), kind, ("layer",))
+    return quantized_model(Net(), kind, ("layer",))
 
 
 def inputs():
@@ -92,41 +92,41 @@ def test_adapter_trains_in_floating_point_and_the_base_stays(method, kind):
 
 
 @pytest.mark.parametrize("method", METHODS[:1], ids=str)  # PEFT asks for the kind of layer alone
-def test_all_linear_includes_the_quantised_layer(method, kind):
+def test_all_linear_includes_the_quantized_layer(method, kind):
     net = network(kind)
     net.outside = nn.LayerNorm(4)
     model = get_peft_model(net, method.config(target_modules="all-linear"))
     assert model.targeted_module_names == ["first", "layer"]
 
 
-def test_gradient_passes_the_quantised_layer(method, kind):
+def test_gradient_passes_the_quantized_layer(method, kind):
     model = adapt(method, kind).train()
     model.base_model.model.first.weight.requires_grad_()
     model(inputs()).float().square().sum().backward()
     assert model.base_model.model.first.weight.grad.abs().sum() > 0
 
 
-def test_merged_weight_is_the_sum_up_to_quantisation(method, kind):
+def test_merged_weight_is_the_sum_up_to_quantization(method, kind):
     model = adapt(method, kind)
     layer = tuner_layer(model)
     wanted = layer.get_base_weight().double() + method.delta_weight(
         layer.deltas["default"], model.peft_config["default"]
     )
     model.merge_adapter(safe_merge=True)
-    assert distance(layer.get_base_weight(), wanted) < kind.requantised
+    assert distance(layer.get_base_weight(), wanted) < kind.requantized
     x = inputs()
     with torch.no_grad():
         expected = model.base_model.model.first(x).double() @ wanted.T + layer.get_base_layer().bias
-    assert distance(outputs(model, x), expected) < 2 * kind.requantised
+    assert distance(outputs(model, x), expected) < 2 * kind.requantized
 
 
 @pytest.mark.parametrize("evaluated", [False, True], ids=["fresh", "after-eval"])
 def test_unmerge_restores_the_codes_bit_for_bit(method, kind, evaluated):
-    """Evaluating repacks 4-bit codes on some CPUs; that must neither spoil the merge nor the way back."""
+    """Evaluating repacks 4-bit weights on some CPUs; that must neither spoil the merge nor the way back."""
     model = adapt(method, kind)
     layer, x = tuner_layer(model), inputs()
     before, output, text = codes(model), outputs(model, x), repr(layer.get_base_layer())
-    dequantised = layer.get_base_weight().clone()
+    dequantized = layer.get_base_weight().clone()
     if evaluated:
         model.eval()
         outputs(model, x)
@@ -137,7 +137,7 @@ def test_unmerge_restores_the_codes_bit_for_bit(method, kind, evaluated):
         if evaluated:
             outputs(model, x)
         model.unmerge_adapter()
-    assert torch.equal(layer.get_base_weight(), dequantised)
+    assert torch.equal(layer.get_base_weight(), dequantized)
     assert_same_parts(codes(model), before)
     limit = 1e-2 if kind.name.startswith("bnb-8bit") else kind.rounds  # evaluating runs other kernels
     assert distance(outputs(model, x), output) < limit
@@ -152,7 +152,7 @@ def test_merge_after_an_evaluation_equals_merge_before_it(method, kind):
 
 
 def test_merge_into_a_base_that_was_evaluated_before_it_was_wrapped(method, kind):
-    """Then the codes may be repacked already, with scales that bitsandbytes has rounded."""
+    """Then the weights may be repacked already, with scales that bitsandbytes has rounded."""
     net = network(kind).eval()
     outputs(net, inputs())
     weight = tuner_layer(adapt(method, kind)).get_base_weight()
@@ -161,7 +161,7 @@ def test_merge_into_a_base_that_was_evaluated_before_it_was_wrapped(method, kind
     assert distance(layer.get_base_weight(), weight) < 1e-2
     before = outputs(model, inputs())
     model.merge_adapter()
-    assert distance(outputs(model, inputs()), before) < 2 * kind.requantised
+    assert distance(outputs(model, inputs()), before) < 2 * kind.requantized
     model.unmerge_adapter()
     assert distance(layer.get_base_weight(), weight) < 1e-2
     assert distance(outputs(model, inputs()), before) < 1e-2
@@ -212,14 +212,14 @@ def test_disabled_adapter_gives_exactly_the_base_output(method, kind):
         assert torch.equal(outputs(model, x), base)
 
 
-def test_merge_and_unload_gives_a_quantised_layer(method, kind):
+def test_merge_and_unload_gives_a_quantized_layer(method, kind):
     model = adapt(method, kind).eval()
     x = inputs()
     before = outputs(model, x)
     plain = model.merge_and_unload()
     assert type(plain.layer) is type(network(kind).layer)
     assert parts(plain.layer).keys() == parts(network(kind).layer).keys()
-    assert distance(outputs(plain, x), before) < 2 * kind.requantised
+    assert distance(outputs(plain, x), before) < 2 * kind.requantized
 
 
 def test_each_sample_of_a_batch_gets_its_own_adapter(method, kind):
@@ -257,7 +257,7 @@ def test_exported_lora_gives_the_same_outputs_in_peft(method, kind, tmp_path):
     assert distance(outputs(served, x), outputs(model, x)) < kind.rounds
 
 
-def test_copy_of_a_quantised_model_is_equal_and_independent(method, kind):
+def test_copy_of_a_quantized_model_is_equal_and_independent(method, kind):
     model = adapt(method, kind).eval()
     x = inputs()
     before = outputs(model, x)
@@ -276,11 +276,11 @@ STARTING = [method for method in METHODS if not method.pooled]  # shared pools d
 @pytest.mark.parametrize("kind", marked(KINDS))
 @pytest.mark.parametrize("starting", STARTING, ids=str)
 def test_each_layer_starts_from_its_own_weight(starting, kind):
-    """Tensors of torchao have no address, by which tied weights are recognised."""
+    """Tensors of torchao have no address, by which tied weights are recognized."""
 
     def states(targets):
         torch.manual_seed(0)
-        net = quantised_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), kind)
+        net = quantized_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), kind)
         model = get_peft_model(net, starting.config(target_modules=targets, seed=3))
         return model.base_model.model[1].deltas["default"].state_dict()
 
@@ -311,7 +311,7 @@ def test_torchao_without_settings_that_apply_trains_but_does_not_merge(method, s
 
 @pytest.mark.parametrize("merged", [False, True], ids=["first", "second"])
 def test_merge_that_fails_leaves_the_layer_unmerged(method, kind, merged, monkeypatch):
-    """PEFT's backend for torchao removes the weight before it quantises the new one."""
+    """PEFT's backend for torchao removes the weight before it quantizes the new one."""
     model = adapt(method, kind)
     model.add_adapter("other", method.config(init_weights=False, seed=4))
     layer, before = tuner_layer(model), codes(model)
@@ -339,7 +339,7 @@ def test_merge_that_fails_leaves_the_layer_unmerged(method, kind, merged, monkey
 @pytest.mark.feature(TORCHAO.feature)
 @pytest.mark.parametrize("embedding", [m for m in METHODS if "embedding" in m.kinds], ids=str)
 def test_torchao_embedding_trains_but_does_not_merge(embedding):
-    """PEFT's backend quantises linear layers again, and would leave an embedding unquantised."""
+    """PEFT's backend quantizes linear layers again, and would leave an embedding unquantized."""
 
     def network():
         torch.manual_seed(1)

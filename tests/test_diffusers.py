@@ -130,7 +130,7 @@ def test_switches_scales_fuses_and_deletes(method, network):
 
 @pytest.mark.feature("diffusers load_lora_adapter")
 def test_lora_export_loads_as_diffusers_loads_any_lora(method, network, tmp_path):
-    """Of its own files, diffusers reads LoRA and LoKr only: it makes the config out of their keys."""
+    """Diffusers reads LoRA and LoKr only: it makes the config out of their keys."""
     model = adapted(method, network, init_weights=False)
     model.save_lora_adapter(tmp_path)
     fresh = network[0]()

@@ -1,4 +1,4 @@
-"""Effort: its start, its regularisers against their definitions, and every way by which they reach a step."""
+"""Effort: initialization, regularizers against their definitions, and every way they reach a step."""
 
 import copy
 import os
@@ -97,7 +97,7 @@ def test_smallest_triples_equal_those_of_a_full_svd(kind, rank):
     assert torch.norm(Vh @ Vh.T - eye) < 1e-6
 
 
-def test_ill_conditioned_triple_is_the_smallest_and_not_its_neighbour():
+def test_ill_conditioned_triple_is_the_smallest_and_not_its_neighbor():
     W = MATRICES["condition-1e8"]
     U, _, Vh = torch.linalg.svd(W.double())
     found_U, _, found_Vh = smallest_triples(W, 2)
@@ -152,7 +152,7 @@ def test_random_start_changes_the_output_and_reads_no_weight(monkeypatch):
     assert not torch.allclose(adapted(base, init_weights=False).eval()(ids).logits, wanted)
 
 
-def test_decay_pulls_towards_the_base_model():
+def test_decay_pulls_toward_the_base_model():
     """With no gradient, AdamW's decay leaves the base weight, not one without its smallest triples."""
     model = move(adapted())
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -183,7 +183,7 @@ def test_tied_weights_are_decomposed_once(monkeypatch):
     assert third.U0.any()
 
 
-def test_initialisation_shows_its_progress_where_it_is_long(capfd, monkeypatch):
+def test_initialization_shows_its_progress_where_it_is_long(capfd, monkeypatch):
     adapted()
     assert capfd.readouterr().err == ""
     monkeypatch.setattr("peft_subspace.runtime.progress.DELAY", 0.0)
@@ -299,7 +299,7 @@ def test_loading_runs_no_decomposition(tmp_path, monkeypatch):
     torch.testing.assert_close(regularization_loss(again), loss, rtol=1e-6, atol=0)
 
 
-def test_checkpoint_holds_both_triples_and_nothing_of_the_regularisers(tmp_path):
+def test_checkpoint_holds_both_triples_and_nothing_of_the_regularizers(tmp_path):
     model = adapted(**WEIGHTS)
     regularization_loss(model)
     model.save_pretrained(tmp_path)
@@ -353,7 +353,7 @@ def test_adapter_on_the_meta_device_starts_when_the_weights_are_there(load):
         assert one.U_change.requires_grad
 
 
-# ------------------------------------------------------------------------------------------ regularisers
+# ------------------------------------------------------------------------------------------ regularizers
 
 
 def exact_delta(m, n, r, scale=1.0):
@@ -438,7 +438,7 @@ def test_one_loss_alone_is_added_to_the_loss_of_the_model(number):
 
 
 def test_energy_holds_no_weight_for_the_backward_pass():
-    """Dequantised weights of a whole model would not fit."""
+    """Dequantized weights of a whole model would not fit."""
     delta, weight = exact_delta(30, 40, 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
@@ -483,7 +483,7 @@ def test_sharded_tensors_are_refused():
         regularization_loss(model)
 
 
-# ---------------------------------------------------------------------- how they reach an optimiser step
+# ---------------------------------------------------------------------- how they reach an optimizer step
 
 
 class Texts(Dataset):
@@ -509,7 +509,7 @@ class Images(Dataset):
 
 
 def start(kind, way, **options):
-    """A model whose adapter is regularised, added in one of three ways."""
+    """A model whose adapter is regularized, added in one of three ways."""
     base = llama() if kind == "text" else vit()
     targets = TARGETS if kind == "text" else ["intermediate.dense", "attention.output.dense", "o_proj", "fc1"]
     config = EffortConfig(target_modules=targets, **{**WEIGHTS, **options})
@@ -600,7 +600,7 @@ def test_weight_in_a_model_of_images(size, accumulation, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-def test_label_smoothing_gets_the_regularisers_from_the_callback(tmp_path):
+def test_label_smoothing_gets_the_regularizers_from_the_callback(tmp_path):
     """With a vanishing learning rate, the gradients of the last step tell what it was made of."""
 
     class Kept(Trainer):
@@ -698,7 +698,7 @@ def own_steps(model, regularize=False):
 
 
 @pytest.mark.parametrize("way", ["peft", "add_adapter", "inject"])
-def test_warns_once_if_steps_go_without_the_regularisers(way):
+def test_warns_once_if_steps_go_without_the_regularizers(way):
     model = start("text", way).train()
     with pytest.warns(UserWarning, match="adapter 'default' has taken a step without") as found:
         own_steps(model)
@@ -722,7 +722,7 @@ def test_loss_of_the_model_carries_them_in_training_only():
     assert plain.train()(**batch).loss.requires_grad is False
 
 
-def test_copies_are_regularised_as_well():
+def test_copies_are_regularized_as_well():
     model = start("text", "peft").train()
     twin = copy.deepcopy(model)
     move(twin, 0.2)
@@ -775,7 +775,7 @@ def test_weight_does_not_depend_on_the_number_of_processes(kind, tmp_path):
     assert_close(torch.load(tmp_path / "trained.pt"), expected(kind))
 
 
-# -------------------------------------------------------------------------------- combining, quantisation
+# -------------------------------------------------------------------------------- combining, quantization
 
 
 def test_concatenation_is_exact_and_reloads(tmp_path):
@@ -822,8 +822,8 @@ def test_twin_starts_at_the_base_model():
 
 @WARNINGS
 @pytest.mark.parametrize("kind", marked(KINDS))
-def test_regularisers_on_a_quantised_base(kind):
-    model = move(one_layer(kind.quantise(nn.Linear(128, 32)), r=2, **WEIGHTS))
+def test_regularizers_on_a_quantized_base(kind):
+    model = move(one_layer(kind.quantize(nn.Linear(128, 32)), r=2, **WEIGHTS))
     weight = next(iter(layers(model).values())).get_base_weight().float()
     (delta,) = deltas(model)
     orthogonality, energy = oracles.effort_losses(delta, weight)

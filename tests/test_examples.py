@@ -25,6 +25,7 @@ from test_docs import WORDS, tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [file for file in sorted(EXAMPLES.glob("*.py")) if file.stem != "axolotl_plugin"]
+FOLDERS = ["--real=pictures", "--generated=pictures", "--unseen=pictures"]
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of few steps and small models
@@ -35,6 +36,10 @@ def installed(package):
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def absent(package):
+    raise importlib.metadata.PackageNotFoundError(package)
 
 
 needs_news = pytest.mark.skipif(
@@ -210,14 +215,32 @@ def test_notebook_runs(notebook, monkeypatch, tmp_path):
         (
             "text_classification",
             ["--model", "images", "--data", "rows.csv", "--text-column", "body", "--label-column", "topic"],
-            r"images cannot be loaded: .*ViT",
+            r"cannot load images or rows.csv: .*ViT",
         ),
         (
             "text_classification",
             ["--model", "no/such", "--data", "rows.csv", "--text-column", "body", "--label-column", "topic"],
-            r"no/such cannot be loaded: ",
+            r"cannot load no/such or rows.csv: ",
         ),
+        ("text_classification", ["--data", "no/such"], r"cannot load model or no/such: "),
+        ("image_classification", ["--data", "pictures"], r"no column 'label' among \['image'\]; see --image"),
+        ("image_classification", ["--model", "llama"], r"cannot load llama or data: .*Llama"),
+        ("image_classification", ["--model", "no/such"], r"cannot load no/such or data: "),
         ("causal_lm_4bit", ["--data", "rows.jsonl"], r"no column 'text' among \['body'\]; see --text-column"),
+        ("causal_lm_4bit", ["--data", "rows.jsonl", "--text-column", "body"], r"cannot be loaded: "),
+        (
+            "causal_lm_4bit",
+            ["--data", "rows.jsonl", "--text-column", "body", "--model", "images"],
+            r"images or rows.jsonl cannot be loaded: .*ViT",
+        ),
+        ("causal_lm_4bit", ["--method", "dora"], r"argument --method: invalid choice: 'dora'"),
+        ("many_adapters", ["--model", "llama", "--adapters", "empty"], r"empty is no folder of an adapter"),
+        ("many_adapters", ["--model", "images"], r"images cannot be loaded: .*ViT"),
+        ("continual_tasks", ["--model", "images"], r"images cannot be loaded: .*ViT"),
+        ("lora_sb_gradient_start", ["--model", "no/such"], r"no/such cannot be loaded: "),
+        ("lora_sb_gradient_start", ["--model", "images"], r"images cannot be loaded: .*ViT"),
+        ("detector", [*FOLDERS, "--model", "llama"], r"llama has no image tower of CLIP: .* llama"),
+        ("detector", [*FOLDERS, "--model", "no/such"], r"no/such cannot be loaded: "),
         ("many_adapters", ["--adapters", "here"], r"--adapters belong to a model: give --model, too"),
         ("many_adapters", ["--model", "no/such"], r"no/such cannot be loaded: "),
         (
@@ -231,7 +254,9 @@ def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys, name, argu
     table(tmp_path / "rows.csv")
     (tmp_path / "rows.jsonl").write_text('{"body": "w1"}\n' * 20)
     (tmp_path / "empty").mkdir()
+    pictures(tmp_path / "pictures")
     transformers.ViTConfig(hidden_size=16).save_pretrained(tmp_path / "images")
+    llama().save_pretrained(tmp_path / "llama")
     with pytest.raises(SystemExit) as stopped:
         run(name, *arguments)
     said = (
@@ -242,6 +267,13 @@ def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys, name, argu
     assert "\n" not in said
     assert re.search(sentence, said)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["text_classification", "continual_tasks", "lora_sb_gradient_start"])
+def test_packaged_data_that_are_absent_are_named(run, monkeypatch, name):
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    with pytest.raises(SystemExit, match=r"model or data.*: No package metadata was found for"):
+        run(name)
 
 
 @needs_news

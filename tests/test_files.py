@@ -1,4 +1,4 @@
-"""What the package writes is there whole, or as it was before."""
+"""What the package writes is written whole, or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""FLoRA alone: its equation, its counts, its ranks, its starts."""
+"""FLoRA alone: its equation, its counts, its ranks, its initializations."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_single_sample_without_a_batch_axis():
 
 
 class Stack(nn.Module):
-    """Two blocks with a normalisation, dropout, and one layer that is called twice."""
+    """Two blocks with a normalization, dropout, and one layer that is called twice."""
 
     def __init__(self, width=16, dropout=0.5):
         super().__init__()
@@ -189,7 +189,7 @@ def start(model, batches=None, **options):
 
 
 def snapshot(model):
-    """Everything that an initialisation must leave alone."""
+    """Everything that an initialization must leave alone."""
     return {
         "state": {key: tensor.clone() for key, tensor in model.state_dict().items()},
         "flags": [p.requires_grad for p in model.parameters()],
@@ -479,7 +479,7 @@ def test_loaders_of_accelerate_shuffle_as_if_nobody_had_read_them():
 @pytest.mark.parametrize("kind", marked(KINDS))
 def test_gradient_of_a_quantized_layer(kind):
     torch.manual_seed(0)
-    layer = kind.quantise(nn.Linear(64, 32))
+    layer = kind.quantize(nn.Linear(64, 32))
     before = nn.Linear(64, 64)
     torch.manual_seed(1)
     batches = [{"x": torch.randn(4, 64)} for _ in range(2)]

@@ -105,13 +105,13 @@ def test_limits_hold_for_a_small_package_and_the_offence_of_a_long_function_is_n
     body = "    value = 1\n" * house.FUNCTION_LINES
     file.write_text(f"def fits():\n{body[:-14]}def does_not():\n{body}")
     assert house.main() == 1
-    offences = [line for line in capsys.readouterr().out.splitlines() if "limit" in line]
+    offenses = [line for line in capsys.readouterr().out.splitlines() if "limit" in line]
     name = f"{house.PACKAGE}/methods/flora/small.py"
-    assert [line for line in offences if name in line] == [f"{name}: does_not(): 41, limit 40"]
-    assert offences[0] == f"{house.PACKAGE}/methods/flora: code lines: 82, limit 80"
+    assert [line for line in offenses if name in line] == [f"{name}: does_not(): 41, limit 40"]
+    assert offenses[0] == f"{house.PACKAGE}/methods/flora: code lines: 82, limit 80"
 
 
-def test_a_long_file_and_all_five_methods_together_are_offences(tmp_path):
+def test_a_long_file_and_all_five_methods_together_are_offenses(tmp_path):
     package(tmp_path, long="# a comment\n" * (house.FILE_LINES + 1))
     rows = house.measure(tmp_path)
     assert [row for row in rows if row[2] > row[3]] == [

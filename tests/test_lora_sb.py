@@ -1,4 +1,4 @@
-"""LoRA-SB: its bases, its start, and what frozen bases ask of saving, copying, combining and training."""
+"""LoRA-SB: bases, initialization, and what frozen bases ask of saving, copying, combining and training."""
 
 import copy
 import warnings

@@ -684,10 +684,10 @@ def test_requests_of_several_adapters_in_one_batch():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_base(bits):
+def test_quantized_base(bits):
     bnb = pytest.importorskip("bitsandbytes")
 
-    def quantised():
+    def quantized():
         torch.manual_seed(0)
         make = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
         options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False, "threshold": 0.0}
@@ -700,8 +700,8 @@ def test_quantised_base(bits):
         return nn.Sequential(*layers).to("cpu").eval()
 
     x = torch.randn(5, 64)
-    base = quantised()(x)
-    model = get_peft_model(quantised(), config(target_modules=["0", "1", "2"], init_weights=True)).eval()
+    base = quantized()(x)
+    model = get_peft_model(quantized(), config(target_modules=["0", "1", "2"], init_weights=True)).eval()
     assert torch.allclose(model(x), base, atol=1e-2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
 import peft
 import pytest
@@ -85,3 +88,19 @@ def test_importing_the_package_adds_little_to_the_import_of_peft():
     assert not [name for name in own if name.startswith(tuple(f"peft_subspace.{part}" for part in late))]
     others = {name.partition(".")[0] for name in added} - sys.stdlib_module_names
     assert others <= {"peft_subspace", "aenum", "transformers"}
+
+
+def test_what_is_distributed_holds_no_benchmarks_figures_or_results(tmp_path):
+    pytest.importorskip("hatchling", reason="`pip install hatchling` builds the distributions")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=Path(__file__).parent.parent, capture_output=True, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        modules = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sources:
+        files = {name.partition("/")[2] for name in sources.getnames()}
+    assert modules == {name for name in files if name.startswith("peft_subspace/")}
+    assert {Path(name).suffix for name in modules} == {".py", ".typed"}
+    assert {"README.md", "LICENSE", "examples/first_steps.ipynb", "tests/test_package.py"} <= files
+    assert not [name for name in files if "benchmarks" in name or Path(name).suffix in (".png", ".svg")]
+    settings = ("tests/data/", "examples/launch/")
+    assert not [name for name in files if name.endswith(".json") and not name.startswith(settings)]

@@ -1,4 +1,4 @@
-"""Whole models as transformers' quantisers, and HQQ's own, load them: train, save, load and merge."""
+"""Whole models as transformers' quantizers, and HQQ's own, load them: train, save, load and merge."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _hqq(folder):
 
 
 # How a model is loaded, what rounding a merged weight does to its outputs, and what kernels differ by:
-# bitsandbytes evaluates layers in 4 bits in bf16, but none of a model with adapters, for that repacks codes.
+# bitsandbytes evaluates layers in 4 bits in bf16, but none of a model with adapters, as that repacks weights.
 LOADERS = [
     pytest.param(bnb4, 0.2, 1e-2, marks=pytest.mark.feature(BNB4), id="bnb4"),
     pytest.param(bnb8, 0.05, 1e-6, marks=pytest.mark.feature(BNB8), id="bnb8"),
@@ -163,7 +163,7 @@ def test_base_prepared_for_training_with_checkpointing(method, load, rounding, k
 @pytest.mark.feature(BNB4)
 @pytest.mark.parametrize(("evaluated", "limit"), [("wrapped", 1e-6), ("base", 0.2)])
 def test_gradients_after_an_evaluation_pass_all_layers(method, evaluated, limit, saved):
-    """Of codes that bitsandbytes has repacked to evaluate them, in layers without adapter, they do not."""
+    """Except layers without adapter, whose weights bitsandbytes has repacked to evaluate them."""
     base = bnb4(saved)
     if evaluated == "base":
         logits(base)
@@ -181,7 +181,7 @@ def test_gradients_after_an_evaluation_pass_all_layers(method, evaluated, limit,
 
 @pytest.mark.feature(TORCHAO)
 def test_settings_by_layer_train_but_do_not_merge(method, saved):
-    """`FqnToConfig` says by full name how a layer is quantised, and PEFT hands torchao the layer alone."""
+    """`FqnToConfig` says by full name how a layer is quantized, and PEFT hands torchao the layer alone."""
     config = TorchAoConfig(FqnToConfig({r"re:.*_proj": Int8WeightOnlyConfig()}))
     model = adapted(method, transformers(saved, config), init_weights=False)
     before = logits(model)

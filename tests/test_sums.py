@@ -95,7 +95,7 @@ def test_scales_of_run_time_count(method, scales):
 
 
 def test_both_count_in_averages(method):
-    """Of methods with frozen bases, which an adapter of the same config object shares."""
+    """Methods with frozen bases too, which an adapter of the same config object shares."""
     model, layers = adapted(method)
     if "linear" not in next(iter(layers.values())).delta_cls.combinations:
         with pytest.raises(ValueError, match="is not exact for"):

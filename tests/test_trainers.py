@@ -185,7 +185,7 @@ def test_dpo(method, precomputed, tmp_path):
     moved = run(method, trainer, loss_fn=trainer.compute_loss)
     assert moved
     assert all(method.prefix in name for name in moved)
-    if method.name != "lora_sb":  # whose update is not zero at the start
+    if method.name != "lora_sb":  # whose update is not zero at initialization
         assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses(trainer)[-1] < losses(trainer)[0]
     check_saved(trainer, tmp_path / "adapter")
@@ -242,7 +242,7 @@ def test_grpo(method, trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [sft, dpo])
-def test_regularisers_of_effort_come_from_the_callback(kind, tmp_path):
+def test_regularizers_of_effort_come_from_the_callback(kind, tmp_path):
     """TRL makes its losses of log-probabilities and takes none from the model."""
 
     def trained(weight, *callbacks, steps=1):

@@ -1,15 +1,16 @@
-"""Effort: its train step against PEFT's LoRA, its regularisers, and its start.
+"""Effort: its train step against PEFT's LoRA, its regularizers, and its initialization.
 
     python examples/benchmarks/effort.py            about 15 minutes on 2 cores
     python examples/benchmarks/effort.py --quick    about 3 minutes, smaller models and fewer matrices
 
-Train step: a decoder of 24 layers of width 1024, 4×256 tokens, all linear layers adapted, r=1 against LoRA
-at rank 2, which applies as many numbers; the step, and the peak of a process that takes two steps of AdamW.
-Regularisers: value and gradients for one 1024×1024 weight, against the formulas taken literally. Start: the
-96 matrices of 1024×1024 of the self-attention of CLIP ViT-L/14's image tower, random values, against one full
-`torch.linalg.svd` each, of which a few are run and the rest extrapolated; and weights of other spectra.
-Expected: a train step of at most 1.03 of LoRA's, regularisers at a twentieth of the literal cost or less,
-and a start faster than full decompositions. Times are medians of interleaved repeats.
+Train step: a decoder of 24 layers of width 1024, 4×256 tokens, all linear layers adapted, r=1 against LoRA at
+rank 2, which applies as many numbers; the step, and the peak of a process that takes two steps of AdamW.
+Regularizers: value and gradients for one 1024×1024 weight, against the formulas taken literally.
+Initialization: the 96 matrices of 1024×1024 of the self-attention of CLIP ViT-L/14's image tower, random
+values, against one full `torch.linalg.svd` each, of which a few are run and the rest extrapolated; and
+weights of other spectra. Expected: a train step of at most 1.03 of LoRA's, regularizers at a twentieth of the
+literal cost or less, and an initialization faster than full decompositions. Times are medians of interleaved
+repeats.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def train(layers: int, width: int, repeats: int) -> dict[str, Any]:
 
 
 def literal_losses(head: Triples, tail: Triples, energy: Tensor) -> Tensor:
-    """Both regularisers as the paper writes them, on `n × n` products."""
+    """Both regularizers as the paper writes them, on `n × n` products."""
     left = torch.cat([head[0], tail[0]], dim=1)
     values, right = (torch.cat([head[i], tail[i]]) for i in (1, 2))
     eye = torch.eye(len(values))
@@ -60,7 +61,7 @@ def literal_losses(head: Triples, tail: Triples, energy: Tensor) -> Tensor:
 
 
 def penalty(width: int, repeats: int) -> dict[str, Any]:
-    """Value and gradients of both regularisers for one square weight."""
+    """Value and gradients of both regularizers for one square weight."""
     results = {}
     weight = torch.randn(width, width) / width**0.5
     left, values, right = torch.linalg.svd(weight)
@@ -89,7 +90,7 @@ def penalty(width: int, repeats: int) -> dict[str, Any]:
 
 
 def start(count: int, width: int, decomposed: int) -> dict[str, Any]:
-    """Seconds of the start of `count` square layers, against full decompositions of the same matrices."""
+    """Seconds to initialize `count` square layers, against full decompositions of the same matrices."""
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(width, width) for _ in range(count)))
     for layer in base:
@@ -175,7 +176,7 @@ def print_results(started: dict, kinds: dict, penalties: dict, trained: dict) ->
     rows = [[name, *(f"{value:.2g}" for value in row.values())] for name, row in kinds.items()]
     timing.table("one weight, rank 1", ["", *next(iter(kinds.values()))], rows)
     rows = [[name, *row["seconds"].values(), row["ratio"]["median"]] for name, row in penalties.items()]
-    timing.table("regularisers, 1024 x 1024", ["", "effort s", "literal s", "ratio"], rows)
+    timing.table("regularizers, 1024 x 1024", ["", "effort s", "literal s", "ratio"], rows)
     rows = [
         [name, row["trainable"], row["peak_mib"], row["step_s"], row["to_lora"]["median"]]
         for name, row in trained.items()

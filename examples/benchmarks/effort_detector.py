@@ -9,7 +9,7 @@ The real class is a folder of photos, the generated class what small generators 
 them (support/generators.py). A detector learns from one family and is tested on all. Effort is
 compared with LoRA, full fine-tuning and a linear probe, each with the learning rate that does best on
 validation images of the training family. Without options, network and photos come out of installed packages
-(`examples/data-packages.txt`). An interrupted run goes on where it stopped.
+(`examples/benchmark-packages.txt`). An interrupted run goes on where it stopped.
 
 Time: predicted and printed before the first detector trains. Expected result: the table in
 model_cards/effort.md, measured on a folder of CIFAR-10 images with these options:

@@ -43,12 +43,23 @@ def table(found: dict[str, dict[str, dict[str, str]]], markdown: Any) -> str:
 
 
 def kinds(run: dict[str, Any], markdown: Any) -> str:
-    """Kinds of modules by methods, beside PEFT's LoRA, from `reach.py`."""
+    """Kinds of modules by methods, the first of which is PEFT's LoRA, from `reach.py`; and what comes out."""
     cells = run["cells"]
-    methods = list(next(iter(cells.values())))
-    return markdown(
-        ["", *methods], [[kind, *(found[method] for method in methods)] for kind, found in cells.items()]
+    lora, *ours = next(iter(cells.values()))
+    without = [found for found in cells.values() if found[lora] != "yes"]
+    gained = sum(all(found[method].startswith("yes") for method in ours) for found in without)
+    short = [
+        f"{kind} ({', '.join(method for method in ours if not found[method].startswith('yes'))})"
+        for kind, found in cells.items()
+        if found[lora] == "yes" and not all(found[method].startswith("yes") for method in ours)
+    ]
+    summary = (
+        f"LoRA has {len(without)} of {len(cells)} kinds not, or not whole; "
+        f"all of ours have {gained} of these. "
+        f"LoRA has and some of ours have not: {'; '.join(short) or 'none'}."
     )
+    rows = [[kind, *(found[method] for method in (lora, *ours))] for kind, found in cells.items()]
+    return f"{markdown(['', lora, *ours], rows)}\n\n{summary}"
 
 
 def _is_plain(methods: dict[str, dict[str, str]]) -> bool:

@@ -25,7 +25,7 @@ from verdicts import SEQUENCES
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "figures"
 
-OURS = {  # colours that most colour-blind readers tell apart
+OURS = {  # colors that most color-blind readers tell apart
     "flora": "#d55e00",
     "flora-zero": "#e8956a",
     "flora-all": "#8c3d00",
@@ -37,7 +37,7 @@ OURS = {  # colours that most colour-blind readers tell apart
 }
 OTHERS = "#8a8a8a"
 LOOKS = tuple(zip("sDv^<>pPhHdX", 3 * ("#8a8a8a", "#8c6d31", "#5254a3", "#a04a4b"), strict=True))
-"""Markers and muted colours of the methods that are not ours."""
+"""Markers and muted colors of the methods that are not ours."""
 
 Drawn = tuple[Figure, str]
 
@@ -87,7 +87,7 @@ def _points(content: dict[str, Any], task: str) -> dict[Entry, tuple[int, list[f
 
 
 def _style(entry: Entry, entries: Sequence[Entry]) -> dict[str, Any]:
-    """How the point of an entry looks: ours are large and coloured."""
+    """How the point of an entry looks: ours are large and colored."""
     if entry.method in OURS:
         return {
             "marker": "o",
@@ -99,12 +99,12 @@ def _style(entry: Entry, entries: Sequence[Entry]) -> dict[str, Any]:
         }
     others = [other for other in entries if other.method not in OURS]
     place = others.index(entry)
-    marker, colour = LOOKS[place % len(LOOKS)]
+    marker, color = LOOKS[place % len(LOOKS)]
     return {
         "marker": marker,
         "ms": 6,
-        "color": colour,
-        "mfc": "white" if place % 2 else colour,
+        "color": color,
+        "mfc": "white" if place % 2 else color,
         "capsize": 2,
         "elinewidth": 0.8,
     }
@@ -150,12 +150,12 @@ def averages(content: dict[str, Any]) -> Drawn:
     figure = Figure(figsize=(7.5, 1.2 + 0.55 * len(found)), layout="constrained")
     chart = figure.subplots()
     for place, (name, method) in enumerate(found.items()):
-        colour = OURS.get(name, OTHERS)
+        color = OURS.get(name, OTHERS)
         for measure, offset, alpha in (("learned", -0.19, 0.4), ("average_accuracy", 0.19, 1.0)):
             values = method[measure]
             mean = statistics.fmean(values)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            chart.barh(place + offset, mean, 0.36, color=colour, alpha=alpha)
+            chart.barh(place + offset, mean, 0.36, color=color, alpha=alpha)
             chart.errorbar(mean, place + offset, xerr=spread, color="black", capsize=2, lw=0.8)
             chart.text(0.01, place + offset, f"{mean:.3f}", va="center", fontsize="small")
     for alpha, label in ((0.4, "right after each task"), (1.0, "at the end")):

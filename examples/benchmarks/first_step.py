@@ -1,4 +1,4 @@
-"""LoRA-SB's start: the length that is found on the batches, beside fixed lengths, at several training rates.
+"""LoRA-SB's first step: the length that is found on the batches, beside fixed ones, at several rates.
 
     python examples/benchmarks/first_step.py                                BBC News, about 20 minutes
     python examples/benchmarks/first_step.py --data FOLDER --tasks sst2 trec6

@@ -1,14 +1,14 @@
-"""LoRA-SB: its train step against PEFT's LoRA, and what its start from gradients costs.
+"""LoRA-SB: its train step against PEFT's LoRA, and what its initialization from gradients costs.
 
     python examples/benchmarks/lora_sb.py            about 15 minutes on 2 cores
     python examples/benchmarks/lora_sb.py --quick    about 3 minutes, a quarter of the layers
 
-Train step: a decoder of 24 layers of width 1024 in fp32, all linear layers adapted at equal rank. Start: a
-model of the shapes of SmolLM2-135M with random weights, 64 sequences of 128 tokens in 8 batches. Expected: a
-train step of at most 0.97 of LoRA's; a start in less than 3 plain passes forward and back over the same data
-(base weights trained), and under `max_memory` plus 10 % beyond the peak of a train step. PEFT's gradient
-estimate for LoRA-GA on the same data stands beside it. Times are medians of interleaved repeats; peaks are
-taken in processes of their own.
+Train step: a decoder of 24 layers of width 1024 in fp32, all linear layers adapted at equal rank.
+Initialization: a model of the shapes of SmolLM2-135M with random weights, 64 sequences of 128 tokens in 8
+batches. Expected: a train step of at most 0.97 of LoRA's; an initialization in less than 3 plain passes
+forward and back over the same data (base weights trained), and under `max_memory` plus 10 % beyond the peak
+of a train step. PEFT's gradient estimate for LoRA-GA on the same data stands beside it. Times are medians of
+interleaved repeats; peaks are taken in processes of their own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train_step(base: nn.Module) -> Callable[[], None]:
 
 
 def loraga(base: nn.Module, wrap: bool = False) -> Callable[[], None]:
-    """PEFT's estimate of the same gradients, and if `wrap` the start of LoRA-GA from it."""
+    """PEFT's estimate of the same gradients, and if `wrap` LoRA-GA's initialization from it."""
     options: dict[str, Any] = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     config = LoraConfig(r=32, target_modules=LINEAR, **options)
 
@@ -155,7 +155,7 @@ def time_train_steps(layers: int, repeats: int) -> dict[str, Any]:
 
 
 def time_starts(layers: int, repeats: int) -> dict[str, Any]:
-    """Time of the start against plain passes and PEFT's estimate; peaks of each."""
+    """Time of the initialization against plain passes and PEFT's estimate; peaks of each."""
     steps = {
         "plain passes": plain_passes(smol(layers)),
         "start": start(smol(layers)),

@@ -119,7 +119,7 @@ def mos() -> str:
 
 
 def lora_sb() -> str:
-    """LoRA-SB beside LoRA, and what its start costs."""
+    """LoRA-SB beside LoRA, and what its initialization costs."""
     run = timing.load("lora_sb")
     rows = [
         [f"train step, 24 layers, {rank}, to LoRA's", between(result["ratio"]), ""]
@@ -152,7 +152,7 @@ def continual_svd() -> str:
                 rows.append([f"rounding of the merged {base} weight / update, {method}", added])
     for pair in ("continual_svd/osf", "continual_svd r=16/lora r=16"):
         one, other = (trained[name] for name in pair.split("/"))
-        rows.append([f"trained numbers, {pair}", f"{one['trainable']:,} / {other['trainable']:,}"])
+        rows.append([f"trainable parameters, {pair}", f"{one['trainable']:,} / {other['trainable']:,}"])
         rows.append([f"train step, {pair}", between(trained[pair])])
         rows.append([f"peak of two AdamW steps, {pair}", f"{trained[pair]['peak']:.3f}"])
     return markdown(["", "result"], rows)
@@ -308,18 +308,18 @@ def _detector_settings(run: dict[str, Any]) -> str:
 
 
 def effort() -> str:
-    """Effort beside LoRA, its regularisers and its start."""
+    """Effort beside LoRA, its regularizers and its initialization."""
     run = timing.load("effort")
     trained, started = run["training"], run["start"]
     rows = [
         [f"train step, 24 layers, all linears, {title} / LoRA's, r=2", between(trained[name]["to_lora"])]
-        for name, title in {"effort": "r=1", "effort, both losses": "r=1, both regularisers"}.items()
+        for name, title in {"effort": "r=1", "effort, both losses": "r=1, both regularizers"}.items()
     ]
     peak = trained["effort"]["peak_mib"] / trained["lora"]["peak_mib"]
     rows.append(["peak of two AdamW steps / LoRA's", f"{peak:.3f}"])
     for rank, result in run["penalty"].items():
         rows.append(
-            [f"regularisers of a 1024 x 1024 weight, {rank} / literal formulas", between(result["ratio"])]
+            [f"regularizers of a 1024 x 1024 weight, {rank} / literal formulas", between(result["ratio"])]
         )
     full = f"{started['full_svd_s']:.1f} s, from {started['full_svd_run']} of them"
     title = f"start of {started['matrices']} matrices of 1024 x 1024 (one full SVD each: {full})"
@@ -356,9 +356,9 @@ def _quality_settings(run: dict[str, Any], claim: str) -> str:
     settings = " ".join(_kind_settings(kind, run["settings"][kind]) for kind in kinds)
     origins = dict.fromkeys(one["origin"] for one in of_claim)
     return (
-        f"Mean ± standard deviation over {run['seeds']} seeds. {settings} Stopped early. Of {rates} learning "
-        f"rates the one of least validation loss with seed 0; new heads have the one that is best for them "
-        f"alone. Measured on {'; '.join(origins)}."
+        f"Mean ± standard deviation over {run['seeds']} seeds. {settings} Stopped early. Learning rate: "
+        f"the one of {rates} with the least validation loss with seed 0; new heads have the one that is best "
+        f"for them alone. Measured on {'; '.join(origins)}."
     )
 
 

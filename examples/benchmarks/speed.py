@@ -3,12 +3,12 @@
     python examples/benchmarks/speed.py            hours on 2 cores; `--parts 20M` for one model
     python examples/benchmarks/speed.py --quick    about 5 minutes
 
-For each method, at rank 16 or with as many trained parameters as MoS at an eighth of LoRA's: trained numbers,
-seconds to wrap (with the start that the method takes from weights or gradients), to load a saved adapter and
-to merge it, the train step (4×256 tokens, forward and backward), and the peak of a process that takes two
-steps of AdamW. Steps are interleaved; ratios to LoRA's and to the frozen model's are medians with their
-range. The part `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow. Each part has a
-file of its own. On a GPU, peaks are those of its memory. OSF, Effort and Continual SVD start from
+For each method, at rank 16 or with as many trained parameters as MoS at an eighth of LoRA's: their number,
+seconds to wrap (with the initialization from weights or gradients that some methods need), to load a saved
+adapter and to merge it, the train step (4×256 tokens, forward and backward), and the peak of a process that
+takes two steps of AdamW. Steps are interleaved; ratios to LoRA's and to the frozen model's are medians with
+their range. The part `growth` has the step's ratio to LoRA's as rank, width, depth and batch grow. Each part
+has a file of its own. On a GPU, peaks are those of its memory. OSF, Effort and Continual SVD start from
 decompositions, which take long for the largest model: `--methods` leaves them out.
 """
 
@@ -145,7 +145,7 @@ def growth(repeats: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def peak(method: str, layers: int, width: int) -> None:
-    """What a peak is taken of: model, adapter, start, and two steps with their optimiser state."""
+    """What a peak is taken of: model, adapter, start, and two steps with their optimizer state."""
     timing.take_two_adamw_steps(wrapped(method, SIZES[method], frozen(layers, width)))
 
 

@@ -122,7 +122,7 @@ def tokens_on_device(batch: int, tokens: int) -> torch.Tensor:
 
 
 def two_adamw_steps(config: PeftConfig, layers: int, width: int) -> None:
-    """What a peak is taken of: a model, its adapter, and two steps with their optimiser state."""
+    """What a peak is taken of: a model, its adapter, and two steps with their optimizer state."""
     take_two_adamw_steps(get_peft_model(transformer(layers, width), config))
 
 
@@ -140,7 +140,7 @@ def take_two_adamw_steps(model: nn.Module) -> None:
 def training(
     script: str, configs: dict[str, Callable[[], PeftConfig]], layers: int, width: int, repeats: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Trained numbers, peak and train step of each config on the same decoder, and the seconds themselves.
+    """Trainable parameters, peak and train step of each config on the same decoder, and the seconds as well.
 
     `script --peak NAME LAYERS WIDTH` has to print the peak of `two_adamw_steps`.
     """

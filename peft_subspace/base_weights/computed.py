@@ -88,7 +88,7 @@ def _parametrized(steps: Any) -> ComputedWeight:
 
 
 def _hooked(module: nn.Module, name: str) -> ComputedWeight:
-    """Of the older functions of `torch.nn.utils`, which compute the weight before each call of the module."""
+    """Weight that the older functions of `torch.nn.utils` compute before each call of the module."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if _computes(hook) == name]
     norms = [hook for hook in hooks if isinstance(hook, WeightNorm)]
     if norms:

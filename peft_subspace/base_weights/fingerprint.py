@@ -1,4 +1,4 @@
-"""Recognise a weight again, cheaply and on any machine: a few projections of it onto fixed waves."""
+"""Recognize a weight again, cheaply and on any machine: a few projections of it onto fixed waves."""
 
 from __future__ import annotations
 

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 
 class UnknownBackend(ForwardOnlyQuantizationBackend):
-    """Codes in a format that PEFT does not know: the layer can be run, and differentiated by its input."""
+    """A format that PEFT does not know: the layer can be run, and differentiated by its input."""
 
 
 def quantization_of(
     base: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None
 ) -> QuantizationBackend | None:
-    """Backend for the weight of a base layer; None if the weight is not quantised.
+    """Backend for the weight of a base layer; None if the weight is not quantized.
 
     PEFT decides, with two additions. Weights of torchao can be adapted, but not merged into, where the
-    settings that they were quantised with are unknown, or differ by the layer's name. And a layer that PEFT
+    settings that they were quantized with are unknown, or differ by the layer's name. And a layer that PEFT
     does not know is taken for a linear one that can only be run, if it says how many features it has and
-    keeps 8-bit or integer codes.
+    keeps tensors of integers or 8-bit floats.
 
     Args:
         base: The layer.
@@ -37,21 +37,21 @@ def quantization_of(
     backend = resolve_quantization_backend(base, get_apply_tensor_subclass=settings or (lambda: None))
     if isinstance(backend, TorchaoBackend) and (settings is None or hasattr(settings(), "fqn_to_config")):
         backend.supports_merge = False
-    if backend is None and linear_sizes(base) and _runs_on_codes(base):
+    if backend is None and linear_sizes(base) and _runs_on_packed_weights(base):
         return UnknownBackend(type(base).__name__)
     return backend
 
 
 def is_readable(backend: QuantizationBackend | None) -> bool:
-    """Whether weights of a backend can be dequantised."""
+    """Whether weights of a backend can be dequantized."""
     return not isinstance(backend, ForwardOnlyQuantizationBackend)
 
 
 def unreadable(base: nn.Module) -> str:
-    """Say that the weight of a layer cannot be dequantised, and what to do where it is needed."""
+    """Say that the weight of a layer cannot be dequantized, and what to do where it is needed."""
     return (
         f"the weight of {type(base).__name__} cannot be read, and it is needed here; exclude the module, "
-        "load the base model unquantised or quantised otherwise, or start the adapter on the unquantised "
+        "load the base model unquantized or quantized otherwise, or start the adapter on the unquantized "
         "model, save it and load it here"
     )
 
@@ -60,7 +60,7 @@ def unmergeable(backend: QuantizationBackend | None) -> str:
     """Say that adapters cannot be merged into the weights of a backend, and what to do."""
     remedy = "serve the adapter unmerged, or export it with peft_subspace.export_lora"
     if isinstance(backend, TorchaoBackend):
-        remedy = f"quantise linear layers only, by transformers' TorchAoConfig with one setting, or {remedy}"
+        remedy = f"quantize linear layers only, by transformers' TorchAoConfig with one setting, or {remedy}"
     name = getattr(backend, "backend_name", "these")
     return f"{name} weights cannot be rewritten, so adapters cannot be merged into them; {remedy}"
 
@@ -104,8 +104,8 @@ def _tensors(base: nn.Module) -> Iterator[Tensor]:
     return chain(base.parameters(recurse=False), base.buffers(recurse=False))
 
 
-def _runs_on_codes(base: nn.Module) -> bool:
-    """Whether a layer has codes where its weight should be."""
+def _runs_on_packed_weights(base: nn.Module) -> bool:
+    """Whether a layer has packed quantized weights in place of its weight."""
     if isinstance(base, nn.Linear):  # cast to 8 bits as a whole, it needs no scales
         return type(base).forward is not nn.Linear.forward and not can_compute_in(base.weight.dtype)
     size = prod(linear_sizes(base) or ())

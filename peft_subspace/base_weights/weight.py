@@ -11,7 +11,6 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from peft_subspace.base_weights.codes import unpack_codes
 from peft_subspace.base_weights.computed import ComputedWeight, computed_weight
 from peft_subspace.base_weights.fingerprint import fingerprint
 from peft_subspace.base_weights.quantization import (
@@ -21,6 +20,7 @@ from peft_subspace.base_weights.quantization import (
     unmergeable,
     unreadable,
 )
+from peft_subspace.base_weights.repacking import undo_repacking
 
 # Attributes besides its parameters in which a quantized layer keeps parts of its weight.
 _QUANTIZATION_STATE = ("state", "quant_state", "meta")
@@ -86,7 +86,7 @@ class BaseWeight:
             return self.stored.data if hook is None else hook.weights_map[self.name]
         if not self.readable:
             raise NotImplementedError(unreadable(module))
-        unpack_codes(module)
+        undo_repacking(module)
         return self.backend.get_base_weight(module)
 
     def set(self, weight: Tensor) -> None:
@@ -185,7 +185,7 @@ class _Kept:
             self.data = weight.stored.data if weight.tied else _on_host_if_short(weight.stored.data)
             return
         base = weight.module
-        unpack_codes(base)
+        undo_repacking(base)
         self.parameters = dict(base._parameters)
         self.constants = {name: dict(vars(p)) for name, p in base._parameters.items() if p is not None}
         self.state = {name: copy.copy(vars(base)[name]) for name in _QUANTIZATION_STATE if name in vars(base)}

@@ -15,7 +15,7 @@ from peft_subspace.core.validation import check_count
 class NextTaskCallback(TrainerCallback):
     """Starts tasks when a Trainer has taken certain numbers of steps; 0 is before the first.
 
-    Each task starts with a fresh optimiser and from the beginning of the schedule. When training resumes,
+    Each task starts with a fresh optimizer and from the beginning of the schedule. When training resumes,
     give the Trainer the model that it was given at first: tasks that the checkpoint has are not started
     again, and the last of them goes on. That needs `keep="stack"`; with `"merge"` the checkpoint of a later
     task fits the base model with the earlier ones in it only, which a Trainer does not save.

@@ -47,24 +47,26 @@ def subspace_leak(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     modules: dict[str, dict[str, float]] = {}
     for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
-        heads = None
+        protected = None
         if from_weight or layer.deltas[adapter_name].lean:
-            beneath = (
+            lower = (
                 [name for name in config.lower_adapters if name in layer.deltas] if config is not None else []
             )
-            weight = layer.with_updates(layer.get_base_weight(), beneath).flatten(1)
-            heads = singular_vectors(weight, layer.deltas[adapter_name].directions)
+            weight = layer.with_updates(layer.get_base_weight(), lower).flatten(1)
+            protected = singular_vectors(weight, layer.deltas[adapter_name].directions)
         update = layer.kind.from_layout(layer.exact_update(adapter_name)).flatten(1).double()
-        modules[name] = _leaks(layer.deltas[adapter_name], update, heads)
+        modules[name] = _leaks(layer.deltas[adapter_name], update, protected)
     return {"max": max(value for leaks in modules.values() for value in leaks.values()), "modules": modules}
 
 
-def _leaks(delta: ContinualSVDDelta, update: Tensor, heads: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+def _leaks(
+    delta: ContinualSVDDelta, update: Tensor, protected: tuple[Tensor, Tensor] | None
+) -> dict[str, float]:
     def leading(side: str, matrix: Tensor) -> Tensor:
-        if heads is None:
+        if protected is None:
             return delta.sides[side].leading(getattr(delta, side), matrix)
-        head = heads[side == "V"].to(matrix.device)
-        return head @ (head.T @ matrix)
+        basis = protected[side == "V"].to(matrix.device)
+        return basis @ (basis.T @ matrix)
 
     norm = update.norm().item() or 1.0
     leaks = {}

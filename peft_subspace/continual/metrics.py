@@ -90,15 +90,15 @@ def save_heatmap(accuracies: Matrix, tasks: Sequence[str], path: str | Path, tit
 
 
 def draw_heatmap(axes: Any, accuracies: Matrix, tasks: Sequence[str], digits: int = 3) -> Any:
-    """Draw an accuracy matrix into a chart of matplotlib, and return the image that a colour bar is for."""
+    """Draw an accuracy matrix into a chart of matplotlib, and return the image that a color bar is for."""
     image = axes.imshow(accuracies, vmin=0.0, vmax=1.0, cmap="viridis")
     axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     axes.set_yticks(range(len(tasks)), tasks)
     for i, row in enumerate(accuracies):
         for j, value in enumerate(row):
             if not math.isnan(value):
-                colour = "white" if value < 0.6 else "black"
-                axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=colour)
+                color = "white" if value < 0.6 else "black"
+                axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=color)
     return image
 
 

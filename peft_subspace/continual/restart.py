@@ -1,4 +1,4 @@
-"""Fresh optimiser and schedule for the next task, in place, for the loops that hold on to them."""
+"""Fresh optimizer and schedule for the next task, in place, for the loops that hold on to them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Swaps = dict[int, tuple[Tensor, Tensor | None]]
 
 
 def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, str]:
-    """Names of the model's parameters by identity, where there is an optimiser to take them over.
+    """Names of the model's parameters by identity, where there is an optimizer to take them over.
 
     Raises:
-        ValueError: If the optimiser has none of the task's.
+        ValueError: If the optimizer has none of the task's.
     """
     if optimizer is None:
         return {}
@@ -43,14 +43,14 @@ def restart_optimizer(
     *,
     keep_state: bool = False,
 ) -> None:
-    """Replace one task's parameters in an optimiser by another's, in place, and forget its state.
+    """Replace one task's parameters in an optimizer by another's, in place, and forget its state.
 
-    Some optimisers keep lists of parameters besides their groups, or other optimisers that have them.
+    Some optimizers keep lists of parameters besides their groups, or other optimizers that have them.
 
     Args:
-        optimizer: The optimiser, or accelerate's wrapper around one; None does nothing.
+        optimizer: The optimizer, or accelerate's wrapper around one; None does nothing.
         model: Model with both tasks, or with the new one.
-        names: Names of the parameters that the optimiser has.
+        names: Names of the parameters that the optimizer has.
         task: Task that is over.
         name: Task that begins.
         keep_state: Whether the state is that of the new task's parameters already, and kept for them.
@@ -123,7 +123,7 @@ def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:
     if not hasattr(scheduler, "base_lrs") or hasattr(scheduler, "_schedulers"):
         raise TypeError(
             f"{type(scheduler).__name__} cannot be started again; leave out scheduler= and make a new "
-            "one for the optimiser"
+            "one for the optimizer"
         )
     if dry_run:
         return

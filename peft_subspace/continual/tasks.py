@@ -41,7 +41,7 @@ def next_task(
     With `keep="merge"` the task goes into the base weights, summed in fp32: the model stays as large as it
     was, and from then on `disable_adapter()` gives the base model with that task in it. Save that model too
     (`model.unload().save_pretrained(…)`): the next adapter fits no other. With `keep="stack"` the base
-    weights are untouched, and the task's adapter stays as it is, frozen and active beneath the next ones; it
+    weights are untouched, and the task's adapter stays as it is, frozen and active below the next ones; it
     can be disabled (`model.base_model.set_adapter([…])`), deleted, saved and shared by itself. The current
     task is the one that trains; its heads (`modules_to_save`) remain under its name either way, and
     `model.set_adapter(task)` brings them back. If the current task is deleted, the one before it is followed.
@@ -49,11 +49,11 @@ def next_task(
     Args:
         model: Model with Continual SVD adapters, as `get_peft_model` returns it.
         name: Name of the new task and of its adapter.
-        keep: `"merge"` or `"stack"`; by default `"stack"` on quantised base weights, which a merge would
+        keep: `"merge"` or `"stack"`; by default `"stack"` on quantized base weights, which a merge would
             round, and for a task that is kept so already.
         preserve: What to protect from the new task, as in the config: a number for all modules, or one for
             each by name or regular expression (the config's `preserve` for others). By default as before.
-        optimizer: Optimiser to go on with: it forgets its state and takes the new adapter's parameters.
+        optimizer: Optimizer to go on with: it forgets its state and takes the new adapter's parameters.
         scheduler: Learning-rate scheduler to start again.
         new_heads: Whether the heads start again from those of the base model, rather than where they are.
 
@@ -93,7 +93,7 @@ def next_task(
 
 
 def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
-    """Make a task that has been loaded the current one, and hand it the optimiser's state, which is its own.
+    """Make a task that has been loaded the current one, and hand it the optimizer's state, which is its own.
 
     A Trainer that resumes loads all adapters, but leaves the one active that the model was made with.
     """
@@ -137,7 +137,7 @@ def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
     stacked = [name for name in config.lower_adapters if name in tuner.peft_config]
     if keep == "merge" and stacked:
         raise ValueError(
-            f"keep='merge' would change the base weights beneath the stacked tasks {stacked}; use "
+            f"keep='merge' would change the base weights below the stacked tasks {stacked}; use "
             "keep='stack', or merge all with merge_and_unload()"
         )
     for module_name, layer in tuner.model.named_modules():
@@ -149,7 +149,7 @@ def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
                         "keep='merge'"
                     )
                 if keep == "merge" and not _can_merge(layer):
-                    raise ValueError("these quantised weights cannot be rewritten; use keep='stack'")
+                    raise ValueError("these quantized weights cannot be rewritten; use keep='stack'")
 
 
 def _can_merge(layer: SubspaceLayer) -> bool:

@@ -41,7 +41,7 @@ def truncated_svd(
     """Leading `rank` singular triples of a matrix `(m, n)`: `U (m, rank)`, `S (rank,)`, `Vh (rank, n)`, fp32.
 
     A random block of `rank + oversampling` vectors goes through `iterations` steps of subspace iteration,
-    orthonormalised at every product; the generator is local and always the same. Where the block would be
+    orthonormalized at every product; the generator is local and always the same. Where the block would be
     more than half of the matrix, the SVD is exact.
 
     Args:
@@ -84,7 +84,7 @@ def smallest_triples(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest `rank` singular triples of a matrix `(m, n)`, fp32: `U (m, rank)`, `S`, `Vh (rank, n)`.
 
-    Block inverse iteration in float64: one LU factorisation, then `X ← A⁻¹ A⁻ᵀ X`, orthonormalised at every
+    Block inverse iteration in float64: one LU factorization, then `X ← A⁻¹ A⁻ᵀ X`, orthonormalized at every
     product, on `2 · rank + 14` vectors until `‖A v − s u‖` and `‖Aᵀ u − s v‖` are below `tolerance · ‖A‖_F`
     for every triple. From random vectors this is fast where the smallest values lie apart, as in most square
     matrices. Where they lie close together, as in matrices that are not square, it starts from the
@@ -130,7 +130,7 @@ def _random_vectors(A: Tensor, block: int) -> Tensor:
 
 
 def _eigenvectors(A: Tensor, block: int) -> Tensor:
-    """Of the smallest eigenvalues of `AᵀA`."""
+    """Eigenvectors of the smallest eigenvalues of `AᵀA`."""
     return torch.linalg.eigh(A.T @ A).eigenvectors[:, :block]
 
 
@@ -150,7 +150,7 @@ def _inverse_iteration(
 
 
 def _factorize(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """LU factorisation of a matrix that may be singular; pivots of zero are moved by a rounding error."""
+    """LU factorization of a matrix that may be singular; pivots of zero are moved by a rounding error."""
     LU, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     diagonal = LU.diagonal()
     tiny = diagonal.abs().max() * torch.finfo(matrix.dtype).eps

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peft_subspace.base_weights.codes import unpack_codes
+from peft_subspace.base_weights.repacking import undo_repacking
 from peft_subspace.tuner.layer import SubspaceLayer
 
 
@@ -36,7 +36,7 @@ def evaluating(
             # Gradient checkpointing works in training mode only, which its module alone may keep.
             module.training = training and getattr(module, "gradient_checkpointing", False) is True
             if hasattr(module, "support_avx512bf16_for_cpu"):  # in evaluation mode it would repack its weight
-                unpack_codes(module)
+                undo_repacking(module)
                 module.training = True
         for parameter, _ in flags:
             parameter.requires_grad_(False)

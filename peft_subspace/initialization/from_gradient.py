@@ -177,7 +177,7 @@ def _states_from(
     if not states:
         raise ValueError(f"no sample reached any of {unreached}, so there are no gradients to start from")
     if unreached:
-        warnings.warn(f"no sample reached {unreached}; they keep the start that they have", stacklevel=3)
+        warnings.warn(f"no sample reached {unreached}; they keep their initialization", stacklevel=3)
     return states
 
 

@@ -16,7 +16,7 @@ def prepare_for_ddp(model: nn.Module) -> None:
     `DistributedDataParallel` takes all buffers from process 0 in each forward pass, and what a method freezes
     are buffers: hundreds of megabytes in a large model, all of them the same everywhere. Call this in every
     process, before the very same `model` is wrapped but when it is on its device and `torch.distributed` is
-    initialised: with a Trainer after making it, as `prepare_for_ddp(trainer.model)`; with accelerate after
+    initialized: with a Trainer after making it, as `prepare_for_ddp(trainer.model)`; with accelerate after
     `Accelerator()` and before `prepare`. In one process it does nothing, as without it only time is lost.
 
     Args:

@@ -108,7 +108,7 @@ def _check_whole(delta: Update) -> None:
 
 
 def share_of_step(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float:
-    """Part of an optimiser step that a batch is: its items over `num_items_in_batch`, as Trainers count.
+    """Part of an optimizer step that a batch is: its items over `num_items_in_batch`, as Trainers count.
 
     A Trainer that hands `num_items_in_batch` to the model does not average over accumulated batches and
     processes, but sums; the parts of a step then sum to one. Without it, every batch counts in full.

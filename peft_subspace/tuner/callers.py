@@ -62,7 +62,7 @@ def _running(function: Callable[..., Any]) -> FrameType | None:
 
 
 def calls() -> Iterator[FrameType]:
-    """Calls that have not returned yet, from the innermost outwards."""
+    """Calls that have not returned yet, from the innermost outward."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -90,7 +90,7 @@ class SubspaceConfig(PeftConfig):
     """Called, with the folder, when a config has been saved."""
 
     trained = 0  # trainable parameters of the adapter that was made with this object; no field
-    number = 0  # place of the adapter among those of its model, from which its start is drawn; no field
+    number = 0  # place of the adapter among those of its model, which seeds its initialization; no field
     source = None  # folder that the config was read from, in an object that was; no field
 
     r: Any = field(default=8)

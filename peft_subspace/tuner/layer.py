@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from peft_subspace.base_weights.codes import keep_codes
 from peft_subspace.base_weights.quantization import unmergeable
+from peft_subspace.base_weights.repacking import prevent_repacking
 from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Update
@@ -47,7 +47,7 @@ class SubspaceLayer(AdapterHolder):
         self.quantization_backend = target.backend
         self.base_weight = BaseWeight(self, target.parameter_name, target.backend)
         self.is_read = target.is_read
-        keep_codes(target.module)
+        prevent_repacking(target.module)
         for name in getattr(target.module, "__constants__", ()):  # models read some, such as a stride
             if not hasattr(type(self), name):
                 setattr(self, name, getattr(target.module, name))
@@ -138,7 +138,7 @@ class SubspaceLayer(AdapterHolder):
         return mixed_batch.batch_for(self) if mixed_batch.running and not self.disable_adapters else None
 
     def _branches(self) -> list[Branch]:
-        """Active adapters at work; none where only the base layer is to run."""
+        """Factors of the active adapters that are not merged; none where only the base layer is to run."""
         if self._watchers and self.takes_training_step:
             self._watch()
         if self.disable_adapters:
@@ -157,7 +157,7 @@ class SubspaceLayer(AdapterHolder):
         return self._cast_input_dtype(x, dtype) if x.is_floating_point() else x
 
     def branch(self, adapter_name: str) -> Branch:
-        """One adapter at work."""
+        """Factors of one adapter with its scaling and dropout, ready to be applied."""
         dropouts = self.dropouts
         dropout = dropouts[adapter_name] if adapter_name in dropouts else None  # noqa: SIM401 - no dict
         delta = self.initialized_delta(adapter_name)

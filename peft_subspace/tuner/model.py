@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_subspace.base_weights.codes import keep_codes
+from peft_subspace.base_weights.repacking import prevent_repacking
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.modes import lasting
@@ -123,7 +123,7 @@ class SubspaceModel(StateHooks):
         for layer in list(adapted_layers(model, adapter_name, self.tuner_layer_cls).values())[:1]:
             layer.watch(adapter_name, self.tuner_layer_cls.delta_cls.on_training_step)
         for module in model.modules():
-            keep_codes(module)
+            prevent_repacking(module)
         for call in self.after_injection:
             call(self, model, adapter_name)
 

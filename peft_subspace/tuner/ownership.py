@@ -19,7 +19,7 @@ _FSDP = "_fsdp_wrapped_module."
 
 
 def admit(name: Any, configs: Mapping[str, Any]) -> None:
-    """Check the name of a new adapter, and give its config the number from which its start is drawn.
+    """Check the name of a new adapter, and give its config the number that seeds its initialization.
 
     Raises:
         ValueError: If it has a dot, or `nn.ModuleDict` itself has an attribute of this name.
@@ -40,7 +40,7 @@ def admit(name: Any, configs: Mapping[str, Any]) -> None:
 
 
 def update_starts(model: nn.Module, layer_cls: Any, attribute: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Starts of the keys of some adapters' updates, and of what they share, in a model."""
+    """Prefixes of the keys of some adapters' updates, and of what they share, in a model."""
     names, found = list(names), []
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, layer_cls):

@@ -50,7 +50,7 @@ def _fitting(key: str) -> re.Pattern[str]:
 
 
 def check_patterns(name: str, patterns: Iterable[str], *, embedded: bool = True) -> None:
-    """Raise unless all are regular expressions, and matching them with module names ends in good time.
+    """Raise unless all are regular expressions, and the time to match them with module names is bounded.
 
     Python's matcher tries the ways in which a text can be dealt out to the repetitions and alternatives of a
     pattern, one after the other. There are 10¹⁹ of them for `(a+)+b` and a name of 64 letters; a config from

@@ -53,7 +53,7 @@ class Plan:
     shared: nn.Module | None
 
     def by_key(self, model: nn.Module) -> dict[str, Planned]:
-        """What is planned for `model` by the start of its keys in a saved adapter."""
+        """What is planned for `model` by the prefix of its keys in a saved adapter."""
         places = wrapper_places(model, self.modules)
         return {f"{BASE}{places[name]}.{self.prefix}delta": item for name, item in self.modules.items()}
 

@@ -20,7 +20,7 @@ class ScaledAdapters:
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters by `scale`, or put it back to the start."""
+        """Divide the scaling of the active adapters by `scale`, or reset it to its initial value."""
         for name in self.active_here():
             self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 

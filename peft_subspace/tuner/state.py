@@ -64,7 +64,7 @@ def check_loaded(
 
 
 def _layers(model: nn.Module, adapter_name: str, layer_cls: Any) -> dict[str, Any]:
-    """Layers that have an adapter, by the starts of its keys."""
+    """Layers that have an adapter, by the prefix of its keys."""
     return {
         f"{name}.{layer_cls.prefix}delta.{adapter_name}": layer
         for name, layer in model.named_modules()
@@ -82,7 +82,7 @@ def without_misfits(
     if wrong:
         warnings.warn(
             f"ignore_mismatched_sizes=True leaves out {len(wrong)} tensors, such as {min(wrong)}, of updates "
-            "with other shapes in the file than the base model needs; these modules keep their start",
+            "with other shapes in the file than the base model needs; their modules stay as initialized",
             stacklevel=2,
         )
     return {key: tensor for key, tensor in state.items() if key not in wrong}
@@ -124,7 +124,7 @@ def mismatched(
     """Keys of tensors that have another shape, with the other tensors of the update that they belong to.
 
     Args:
-        starts: Starts of the keys of updates.
+        starts: Prefixes of the keys of updates.
         expected: Tensors by key.
         found: Shapes by key, some of which may be missing.
     """
@@ -151,7 +151,7 @@ def missing_fingerprints(
 
 
 def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> None:
-    """Raise unless the tensors of `state` have values that the updates, by the start of their keys, can take.
+    """Raise unless the updates, by the prefix of their keys, can take the values of the tensors of `state`.
 
     Raises:
         ValueError: Naming the first update with an unfit tensor.
@@ -169,7 +169,7 @@ def check_base(
     """Raise unless the base weights are those that the adapter was made for.
 
     Args:
-        weights: Base weights and kinds of their layers, by the start of a key in `state`.
+        weights: Base weights and kinds of their layers, by the prefix of a key in `state`.
         state: Tensors of the adapter.
         prefix: Prefix of the method.
 

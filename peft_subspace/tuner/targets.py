@@ -90,8 +90,8 @@ def weight_name(name: str, layer: SubspaceLayer) -> str:
 def include_all_linear_layers(config: SubspaceConfig, model: nn.Module) -> None:
     """Replace the shorthand "all-linear" in place.
 
-    PEFT leaves out codes that are in no `nn.Linear`. Layers that are never called are left out here: what the
-    model makes of their weights is no linear layer's output, and LoRA could not serve an export of them.
+    PEFT leaves out quantized layers that are no `nn.Linear`. Layers that are never called are left out here:
+    what the model makes of their weights is no linear layer's output, and LoRA could not serve an export.
     """
     given = config.target_modules
     _maybe_include_all_linear_layers(config, model)

@@ -39,10 +39,10 @@ def _merge_and_compare(task: Task, model: peft.PeftModel, reloaded: peft.PeftMod
 
 def _fresh_base(task: Task, model: peft.PeftModel) -> nn.Module:
     base = task.make_base()
-    return base if _is_quantised(base) else base.to(next(model.parameters()).device)
+    return base if _is_quantized(base) else base.to(next(model.parameters()).device)
 
 
-def _is_quantised(model: nn.Module) -> bool:
+def _is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
@@ -61,7 +61,7 @@ def _outputs(task: Task, model: nn.Module) -> torch.Tensor:
 def _compare(task: Task, trained: peft.PeftModel, other: nn.Module, what: str) -> None:
     """Prints how far the outputs are apart, and stops the script if they disagree."""
     expected, found = _outputs(task, trained), _outputs(task, other)
-    full_precision = expected.dtype == torch.float32 and not _is_quantised(trained.get_base_model())
+    full_precision = expected.dtype == torch.float32 and not _is_quantized(trained.get_base_model())
     difference = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
     print(f"{what}: largest relative difference of the outputs {difference:.1e}")
     if not difference <= (TOLERANCE if full_precision else LOW_PRECISION_TOLERANCE):

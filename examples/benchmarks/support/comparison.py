@@ -108,7 +108,7 @@ class Comparison:
         return seconds / 3600
 
     def _seconds(self, name: str) -> float:
-        """Predicted seconds of one run: its start, its steps and the images it is tested on."""
+        """Predicted seconds of one run: its initialization, its steps and the images it is tested on."""
         method, times = METHODS[name], []
         examples = self.examples(self.options.train_on[0], "train")
         for steps in (1, 4):

@@ -29,7 +29,7 @@ class Contestant:
 
     Attributes:
         title: Its name in tables.
-        rates: Three neighbouring learning rates that are tried in any case.
+        rates: Three neighboring learning rates that are tried in any case.
         config: Makes its config from target modules and size, a rank in most cases; None trains without PEFT.
         fit: Adjusts the config to a base model.
         before: Prepares a base model for its config, given training batches.
@@ -68,7 +68,7 @@ class Contestant:
 
 
 def trainable(model: nn.Module) -> int:
-    """Numbers that train."""
+    """Trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

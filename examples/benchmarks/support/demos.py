@@ -134,7 +134,7 @@ def packaged(distribution: str, path: str) -> Path:
 
 
 def _upscale(images: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Turns grey `(N, 1, 8, 8)` images with values from 0 to 1 into what an ImageNet network expects."""
+    """Turns gray `(N, 1, 8, 8)` images with values from 0 to 1 into what an ImageNet network expects."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     large = interpolate(images, size=(pixels, pixels), mode="bilinear")
     return (large.expand(-1, 3, -1, -1) - mean) / std
@@ -153,7 +153,7 @@ def _stratified(rows: list[dict], part: float) -> list[list[dict]]:
 
 
 def _sentence_embedding(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean of the last hidden states over the real tokens, normalised: what MiniLM was trained to give."""
+    """Mean of the last hidden states over the real tokens, normalized: what MiniLM was trained to give."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     hidden = model.base_model(**inputs).last_hidden_state
     mask = batch["attention_mask"][..., None].to(hidden.dtype)

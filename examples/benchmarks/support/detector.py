@@ -21,7 +21,7 @@ from support.vision import Detector, attention_linears
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT still asks for it
 
 HEAD_LEARNING_RATE = 1e-3
-"""Of the new head, under every method; the tuned rate is that of what lies below the head."""
+"""Learning rate of the new head under every method; the tuned rate is that of what lies below the head."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Method:
     """Makes the parameters below the head trainable; None is the linear probe, whose rates are 1/C."""
 
 
-def _effort(detector: Detector, **regularisers: Any) -> nn.Module:
-    config = peft_subspace.EffortConfig(r=1, **_where(detector), **regularisers)
+def _effort(detector: Detector, **regularizers: Any) -> nn.Module:
+    config = peft_subspace.EffortConfig(r=1, **_where(detector), **regularizers)
     return peft.get_peft_model(detector, config)
 
 

@@ -4,10 +4,10 @@ Each takes photos through its own bottleneck and gives them back, so that a gene
 photo shows and differs only in the traces of the generator:
 
     transposed   autoencoder, decoder of transposed convolutions (uneven overlap, checkerboards)
-    nearest      autoencoder, nearest-neighbour upsampling and convolutions
+    nearest      autoencoder, nearest-neighbor upsampling and convolutions
     shuffle      autoencoder, pixel shuffle (sub-pixel convolutions)
     vae          variational autoencoder, bilinear upsampling, a sample of its posterior
-    adversarial  autoencoder, nearest-neighbour upsampling, trained against a discriminator of patches
+    adversarial  autoencoder, nearest-neighbor upsampling, trained against a discriminator of patches
     diffusion    denoising diffusion: noise is added and taken off again in a few deterministic steps
 """
 
@@ -81,7 +81,7 @@ class VariationalAutoencoder(Autoencoder):
 
 
 class AdversarialAutoencoder(Autoencoder):
-    """Trained against a discriminator of patches; the reversed gradient lets one optimiser train both."""
+    """Trained against a discriminator of patches; the reversed gradient lets one optimizer train both."""
 
     def __init__(self) -> None:
         super().__init__("nearest")

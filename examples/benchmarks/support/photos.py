@@ -37,7 +37,7 @@ def load(folder: Path | None, pixels: int, wanted: dict[str, int], seed: int) ->
         folder: Searched for image files at any depth; None takes the packaged photographs.
         pixels: Width and height that they are resampled to.
         wanted: Number of photos of each split; where photos are few, a split gets its share of them.
-        seed: Of the split and of the cut.
+        seed: Seed of the split and of the cut.
     """
     rng = np.random.default_rng(seed)
     sources: list = found(folder) if folder else list(_packaged_tiles(pixels))

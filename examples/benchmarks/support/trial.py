@@ -82,7 +82,7 @@ def run(
 def parameter_groups(
     model: nn.Module, heads: Iterable[str], rate: float, head_rate: float | None
 ) -> list[dict[str, Any]]:
-    """What trains, for the optimiser: the update, and the heads with their own rate if it is given."""
+    """What trains, for the optimizer: the update, and the heads with their own rate if it is given."""
     update: list[nn.Parameter] = []
     head: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -139,7 +139,7 @@ def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:
 
 
 def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
-    """Mean loss and accuracy over rows, or over the labelled tokens of a language model."""
+    """Mean loss and accuracy over rows, or over the labeled tokens of a language model."""
     loss = right = count = 0.0
     for logits, labels in _predictions(model, task, rows, bf16):
         loss += nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum").item()

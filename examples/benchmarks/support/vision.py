@@ -33,7 +33,7 @@ ATTENTION = "eager"
 
 @dataclass
 class Backbone:
-    """A pretrained network and what its pixels are normalised with."""
+    """A pretrained network and what its pixels are normalized with."""
 
     network: nn.Module
     mean: tuple[float, ...]
@@ -70,7 +70,7 @@ class Detector(nn.Module):
 
 
 def load(model: str | None) -> Backbone:
-    """Network of the Hub or of a local directory with its normalisation; None gives the packaged CLIP."""
+    """Network of the Hub or of a local directory with its normalization; None gives the packaged CLIP."""
     if model is None:
         return Backbone(clip_vision(), CLIP_MEAN, CLIP_STD)
     network = AutoModel.from_pretrained(model, attn_implementation=ATTENTION)
@@ -108,13 +108,13 @@ def clip_classifier(pixels: int, num_labels: int) -> CLIPForImageClassification:
 
 
 def clip_vision() -> CLIPVisionModel:
-    """CLIP ViT-B/16's image tower (86 million weights), dequantised."""
+    """CLIP ViT-B/16's image tower (86 million weights), dequantized."""
     try:
         import onnx
 
         path = demos.packaged(PACKAGE, FILE)
     except ImportError as missing:  # also the type of importlib's PackageNotFoundError
-        raise SystemExit(f"{missing}; install examples/data-packages.txt, or give --model") from missing
+        raise SystemExit(f"{missing}; install examples/benchmark-packages.txt, or give --model") from missing
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     prefix = "vision_model."
@@ -124,7 +124,7 @@ def clip_vision() -> CLIPVisionModel:
     following = {name: node for node in graph.node for name in node.input}
     for node in graph.node:
         if node.op_type == "MatMulInteger" and (bias := _bias_after(node, following)):
-            matrix = _dequantised(stored, node.input[1].removesuffix("_quantized"))
+            matrix = _dequantized(stored, node.input[1].removesuffix("_quantized"))
             weights[bias.removeprefix(prefix).removesuffix("bias") + "weight"] = matrix
     network = CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH))
     network.load_state_dict(weights)
@@ -144,7 +144,7 @@ def _bias_after(node: Any, following: dict[str, Any]) -> str | None:
     return None
 
 
-def _dequantised(stored: dict[str, Tensor], name: str) -> Tensor:
+def _dequantized(stored: dict[str, Tensor], name: str) -> Tensor:
     """`(out, in)` weight from integers `(in, out)`, with a zero point and a scale per output."""
     integers, zero = stored[f"{name}_quantized"].float(), stored[f"{name}_zero_point"].float()
     return ((integers - zero) * stored[f"{name}_scale"]).T.contiguous()

@@ -142,7 +142,7 @@ def test_the_head_has_its_own_rate(task):
     assert 0 < moved[None] < 1e-2 < moved[0.5]
 
 
-def test_evaluation_counts_rows_and_labelled_tokens(task):
+def test_evaluation_counts_rows_and_labeled_tokens(task):
     from support import trial
 
     class Next(torch.nn.Module):

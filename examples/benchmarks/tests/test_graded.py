@@ -78,7 +78,7 @@ def archive(tmp_path):
 
 
 def read(row):
-    """Text of a row, and what of it is labelled."""
+    """Text of a row, and what of it is labeled."""
     ids, labels = row["input_ids"], [label for label in row["labels"] if label >= 0]
     assert len(ids) == len(row["labels"])
     return "".join(LETTERS[i] for i in ids), "".join(LETTERS[i] for i in labels)

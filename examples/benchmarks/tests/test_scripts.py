@@ -226,7 +226,7 @@ def test_detector_runs_without_network_and_resumes(tmp_path):
 def write_tasks(folder):
     """Two tasks whose classes have words of their own, one row of which stands in both splits."""
     words = {
-        "colour": {"red": "rose", "blue": "sky"},
+        "color": {"red": "rose", "blue": "sky"},
         "size": {"big": "house", "small": "ant", "tiny": "atom"},
     }
     for task, classes in words.items():
@@ -243,7 +243,7 @@ def test_tasks_share_a_head_and_no_rows(tmp_path):
     wanted = {"train": 100, "validation": 3, "test": 100}
     tasks = texts.load(write_tasks(tmp_path), tmp_path, wanted, seed=0)
     assert {name: (task.first, task.classes) for name, task in tasks.items()} == {
-        "colour": (0, ["blue", "red"]),
+        "color": (0, ["blue", "red"]),
         "size": (2, ["big", "small", "tiny"]),
     }
     for task in tasks.values():

@@ -42,7 +42,7 @@ class ContinualSVDConfig(DropoutConfig):
     """Configuration of `ContinualSVDModel`: updates that leave the leading singular directions alone.
 
     The SVD of each weight gives the `k` directions to protect on either side, and the update is confined to
-    the rest by construction. Trained numbers of a weight `(m, n)`:
+    the rest by construction. Trainable parameters for a weight `(m, n)`:
 
     | `constraint` | what holds | `r=None` | `r` |
     |---|---|---|---|
@@ -113,7 +113,7 @@ class ContinualSVDConfig(DropoutConfig):
 
     @property
     def lower_adapters(self) -> list[str]:
-        """Earlier tasks whose adapters lie beneath this one."""
+        """Earlier tasks whose adapters lie below this one."""
         return [task for task, history in self.earlier_tasks.items() if history == "stack"]
 
     def spec_for(self, module_name: str, shape: WeightShape) -> ContinualSVDSpec:

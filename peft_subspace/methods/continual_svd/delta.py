@@ -2,7 +2,7 @@ r"""Continual SVD: `ΔW`, such as `U_⊥ Z V_⊥ᵀ`, which leaves leading direc
 
 With the `k` leading directions `U_h (m, k)`, `V_h (n, k)` of the weight's SVD and orthonormal complements
 `U_⊥ (m, m − k)`, `V_⊥ (n, n − k)`, one of four constraints holds for all values of the trained tensors,
-whatever the optimiser does with them:
+whatever the optimizer does with them:
 
 =========  ==============================  =========================  ====================================
            what holds                      `r=None`                   `r`
@@ -132,9 +132,9 @@ class ContinualSVDDelta(Delta):
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular directions of the weight as those to protect."""
-        heads = dict(zip("UV", singular_vectors(weight.flatten(1), self.directions), strict=True))
+        leading = dict(zip("UV", singular_vectors(weight.flatten(1), self.directions), strict=True))
         for name, side in self.sides.items():
-            getattr(self, name).copy_(side.keep(heads[name]))
+            getattr(self, name).copy_(side.keep(leading[name]))
 
     @classmethod
     def concatenate(cls, deltas: Sequence[ContinualSVDDelta], weights: Sequence[float]) -> Combined:

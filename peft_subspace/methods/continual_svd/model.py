@@ -24,7 +24,7 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. What belongs to a finished task stays frozen.
 
-        A task by name comes with what it builds on: a stacked one with the tasks beneath it, one whose update
+        A task by name comes with what it builds on: a stacked one with the tasks below it, one whose update
         went into the base weights with the task that is open now; heads (`modules_to_save`) are its own. A
         list is taken as it is, heads included; of tasks that follow each other, the last one's are taken.
 

@@ -61,22 +61,22 @@ class Side:
         return matrix - inside if self.by_complement else inside
 
 
-def reflection(head: Tensor) -> Tensor:
+def reflection(leading: Tensor) -> Tensor:
     """`Y (d, k)` of the block reflection whose first `k` columns span the orthonormal `H (d, k)`.
 
     With the polar factor `S` of the first `k` rows of `H`, `(I − Y Yᵀ) H = −E₁ S`.
     """
-    count = head.shape[1]
-    left, cosines, right = torch.linalg.svd(head[:count])
-    shifted = head.clone()
+    count = leading.shape[1]
+    left, cosines, right = torch.linalg.svd(leading[:count])
+    shifted = leading.clone()
     shifted[:count] += left @ right
     return shifted @ (right.T / (1 + cosines).sqrt())
 
 
-def complement(head: Tensor) -> Tensor:
+def complement(leading: Tensor) -> Tensor:
     """Orthonormal basis `(d, d − k)` of what is orthogonal to the orthonormal `H (d, k)`."""
-    size, count = head.shape
-    return lift(reflection(head), torch.eye(size - count, dtype=head.dtype, device=head.device))
+    size, count = leading.shape
+    return lift(reflection(leading), torch.eye(size - count, dtype=leading.dtype, device=leading.device))
 
 
 def lift(reflector: Tensor, coordinates: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class EffortConfig(SubspaceConfig):
 
     `r` counts the triples that train. The released code counts those that are kept, `min(out, in) - r`.
 
-    What trains is stored as the change of the triples, so that weight decay pulls towards the base model, as
+    What trains is stored as the change of the triples, so that weight decay pulls toward the base model, as
     with LoRA, and never erases a part of its weights.
 
     Args:

@@ -1,11 +1,11 @@
 r"""Effort: `ΔW = U S Vh − U0 S0 Vh0`, where `U0 S0 Vh0` are the smallest singular triples of the base weight.
 
-The adapted weight is then `W + ΔW = W_head + U S Vh`: the head, all larger triples, stays. Trained are the
-changes `U_change = U − U0`, `S_change = S − S0` and `Vh_change = Vh − Vh0`, which start at zero, and
+The adapted weight is then `W + ΔW = W_kept + U S Vh`, where `W_kept` has all larger triples. The changes
+`U_change = U − U0`, `S_change = S − S0` and `Vh_change = Vh − Vh0` are trained; they start at zero, and
 
     ΔW = [U_change S + U0 S_change, U0 S0] · [Vh; Vh_change],
 
-so `ΔW` is exactly zero at the start, nothing cancels later, and weight decay pulls towards the base weight.
+so `ΔW` is exactly zero at first, nothing cancels later, and weight decay pulls toward the base weight.
 
 A convolution's kernel is part of the input axis: `Vh (r, in / groups, *kernel)`.
 """
@@ -29,7 +29,7 @@ from peft_subspace.methods.effort.config import EffortConfig
 class EffortDelta(Delta):
     """Parameters `U_change` `(out, r)`, `S_change` `(r,)` and `Vh_change` `(r, in, *kernel)`, all fp32.
 
-    The buffers `U0`, `S0` and `Vh0` hold the triples at the start. They are saved with the adapter, because
+    The buffers `U0`, `S0` and `Vh0` hold the initial triples. They are saved with the adapter, because
     the smallest singular vectors differ between machines.
 
     Reference:
@@ -115,12 +115,13 @@ class EffortDelta(Delta):
         }
 
     def orthogonality_loss(self, weight: ReadWeight) -> Tensor:
-        """`‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` with `Û = [U_head, U]` and `V̂` likewise, `min(m, n)` columns each.
+        """`‖ÛᵀÛ − I‖² + ‖V̂ᵀV̂ − I‖²` with `Û = [U_kept, U]` and `V̂` likewise, `min(m, n)` columns each.
 
         `weight` returns the base weight `(m, n)`, the kernel folded into `n`. It is called once, and only
-        where `m ≠ n`: on the longer side the head is not the whole complement of the tail, so an orthonormal
-        basis of the weight's range there is kept, or of what lies beyond the range if that is narrower. It
-        has `max(m, n) · min(m, n, |m − n|)` numbers and is not saved: a QR of the weight gives it again.
+        where `m ≠ n`: on the longer side the kept vectors do not span the whole complement of the trained
+        ones, so an orthonormal basis of the weight's range there is held, or of what lies beyond the range if
+        that is narrower. It has `max(m, n) · min(m, n, |m − n|)` numbers and is not saved: a QR of the weight
+        gives it again.
         """
         rows, columns = self.shape.out_features, self.shape.columns
         if rows != columns and self._range is None:
@@ -133,7 +134,7 @@ class EffortDelta(Delta):
     def energy_loss(self, weight: ReadWeight) -> Tensor:
         """`|‖W + ΔW‖² − ‖W‖²| = |2 ⟨W, ΔW⟩ + ‖ΔW‖²|`, where `weight` returns the base weight `(m, n)`.
 
-        At the kink, where `ΔW` changes nothing, as at the start, the subgradient is zero.
+        At the kink, where `ΔW` changes nothing, as at initialization, the subgradient is zero.
         """
         L, R = (factor.flatten(1) for factor in self.factors())
         with torch.no_grad():
@@ -198,14 +199,14 @@ class Range:
         return (X - self.basis @ inner if self.complement else inner).square().sum()
 
 
-def _departure(start: Tensor, change: Tensor, head: Range | None) -> Tensor:
-    """`‖X̂ᵀX̂ − I‖²` of `X̂ = [X_head, X]` with `X = start + change`, all but `change` orthonormal.
+def _departure(start: Tensor, change: Tensor, all_triples: Range | None) -> Tensor:
+    """`‖X̂ᵀX̂ − I‖²` of `X̂ = [X_kept, X]` with `X = start + change`, all but `change` orthonormal.
 
-    The blocks are `XᵀX − I` and, twice, `X_headᵀ X`, in which `start` drops out, so that nothing cancels.
-    `head` is the range of head and tail together, `None` if that is the whole space.
+    The blocks are `XᵀX − I` and, twice, `X_keptᵀ X`, in which `start` drops out, so that nothing cancels.
+    `all_triples` is the range of kept and trained ones together, `None` if that is the whole space.
     """
     change = change.to(start.dtype)  # a trainer may store parameters in less
     overlap = start.T @ change
     beyond = change - start @ overlap
-    cross = beyond.square().sum() if head is None else head.norm_within(beyond)
+    cross = beyond.square().sum() if all_triples is None else all_triples.norm_within(beyond)
     return (overlap + overlap.T + change.T @ change).square().sum() + 2 * cross

@@ -11,7 +11,7 @@ from peft_subspace.tuner.branch_config import DropoutConfig
 
 @dataclass
 class LoRASBConfig(DropoutConfig):
-    """Configuration of `LoRASBModel`: `r²` trained numbers between two frozen orthonormal bases.
+    """Configuration of `LoRASBModel`: `r²` trainable parameters between two frozen orthonormal bases.
 
     The bases are meant to come from the first gradients of full fine-tuning:
     `peft_subspace.initialize_from_gradient` after `get_peft_model`, or `peft_subspace.GradientInitCallback`
@@ -22,8 +22,8 @@ class LoRASBConfig(DropoutConfig):
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input.
         init_weights: Bases before any gradient is known. `"svd"`: the leading singular vectors of the base
             weight, with `R = 0`, which is LoRA-XS. `True`: the same, with a warning if training starts
-            without a gradient initialisation. `False`: random bases and a random `R`.
-        exact_svd: Whether bases come from a full SVD instead of randomised subspace iteration; slower by one
+            without a gradient initialization. `False`: random bases and a random `R`.
+        exact_svd: Whether bases come from a full SVD instead of randomized subspace iteration; slower by one
             or two orders of magnitude on large weights.
 
     Raises:

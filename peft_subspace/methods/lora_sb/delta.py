@@ -2,7 +2,7 @@ r"""LoRA-SB: `ΔW = s · B R A` with frozen orthonormal `B (out, r)`, `A (r, in)
 
 The bases are the leading singular vectors of the first step that full fine-tuning would take,
 `−η · sign(g) ≈ B diag(S) A` with the mean gradient `g` of the base weight, and `R` starts at `diag(S) / s`.
-`ΔW` is therefore not zero at the start; the base weight itself is never changed. With `BᵀB = A Aᵀ = I` and
+`ΔW` is therefore not zero at first; the base weight itself is never changed. With `BᵀB = A Aᵀ = I` and
 `s = 1` the gradient of `R` is the best approximation of `g` within the two subspaces.
 
 A convolution's kernel is part of the input axis: `A (r, in / groups, *kernel)`.
@@ -107,7 +107,7 @@ class LoRASBDelta(Delta):
             if not (same and torch.equal(first.B, other.B) and torch.equal(first.A, other.A)):
                 raise ValueError(
                     "the adapters have different bases, or ranks, so no average of R is the average of their "
-                    "updates; use combination_type='cat', or start the adapters from one initialisation"
+                    "updates; use combination_type='cat', or start the adapters from one initialization"
                 )
         total = sum(
             (weight * delta.R for delta, weight in zip(deltas, weights, strict=True)),
@@ -117,7 +117,7 @@ class LoRASBDelta(Delta):
 
     @classmethod
     def concatenate(cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]) -> Combined:
-        """Put the bases side by side and orthonormalise them again; the triangles go into `R`.
+        """Put the bases side by side and orthonormalize them again; the triangles go into `R`.
 
         `[B1 B2] = Q_B T_B` and `[A1; A2] = T_Aᵀ Q_Aᵀ` give `Q_B (T_B diag(R1, R2) T_Aᵀ) Q_Aᵀ`. If the ranks
         add up to more than the weight has, an SVD of the middle brings them down to that.

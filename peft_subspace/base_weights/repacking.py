@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def unpack_codes(base: nn.Module) -> None:
+def undo_repacking(base: nn.Module) -> None:
     """Undo the repacking of 4-bit values that bitsandbytes does in place when a CPU evaluates in bf16.
 
     Dequantizing repacked values gives garbage. Asking the layer for its state makes bitsandbytes undo it, but
@@ -20,8 +20,8 @@ def unpack_codes(base: nn.Module) -> None:
             quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
 
 
-def keep_codes(base: nn.Module) -> None:
+def prevent_repacking(base: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit values, which loses precision and cannot be trained on."""
     if hasattr(base, "support_avx512bf16_for_cpu"):
-        unpack_codes(base)
+        undo_repacking(base)
         base.support_avx512bf16_for_cpu = False
