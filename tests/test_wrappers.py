@@ -672,7 +672,7 @@ def test_a_mixed_batch_goes_through_transforms_and_keeps_nothing_of_them(method)
     model.add_adapter("other", method.config(target_modules=TARGETS, init_weights=False, seed=1))
     names = {"adapter_names": ["default", "other"]}
     twin = copy.deepcopy(model).eval()
-    point = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    point = tensors_of(model)  # of one adapter, the other might be kept
     tangent = {name: torch.randn_like(tensor) for name, tensor in point.items()}
     y, _ = jvp(lambda tensors: functional_call(model.eval(), tensors, (x,), names), (point,), (tangent,))
     for _ in range(2):
