@@ -539,6 +539,7 @@ def check_forward_mode(model, inputs):
     assert distance(y, model(x)) < 1e-5
     assert distance(again, moved) < 1e-5
     direction = torch.randn_like(y)
+    model.zero_grad()
     model(x).backward(direction)
     back = sum((parameter.grad * tangent[name]).sum() for name, parameter in trainables(model).items())
     assert abs(back - (direction * moved).sum()) < 1e-4 * direction.norm() * moved.norm()
@@ -663,3 +664,17 @@ def test_a_merged_adapter_is_out_before_what_is_disabled_is_traced(method):
     with model.disable_adapter():
         check_export(model, lambda batch: torch.randn(batch, 3, 4, 4))
     assert distance(model(x), merged) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_mixed_batch_goes_through_transforms_and_keeps_nothing_of_them(method):
+    model, x = network(method, init_weights=False), batch()[0][:2]
+    model.add_adapter("other", method.config(target_modules=TARGETS, init_weights=False, seed=1))
+    names = {"adapter_names": ["default", "other"]}
+    twin = copy.deepcopy(model).eval()
+    point = tensors_of(model)  # of one adapter, the other might be kept
+    tangent = {name: torch.randn_like(tensor) for name, tensor in point.items()}
+    y, _ = jvp(lambda tensors: functional_call(model.eval(), tensors, (x,), names), (point,), (tangent,))
+    for _ in range(2):
+        assert distance(model(x, **names), twin(x, **names)) < 1e-6
+    assert distance(y, twin(x, **names)) < 1e-5
