@@ -156,7 +156,7 @@ def test_transformers_trains_on_as_well(tmp_path):
 
 
 def test_adapter_of_other_directions_is_not_trained_on(tmp_path):
-    """As that of a task without the tasks beneath it: the base weight is the same."""
+    """As that of a task without the tasks below it: the base weight is the same."""
     model = adapted()
     for delta in deltas(model):
         for name in delta.training_only:

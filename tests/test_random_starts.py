@@ -19,7 +19,7 @@ LAYERS = {
 
 
 def ratio(model, method):
-    """`‖ΔW‖` by the norm that a weight has at torch's start of linear layers, `U(±1/√fan_in)`."""
+    """`‖ΔW‖` by the norm that a weight has when torch initializes a linear layer, `U(±1/√fan_in)`."""
     update, weight = delta_weight(model, method), tuner_layer(model).base_layer.weight
     fan_in = weight.shape[1] if isinstance(tuner_layer(model).base_layer, nn.Embedding) else update[0].numel()
     return update.pow(2).mean().sqrt().item() * (3 * fan_in) ** 0.5

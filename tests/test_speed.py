@@ -37,7 +37,7 @@ def adapted(layer, config, **options):
 
 
 def first_step(model, rate=1e-3):
-    """Norm of what a step of `rate`, up or down, in every trained number does to the update."""
+    """Norm of what a step of `rate`, up or down, in every trainable parameter does to the update."""
     layer = next(m for m in model.modules() if hasattr(m, "get_delta_weight"))
     before = layer.get_delta_weight("default").detach().clone()
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""States of the base model beneath adapters, and of adapters that are handed over in memory."""
+"""States of the base model below adapters, and of adapters that are handed over in memory."""
 
 import pytest
 import torch

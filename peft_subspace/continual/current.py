@@ -15,7 +15,7 @@ from peft_subspace.tuner.layer import SubspaceLayer
 def reopen(model: nn.Module, name: str) -> None:
     """Make a closed task the current one again: it trains on from where it was, heads included.
 
-    The tasks beneath it stay closed, and `next_task` closes it as before. An optimizer that went on to later
+    The tasks below it stay closed, and `next_task` closes it as before. An optimizer that went on to later
     tasks has not its parameters: make a new one.
 
     Args:

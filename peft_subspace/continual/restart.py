@@ -76,7 +76,7 @@ def restart_optimizer(
 
 
 def _inside(optimizer: Any) -> list[Any]:
-    """An optimiser and those that it, as a wrapper, has inside."""
+    """An optimizer and those that it, as a wrapper, has inside."""
     found: list[Any] = []
     to_see = [optimizer]
     while to_see:

@@ -59,7 +59,7 @@ def next_task(
 
     Raises:
         TypeError: If `model`, or the scheduler, is none that this works on.
-        ValueError: If there is no current task, it is merged, the name is taken, the optimiser has none of
+        ValueError: If there is no current task, it is merged, the name is taken, the optimizer has none of
             its parameters, or `keep` or `preserve` does not fit. Nothing has been changed then.
 
     Reference:

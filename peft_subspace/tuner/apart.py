@@ -45,7 +45,7 @@ def read_apart(updates: Mapping[str, Update], folder: Path, digest: str | None) 
     """Read what lies apart from the file of an adapter.
 
     Args:
-        updates: Updates of the adapter, also on the meta device, by the start of their keys in a file.
+        updates: Updates of the adapter, also on the meta device, by the prefix of their keys in a file.
         folder: Folder of the adapter.
         digest: Hash of the file with the frozen tensors, if the adapter's own has none.
 
@@ -88,7 +88,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def compute_again(layers: Mapping[str, Any], adapter_name: str, config: Any) -> dict[str, Tensor]:
-    """Frozen tensors that only training needs, from the weights of layers, by the start of their keys."""
+    """Frozen tensors that only training needs, from the weights of layers, by the prefix of their keys."""
     logger.warning(
         "adapter %r comes without what only training needs; computing it from %d base weights",
         adapter_name,
@@ -125,7 +125,7 @@ def complete(
     """Tensors of an adapter's file with those that it leaves out.
 
     Args:
-        layers: Layers that have the adapter, by the start of their keys in the file.
+        layers: Layers that have the adapter, by the prefix of their keys in the file.
         adapter_name: The adapter.
         config: Its config.
         state: Tensors of the file.

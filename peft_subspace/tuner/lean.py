@@ -32,7 +32,7 @@ def check_trainable(update: Update, adapter_name: str, *, training: bool) -> Non
 
 
 def layers_by_key(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict[tuple[str, str], Any]:
-    """Layers that have an adapter, by the start of their keys in the model, and by that in a file.
+    """Layers that have an adapter, by the prefix of their keys in the model, and by that in a file.
 
     The prefix that FSDP puts before names is left out.
     """

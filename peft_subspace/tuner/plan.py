@@ -58,7 +58,7 @@ class Plan:
         return {f"{BASE}{places[name]}.{self.prefix}delta": item for name, item in self.modules.items()}
 
     def updates_by_key(self, model: nn.Module) -> dict[str, Update]:
-        """The updates by the start, with the point, of their keys in a saved adapter."""
+        """The updates by the prefix, with the point, of their keys in a saved adapter."""
         return {f"{key}.": item.update for key, item in self.by_key(model).items()}
 
     def expected_state(self, model: nn.Module) -> dict[str, Tensor]:
