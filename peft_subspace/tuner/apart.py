@@ -187,7 +187,7 @@ def _check_same(update: Update, state: Mapping[str, Tensor], whole: Mapping[str,
         if (made[name] - wanted).norm() > _MOST_CHANGED * wanted.norm():
             raise ValueError(
                 f"{name} is another one to be trained on than in the adapter's file: the base weight has "
-                f"other directions here, or {TRAINING_FILE} is of another adapter; load the tasks beneath "
+                f"other directions here, or {TRAINING_FILE} is of another adapter; load the tasks below "
                 "before it, on the model that it was trained on, or load it to be run only, with "
                 "is_trainable=False"
             )
