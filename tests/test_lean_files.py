@@ -163,9 +163,7 @@ def test_adapter_of_other_directions_is_not_trained_on(tmp_path):
             torch.nn.init.orthogonal_(getattr(delta, name))
     model.save_pretrained(tmp_path)
     base = llama()
-    with pytest.raises(
-        ValueError, match=r"q_proj: . is another one .* other directions here.* tasks below"
-    ):
+    with pytest.raises(ValueError, match=r"q_proj: . is another one .* other directions here.* tasks below"):
         PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert not layers(base)
 
