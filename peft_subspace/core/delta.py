@@ -103,7 +103,7 @@ class Update(LeanModule, ABC):
         """Initialize from the base weight, `(out, in, *kernel)` in fp32, where `reads_weight` is set."""
         raise NotImplementedError
 
-    def speed(self, config: Any) -> float | None:
+    def speed(self) -> float | None:
         """Norm by which AdamW's first step moves `ΔW`, per learning rate (`speed.py`); None if unknown."""
         return None
 

@@ -171,7 +171,7 @@ class SubspaceConfig(PeftConfig):
     def scaling_for(self, update: Update) -> float:
         """Factor before the update of one module: `scaling`, or what that stands for."""
         if self.scaling == "auto":
-            return scaling_as_fast_as_lora(update.shape, update.speed(self))
+            return scaling_as_fast_as_lora(update.shape, update.speed())
         return 1.0 if self.scaling == "paper" else float(self.scaling)
 
     def spec_for(self, module_name: str, shape: WeightShape) -> ModuleSpec:

@@ -126,7 +126,7 @@ class ContinualSVDDelta(Delta):
             std = self.shape.columns**-0.5 if name[0] == "A" else drawn if init_weights is False else 0.0
             parameter.data.normal_(std=std, generator=generator)
 
-    def speed(self, config: ContinualSVDConfig) -> float:
+    def speed(self) -> float:
         """Return `√p` of the `p` dimensions that the constraint allows; `A` spans `r / n` of them."""
         return (self.reach * (self.spec.rank / self.shape.columns if self.low_rank else 1)) ** 0.5
 

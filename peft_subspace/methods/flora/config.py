@@ -41,8 +41,9 @@ class FLoRAConfig(ScaledConfig):
             draws all else from N(0, 1/fan_in), so that every factor of the chain keeps the variance of its
             input, whatever the width; it takes LoRA's learning rates. The three of the authors have a core of
             zeros, and factors from U(-1/√rank, 1/√rank) (`"kaiming_uniform"`), N(0, 1/(2 · rank))
-            (`"kaiming_normal"`) or N(0, 0.02²) (`"normal"`). Compared in examples/benchmarks/flora_inits.py
-            and quality.py. `False` starts nothing at zero.
+            (`"kaiming_normal"`) or N(0, 0.02²) (`"normal"`), at other learning rates, with
+            `scaling="paper"`. Compared in examples/benchmarks/flora_inits.py and quality.py. `False` starts
+            nothing at zero.
 
     Raises:
         TypeError: If a field has the wrong type.

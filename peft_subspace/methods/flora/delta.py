@@ -66,9 +66,9 @@ class FLoRADelta(Delta):
         if start is not False:
             (self.mode_factor_1 if start == "zero_output" else self.core).data.zero_()
 
-    def speed(self, config: FLoRAConfig) -> float | None:
-        """Return `√(m r)`; unknown for the authors' starts, which take other rates than the rule says."""
-        return self.mode_factor_1.numel() ** 0.5 if config.init_weights in (True, "zero_output") else None
+    def speed(self) -> float:
+        """Return `√(m r)`, that of the default initialization."""
+        return self.mode_factor_1.numel() ** 0.5
 
     @classmethod
     def concatenate(cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]) -> Combined:

@@ -64,7 +64,7 @@ class LoRASBDelta(Delta):
         else:
             self.R.data.zero_()
 
-    def speed(self, config: LoRASBConfig) -> float:
+    def speed(self) -> float:
         """Return `√(r²)`: the bases keep lengths."""
         return float(len(self.R))
 

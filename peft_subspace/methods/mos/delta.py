@@ -58,7 +58,7 @@ class MoSDelta(Delta):
         self.index_A.copy_(self._draw("A", self.spec.shards[0]))
         self.index_B.copy_(self._draw("B", self.spec.shards[1]) if self.dissociate else self.index_A)
 
-    def speed(self, config: MoSConfig) -> float:
+    def speed(self) -> float:
         """Return `√(m r / 3)`: rows of `A` have the squared length 1/3."""
         return (self.shape.out_features * self.spec.rank / 3) ** 0.5
 
