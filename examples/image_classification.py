@@ -71,7 +71,7 @@ model.print_trainable_parameters()
 for norm in filter(lambda module: isinstance(module, torch.nn.BatchNorm2d), model.modules()):
     norm.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # no adapter has their statistics
 arguments = transformers.TrainingArguments(
-    OUTPUT, num_train_epochs=options.epochs, learning_rate=5e-3, per_device_train_batch_size=32,
+    OUTPUT, num_train_epochs=options.epochs, learning_rate=2e-3, per_device_train_batch_size=32,
     logging_steps=5, save_strategy="no", report_to="none", remove_unused_columns=False, label_names=["labels"]
 )  # fmt: skip
 trainer = transformers.Trainer(

@@ -45,7 +45,7 @@ def flora_entries(core: Tensor, modes: list[Tensor], scale: float) -> Tensor:
 
 
 def flora_scale(config) -> float:
-    if config.alpha is None:
+    if not isinstance(config.scaling, str):
         return config.scaling
     return config.alpha / (config.r if isinstance(config.r, int) else config.r[0])
 

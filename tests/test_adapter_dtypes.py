@@ -63,8 +63,9 @@ def test_one_dtype_trains_where_peft_is_asked_not_to_cast(method, tmp_path, dtyp
     model = get_peft_model(Net(dtype), config(method), autocast_adapter_dtype=False)
     model.add_adapter("more", config(method), autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Net(dtype), tmp_path, autocast_adapter_dtype=False)
-    ours = peft_subspace.load(Net(dtype), tmp_path, autocast_adapter_dtype=False)
+    options = {"autocast_adapter_dtype": False, "is_trainable": True}
+    loaded = PeftModel.from_pretrained(Net(dtype), tmp_path, **options)
+    ours = peft_subspace.load(Net(dtype), tmp_path, **options)
     for one in (model, loaded, ours):
         assert {p.dtype for p in one.parameters()} == {dtype}
         one.set_adapter("default")

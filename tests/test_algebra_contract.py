@@ -83,7 +83,7 @@ def test_default_start_is_the_identity_from_which_every_trainable_moves_in_three
 def test_random_start_changes_the_output_as_its_seed_says(method, case):
     x = case.inputs()
     first, again, other = (outputs(adapt(method, case, seed=seed), x) for seed in (5, 5, 6))
-    assert distance(first, base_output(case, FP32, x)) > 1e-2
+    assert distance(first, base_output(case, FP32, x)) > 3e-3
     assert torch.equal(first, again)
     assert distance(other, first) > 1e-3
 

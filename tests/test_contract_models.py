@@ -246,9 +246,9 @@ def test_each_sample_generates_with_its_own_adapter(method, build, beams):
     targets = {"gpt2": ["c_attn", "c_fc", "wte"], "t5": ["q", "v", "wi", "shared"]}.get(
         build.__name__, [*TARGETS, "up_proj", "embed_tokens"]
     )
-    model = two_adapters(
-        method, build(), target_modules=method.fitting(targets), **({"alpha": 20} if method.has_alpha else {})
-    )
+    model = two_adapters(method, build(), target_modules=method.fitting(targets))
+    for layer in (module for module in model.modules() if isinstance(module, SubspaceLayer)):
+        layer.scale_layer(40)  # so that other tokens are generated
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
     prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     names = ["other", "__base__", "default"]
@@ -333,7 +333,7 @@ def test_training_a_whole_model_lowers_the_loss(method):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.01
 
 
 def test_compiled_model_gives_the_same_outputs(method):

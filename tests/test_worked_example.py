@@ -58,7 +58,7 @@ def test_update_is_the_equation(model):
     delta = layer.deltas["default"]
     scaling = layer.scaling["default"]
     assert torch.allclose(layer.get_delta_weight("default"), scaling * delta.B @ delta.A, atol=1e-6)
-    assert scaling == model.peft_config["default"].alpha / 3
+    assert scaling == model.peft_config["default"].paper_alpha / 3
 
 
 def test_only_b_trains_and_moves(model):

@@ -68,7 +68,8 @@ class ScaledConfig(DropoutConfig):
         """`alpha / r` of one module where an `alpha` is set; `r` as configured, before any lowering."""
         name = update.spec.name
         alpha = look_up(self.alpha_pattern, name, self.alpha)
-        if not isinstance(self.scaling, str) or (alpha is None and self.scaling == "auto"):
+        by_speed = self.scaling == "auto" and alpha is None and update.speed() is not None
+        if by_speed or not isinstance(self.scaling, str):
             return super().scaling_for(update)
         rank = self.rank_for(name)
         return (self.paper_alpha if alpha is None else alpha) / (rank if isinstance(rank, int) else rank[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import can_compute_in, stored_tensor
@@ -126,7 +126,8 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off; merged ones are taken out now, for what is traced must write nothing."""
         if not enabled and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         super().enable_adapters(enabled)
 
     def train(self, mode: bool = True) -> AdapterHolder:

@@ -170,6 +170,9 @@ class SubspaceModel(StateHooks):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast to fp32, or give all that trains the dtype of the base layer if PEFT is asked not to cast."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        config = self.peft_config[adapter_name]
+        if not autocast_adapter_dtype and (config.inference_mode or config.frozen):
+            return  # what only runs stays as exact as it is
         for layer in adapted_layers(self, adapter_name, self.tuner_layer_cls).values():
             layer.cast_trained(adapter_name, torch.float32 if autocast_adapter_dtype else None)
 

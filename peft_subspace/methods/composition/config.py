@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_number, invalid
+from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.tuner.config import SubspaceConfig
 
 GRANULARITIES = ("task", "module", "component")
@@ -55,6 +55,7 @@ class CompositionConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("start", self.start)
+        check_entries(self.adapters, self.ranks)
         if self.per not in GRANULARITIES:
             raise invalid("per", self.per, f"must be one of {GRANULARITIES}")
 
@@ -63,3 +64,23 @@ class CompositionConfig(SubspaceConfig):
         count = max(1, len(self.adapters))
         ranks = tuple(self.ranks.get(module_name, [self.rank_for(module_name)] * count))
         return CompositionSpec(module_name, shape, sum(ranks), ranks=ranks)
+
+
+def check_entries(adapters: Any, ranks: Any) -> None:
+    """Raise unless the adapters are names, and the ranks a number for each of them in each module.
+
+    Raises:
+        TypeError: If they are of another type.
+        ValueError: If a rank is below 1, or their number is another one.
+    """
+    if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
+        raise invalid("adapters", adapters, "must be a list of names", TypeError)
+    if not isinstance(ranks, dict) or not all(isinstance(entry, list) for entry in ranks.values()):
+        raise invalid("ranks", ranks, "must map modules to lists of ranks", TypeError)
+    for module, entry in ranks.items():
+        if len(entry) != len(adapters):
+            raise invalid(
+                f"ranks[{module!r}]", entry, f"must have a rank for each of {len(adapters)} adapters"
+            )
+        for rank in entry:
+            check_count(f"ranks[{module!r}]", rank, maximum=2**20)
