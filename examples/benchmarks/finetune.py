@@ -20,7 +20,7 @@ METHODS = {  # --method: the config class in peft_subspace
     "continual-svd": "ContinualSVDConfig",
 }
 DEMOS = {  # --demo: the settings that differ from the defaults below
-    "digits": {"epochs": 8, "learning_rate": 5e-3, "batch_size": 32},
+    "digits": {"epochs": 8, "learning_rate": 2e-3, "batch_size": 32},
     "bbcnews": {"epochs": 3, "learning_rate": 3e-3, "batch_size": 16},
 }
 

@@ -168,14 +168,18 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         own = [self.deltas[adapter_name], *([shared[adapter_name]] if adapter_name in shared else [])]
         return next((p.dtype for module in own for p in module.parameters()), torch.float32)
 
-    def cast_trained(self, adapter_name: str, dtype: torch.dtype | None) -> None:
-        """Cast what the adapter shares to a dtype; with None, cast that and its own to the base layer's."""
+    def cast_trained(self, adapter_name: str, dtype: torch.dtype | None, exact: tuple[str, ...] = ()) -> None:
+        """Cast what the adapter shares to a dtype; with None, cast that and its own to the base layer's.
+
+        Parameters with the names in `exact` stay as they are.
+        """
         shared = [self._shared[0][adapter_name]] if self._shared else []
         if dtype is None:
             dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1] or torch.float32
             shared.append(self.deltas[adapter_name])
-        for parameter in [parameter for module in shared for parameter in module.parameters()]:
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in [named for module in shared for named in module.named_parameters()]:
+            if name not in exact:
+                parameter.data = parameter.data.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
