@@ -171,8 +171,8 @@ MUTANTS = [
     ),
     Mutant(
         "safe-merge",
-        "if not torch.isfinite(layer.get_delta_weight(name)).all():",
-        "if not torch.isfinite(layer.get_delta_weight(name)).any():",
+        "if not torch.isfinite(layer.exact_update(name)).all():",
+        "if not torch.isfinite(layer.exact_update(name)).any():",
         CONTRACT,
         "safe_merge_refuses and effort-linear",
     ),
@@ -286,8 +286,8 @@ MUTANTS = [
     ),
     Mutant(
         "alpha-over-rank",
-        "look_up(self.alpha_pattern, module_name, self.alpha) / rank",
-        "look_up(self.alpha_pattern, module_name, self.alpha) * rank",
+        "return (self.paper_alpha if alpha is None else alpha) / (",
+        "return (self.paper_alpha if alpha is None else alpha) * (",
         "test_flora.py",
         "scaling_is_alpha",
     ),
@@ -513,13 +513,26 @@ MUTANTS = [
         CONTRACT,
         "weighted_adapter and flora-linear",
     ),
-    Mutant("zero-output", "fan_in**-0.5", "fan_in**-1.0", "test_flora.py", "output_of_zero"),
+    Mutant(
+        "zero-output",
+        "(self.core.shape[1] / self.core.numel()) ** 0.5",
+        "(self.core.shape[1] / self.core.numel()) ** 1.0",
+        "test_flora.py",
+        "output_of_zero",
+    ),
     Mutant(
         "scale-itself",
-        "if self.scale is None else self.scale",
-        "if self.scale is not None else self.scale",
+        "            self.scaling = self.scale\n",
+        "            pass\n",
         "test_flora.py",
         "scaling_is_alpha",
+    ),
+    Mutant(
+        "speed-of-lora",
+        "sqrt(_DEFAULT_RANK * shape.out_features / 3)",
+        "sqrt(_DEFAULT_RANK * shape.in_features / 3)",
+        "test_speed.py",
+        "first_step",
     ),
     # lora_sb
     Mutant(
@@ -689,8 +702,8 @@ MUTANTS = [
     ),
     Mutant(
         "factors-side-by-side",
-        'torch.cat(parts, dim=int(name[0] == "B"))',
-        'torch.cat(parts, dim=int(name[0] != "B"))',
+        'torch.cat(parts, int(name[0] == "B"))',
+        'torch.cat(parts, int(name[0] != "B"))',
         CONTRACT,
         "weighted_adapter and continual_svd_r-linear",
     ),
