@@ -22,6 +22,7 @@ import cards
 import claims
 import features
 import figures
+import learning_rates
 import timing
 import verdicts
 from claims import kind_of, markdown, spread
@@ -418,6 +419,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "reach": ("reach.json", lambda: features.kinds(timing.load("reach"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
+    "learning_rates": (
+        "learning_rates.json",
+        lambda: learning_rates.table(timing.load("learning_rates"), before=False),
+    ),
     "lora_sb": ("lora_sb.json", lora_sb),
     "mos": ("mos.json", mos),
     "methods": ("quality.json", brief.table),
