@@ -246,8 +246,10 @@ def test_default_start_has_an_output_of_zero():
 
 
 def test_start_without_identity_fills_the_core_as_well():
-    core = delta_of(wrap(nn.Linear(40, 30), init_weights=False)).core
-    assert core.std().item() == pytest.approx(0.1 * 40**-0.5, rel=0.3)
+    delta = delta_of(wrap(nn.Linear(40, 30), init_weights=False))
+    assert delta.core.std().item() == pytest.approx(delta.random_std, rel=0.3)
+    scaling = (8 / (3 * 8)) ** 0.5
+    assert delta.random_std == pytest.approx(0.1 * 40**-0.5 / scaling)
 
 
 def test_start_of_an_embedding_keeps_the_variance_of_a_looked_up_row():
