@@ -573,8 +573,8 @@ MUTANTS = [
     # effort
     Mutant(
         "change-of-triples",
-        "self.U_change * S + self.U0 * self.S_change",
-        "self.U_change * S - self.U0 * self.S_change",
+        "torch.addcmul(self.U_change * S, self.U0, self.S_change)",
+        "torch.addcmul(self.U_change * S, self.U0, -self.S_change)",
         CONTRACT,
         "forward_and_gradients and effort-linear and float32-autocast",
     ),

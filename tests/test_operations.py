@@ -21,7 +21,7 @@ FURTHER = {  # beyond LoRA's, by the equation: why no fewer would do
     "flora": 2,  # a third factor: three more products, less LoRA's addition by itself
     "mos": 3,  # four look-ups in the pools
     "continual_svd_r": 7,  # both factors are projected, forward and backward
-    "effort": 13,  # the triples are sums of what they were and what has changed
+    "effort": 12,  # the triples are sums of what they were and what has changed
     "composition": 3,  # coefficients are spread over components
 }
 

@@ -64,8 +64,8 @@ class EffortDelta(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `[U_change S + U0 S_change, U0 S0]` and `[Vh; Vh_change]`."""
-        _, S, Vh = self.tail
-        left = [self.U_change * S + self.U0 * self.S_change, self.U0 * self.S0]
+        S, Vh = self.S0 + self.S_change, self.Vh0 + self.Vh_change
+        left = [torch.addcmul(self.U_change * S, self.U0, self.S_change), self.U0 * self.S0]
         return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
