@@ -490,6 +490,14 @@ def test_search_finds_the_scale_that_evaluates_best_and_leaves_the_model_alone(t
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("ranks", [(2, 3, 1), (20, 30, 1)])
+def test_inner_products_are_those_of_the_updates(ranks):
+    made = sources(ranks=ranks)
+    stack, taus = Stack(*zip(*(source.pair("layer") for source in made), strict=True)), updates(made)
+    wanted = torch.stack([torch.stack([(a * b).sum() for b in taus]) for a in taus])
+    assert distance(stack.gram(), wanted) < 1e-12
+
+
 @pytest.fixture
 def two_checkpoints(tmp_path):
     """A base in three files, and two checkpoints that were trained from it."""

@@ -53,6 +53,14 @@ class Stack:
 
     def gram(self) -> Tensor:
         """Inner products `⟨τ_i, τ_j⟩ = Σ (L_iᵀ L_j) ⊙ (R_i R_jᵀ)`, `(T, T)`."""
+        if sum(self.ranks) <= min(self.shape):  # in one product, whose blocks are summed
+            left, right = self.left(), self.right()
+            products = (left.T @ left) * (right @ right.T)
+            owner = torch.arange(len(self), device=left.device).repeat_interleave(
+                torch.tensor(self.ranks, device=left.device)
+            )
+            sums = products.new_zeros(len(self), len(owner)).index_add_(0, owner, products)
+            return sums.new_zeros(len(self), len(self)).index_add_(1, owner, sums)
         rows = [
             torch.stack([((a.T @ c) * (b @ d.T)).sum() for c, d in zip(self.lefts, self.rights, strict=True)])
             for a, b in zip(self.lefts, self.rights, strict=True)
