@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import timing
+from claims import markdown
 from peft_subspace.merging import merge
 
 RANK, DENSITY = 16, 0.2
@@ -68,6 +69,16 @@ def steps(model: PeftModel, count: int) -> dict[str, Callable[[], Any]]:
         **{f"PEFT {kind}": partial(theirs, kind) for kind in THEIRS},
         **{name: partial(ours, name) for name in OURS},
     }
+
+
+def table(content: dict[str, Any]) -> str:
+    """Milliseconds of each method, by width and number of adapters, and the ratio of PEFT's `svd` to it."""
+    found = {name: entry["seconds"] for name, entry in content.items() if "adapters" in name}
+    rows = []
+    for method in next(iter(found.values())):
+        cells = [f"{1000 * s[method]:,.0f} ({s['PEFT svd'] / s[method]:.1f})" for s in found.values()]
+        rows.append([method, *cells])
+    return markdown(["milliseconds (PEFT's `svd` / it)", *found], rows)
 
 
 def main() -> None:

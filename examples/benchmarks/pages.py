@@ -23,6 +23,7 @@ import claims
 import features
 import figures
 import learning_rates
+import merging
 import timing
 import verdicts
 from claims import kind_of, markdown, spread
@@ -424,6 +425,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
         lambda: learning_rates.table(timing.load("learning_rates"), before=False),
     ),
     "lora_sb": ("lora_sb.json", lora_sb),
+    "merging": ("merging.json", lambda: merging.table(timing.load("merging"))),
     "mos": ("mos.json", mos),
     "methods": ("quality.json", brief.table),
     "spectra": ("spectra.json", spectra),
