@@ -1,6 +1,7 @@
 """Training in two processes: replicated (DDP) and sharded (FSDP2), against one process with all the data."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import models
 from methods import METHODS
 from peft_subspace import GradientInitCallback, prepare_for_ddp
 from peft_subspace.core.delta import Delta
-from processes import run_in_two_processes, sharded
+from processes import losses_of, run_in_two_processes, sharded
 
 STEPS = 4
 
@@ -54,16 +55,9 @@ def data():
 
 
 def train(model, x, y):
-    """Losses of a few steps, and the outputs after them."""
+    """Losses of a few steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(STEPS):
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+    return losses_of(partial(model, x), optimizer, y, STEPS)
 
 
 def train_in_parallel(rank, folder, wrap):

@@ -23,7 +23,7 @@ from layers import BOTH, Net, activate, adapt, distance, trainables, tuner_layer
 from methods import METHODS
 from peft_subspace import ContinualSVDConfig, EffortConfig, FLoRAConfig, load, regularization_loss
 from peft_subspace.continual import next_task
-from processes import run_in_two_processes
+from processes import losses_of, run_in_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
@@ -175,14 +175,7 @@ def batch():
 
 def train(model, x, y):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(3):
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+    return losses_of(partial(model, x), optimizer, y, steps=3)
 
 
 def whole(model):
@@ -265,17 +258,6 @@ def routed(method):
     return get_peft_model(Routed(), config or method.config(target_modules=targets, seed=0))
 
 
-def losses_of(call, optimizer, y):
-    losses = []
-    for _ in range(3):
-        loss = nn.functional.mse_loss(call(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
 def train_with_unused(rank, folder):
     x, y = batch()
     mine = slice(4 * rank, 4 * rank + 4)
@@ -285,7 +267,7 @@ def train_with_unused(rank, folder):
             wrapped = DistributedDataParallel(model, **options)
             short = rank == 1 and way == "unused"
             optimizer = torch.optim.SGD(trainables(model).values(), lr=0.1)
-            losses = losses_of(partial(wrapped, x[mine], short=short), optimizer, y[mine])
+            losses = losses_of(partial(wrapped, x[mine], short=short), optimizer, y[mine], steps=3)
             torch.distributed.all_reduce(losses)
             torch.save(losses / 2, folder / f"{way}-{method}.pt")
 
@@ -307,7 +289,8 @@ def test_two_processes_train_as_one_where_layers_go_unused(method, way, trained_
     model = routed(method)
     optimizer = torch.optim.SGD(trainables(model).values(), lr=0.1)
     halves = [(x[:4], False), (x[4:], way == "unused")]
-    losses = losses_of(lambda: torch.cat([model(half, short=short) for half, short in halves]), optimizer, y)
+    call = lambda: torch.cat([model(half, short=short) for half, short in halves])  # noqa: E731
+    losses = losses_of(call, optimizer, y, steps=3)
     assert losses[-1] < losses[0]
     found = torch.load(trained_with_unused / f"{way}-{method}.pt")
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)

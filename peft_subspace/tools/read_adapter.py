@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_subspace.persistence.loading import adapter_folder, check_adapter, read_config
 from peft_subspace.tools.skeleton import skeleton_from, skeleton_of, wrap
-from peft_subspace.tuner.apart import named_in, read_apart
+from peft_subspace.tuner.apart import read_apart
 from peft_subspace.tuner.lean import layers_by_key
 
 _ARCHITECTURES = {
@@ -60,7 +60,7 @@ def read_adapter(path: str | Path, base: str | Path | nn.Module | None = None) -
     setattr(model, "load_state_dict", partial(model.load_state_dict, assign=True))  # noqa: B010
     layers = layers_by_key(model, model.base_model.tuner_layer_cls, "default")
     updates = {start: layer.deltas["default"] for (_, start), layer in layers.items()}
-    apart = read_apart(updates, folder, named_in(folder))
+    apart = read_apart(updates, folder, config.frozen_file)
     set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME) | apart)
     delattr(model, "load_state_dict")
     return model.eval()
