@@ -4,7 +4,9 @@ Configs and models are imported with the package, because PEFT has to know them.
 when they are first asked for.
 """
 
+import warnings
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .methods.composition import CompositionConfig, CompositionModel
@@ -90,10 +92,27 @@ _MODULES = {
 }
 """Modules of the names that are imported late."""
 
+_FORMER = {
+    "continual_metrics": "continual.continual_metrics",
+    "layer_importance": "continual.layer_importance",
+    "list_tasks": "continual.list_tasks",
+    "next_task": "continual.next_task",
+    "preserve_pattern": "continual.preserve_pattern",
+    "preserve_schedule": "continual.preserve_schedule",
+    "save_heatmap": "continual.save_heatmap",
+    "subspace_leak": "continual.subspace_leak",
+    "to_lora": "lora_state_dict",
+}
+"""Names of version 0.1 that are elsewhere now: scripts written for it run, and are told where."""
+
 
 def __getattr__(name: str) -> Any:
     if name in ("continual", "merging"):
         return import_module(f".{name}", __name__)
+    if name in _FORMER:
+        place = f"{__name__}.{_FORMER[name]}"
+        warnings.warn(f"{__name__}.{name} is {place} now", DeprecationWarning, stacklevel=2)
+        return attrgetter(_FORMER[name])(import_module(__name__))
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

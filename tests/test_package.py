@@ -55,8 +55,24 @@ def test_sequences_of_tasks_have_a_package_of_their_own():
     assert peft_subspace.continual is continual
     assert peft_subspace.NextTaskCallback is continual.NextTaskCallback
     for name in {*continual.__all__} - {"NextTaskCallback"}:
-        assert not hasattr(peft_subspace, name)
+        assert name not in {*peft_subspace.__all__, *dir(peft_subspace)}
         assert getattr(continual, name) is not None
+
+
+FORMER = {
+    "list_tasks": ("continual.list_tasks", continual.list_tasks),
+    "next_task": ("continual.next_task", continual.next_task),
+    "subspace_leak": ("continual.subspace_leak", continual.subspace_leak),
+    "to_lora": ("lora_state_dict", peft_subspace.lora_state_dict),
+}
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_scripts_of_version_0_1_find_what_has_moved_and_are_told_where(name):
+    place, function = FORMER[name]
+    with pytest.warns(DeprecationWarning, match=f"peft_subspace.{name} is peft_subspace.{place} now") as told:
+        assert getattr(peft_subspace, name) is function
+    assert [Path(warning.filename) for warning in told] == [Path(__file__)]
 
 
 def test_unknown_name_is_an_error():
