@@ -171,8 +171,8 @@ class SubspaceModel(StateHooks):
         """Cast to fp32, or give all that trains the dtype of the base layer if PEFT is asked not to cast."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         config = self.peft_config[adapter_name]
-        runs_only = not autocast_adapter_dtype and (config.inference_mode or config.frozen)
-        exact = self.tuner_layer_cls.delta_cls.full_precision if runs_only else ()
+        runs_as_before = config.format_version == 1 and (config.inference_mode or config.frozen)  # in fp32
+        exact = self.tuner_layer_cls.delta_cls.full_precision if runs_as_before else ()
         for layer in adapted_layers(self, adapter_name, self.tuner_layer_cls).values():
             layer.cast_trained(adapter_name, torch.float32 if autocast_adapter_dtype else None, exact)
 

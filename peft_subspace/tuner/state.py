@@ -103,6 +103,12 @@ def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> 
     check_base(weights, state, plan.prefix)
 
 
+def in_dtypes_of(model: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of adapters in the dtypes that they have in the model, which PEFT may replace."""
+    own = {key: tensor.dtype for key, tensor in model.state_dict().items() if f".{prefix}" in f".{key}"}
+    return {key: tensor.to(own.get(key, tensor.dtype)) for key, tensor in state.items()}
+
+
 def without_aliases(model: nn.Module, kind: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without those of layers under their further names."""
     others = tuple(f"{name}." for name in aliases(model, kind))

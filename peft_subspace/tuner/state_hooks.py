@@ -80,6 +80,7 @@ class StateHooks(BaseTuner):
                 remapped = state.without_misfits(model, adapter_name, cls.tuner_layer_cls, remapped)
             state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
             remapped = cls._completed(model, config, adapter_name, remapped, callers.folder_read(), pending)
+            remapped = state.in_dtypes_of(model, cls.prefix, remapped)
         except (OSError, ValueError):
             if tuner is not None and tuner._before_loading is not None:
                 tuner._before_loading.restore()
