@@ -270,7 +270,42 @@ def test_merged_tasks_cannot_be_opened_again():
     model = three_tasks("merge", 3)
     with pytest.raises(ValueError, match="the update of 'task2' is in the base weights"):
         reopen(model, "task2")
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("new_heads", [True, False])
+def test_a_task_takes_the_place_of_a_deleted_one_above_merged_ones(heads, new_heads):
+    model = three_tasks("merge", 3, modules_to_save=["classifier"] if heads else None)
+    weights = {name: t.clone() for name, t in model.state_dict().items() if "base_layer" in name}
+    optimizer = adamw(model)
     model.delete_adapter("task3")
+    assert list_tasks(model) == ({"task1": "merge", "task2": "merge"} if heads else {})
+    refused(model, ValueError, "task that the optimizer trained has been deleted", optimizer=optimizer)
+    next_task(model, "again", preserve=0.25, new_heads=new_heads)
+    assert list_tasks(model) == {"task1": "merge", "task2": "merge", "again": "open"}
+    assert model.active_adapters == ["again"]
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in weights.items())
+    if heads:
+        head = model.get_submodule("base_model.model.classifier")
+        start = head.original_module if new_heads else head.modules_to_save["task2"]
+        assert torch.equal(head.modules_to_save["again"].weight, start.weight)
+    train(model, 3)
+    assert max(update.norm() for update in updates(model, "again").values()) > 1e-3
+    assert subspace_leak(model, "again")["max"] < 1e-5
+    next_task(model, "fourth")
+    assert list_tasks(model) == {"task1": "merge", "task2": "merge", "again": "merge", "fourth": "open"}
+
+
+def test_the_first_task_can_be_begun_again():
+    model = first()
+    model.delete_adapter("task1")
+    next_task(model, "once more")
+    assert list_tasks(model) == {"once more": "open"}
+    assert trainables(model)
+    assert all(".once more" in name for name in trainables(model))
+    next_task(model, "second", keep="stack")
+    for name in ("second", "once more"):
+        model.delete_adapter(name)
     refused(model, ValueError, "of the active adapters .* these are open: ")
 
 

@@ -6,6 +6,7 @@ from peft import PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.tuner.apart import compute_again
 from peft_subspace.tuner.holder import adapted_layers
@@ -96,6 +97,23 @@ def current_task(tuner: ContinualSVDModel) -> str:
             f"{active} these are open: {tasks}; activate the one to close with model.set_adapter(…)"
         )
     return (tasks or last)[0]
+
+
+def task_to_replace(tuner: ContinualSVDModel, optimizer: object) -> ContinualSVDConfig | None:
+    """Config of the open task that was deleted, if that left no other to follow: one takes its place.
+
+    Raises:
+        ValueError: If an optimizer is to go on, which can have none of its parameters then.
+    """
+    check_tasks_run(tuner)
+    left = [name for name in tuner.active_adapters if not is_merged(tuner, name)]
+    deleted = None if left else tuner.deleted_task
+    if deleted is not None and optimizer is not None:
+        raise ValueError(
+            "the task that the optimizer trained has been deleted, so it cannot take those of another in "
+            "their place; leave it out, and make a new one afterwards"
+        )
+    return deleted
 
 
 def followers(tuner: ContinualSVDModel, task: str) -> list[str]:

@@ -12,7 +12,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_subspace.continual.current import close, current_task, tuner_of
+from peft_subspace.continual.current import close, current_task, is_merged, task_to_replace, tuner_of
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.modes import lasting
@@ -44,7 +44,8 @@ def next_task(
     weights are untouched, and the task's adapter stays as it is, frozen and active below the next ones; it
     can be disabled (`model.base_model.set_adapter([…])`), deleted, saved and shared by itself. The current
     task is the one that trains; its heads (`modules_to_save`) remain under its name either way, and
-    `model.set_adapter(task)` brings them back. If the current task is deleted, the one before it is followed.
+    `model.set_adapter(task)` brings them back. If the current task is deleted, the one before it is followed;
+    where that is in the base weights, or there is none, the new task takes the place of the deleted one.
 
     Args:
         model: Model with Continual SVD adapters, as `get_peft_model` returns it.
@@ -66,13 +67,18 @@ def next_task(
         Nayak et al. (arXiv 2504.07097), section 4, for merging.
     """
     tuner = tuner_of(model)
+    deleted = task_to_replace(tuner, optimizer)
+    if deleted is not None:
+        _replace_task(model, name, _fresh(deleted, preserve), scheduler, new_heads)
+        return
     task = current_task(tuner)
     layers = adapted_layers(tuner, task, SubspaceLayer).values()
     quantized = any(layer.quantization_backend is not None for layer in layers)
     keep = keep or ("stack" if quantized or tuner.peft_config[task].closed else "merge")
     _check_name(tuner, name)
     _check_keep(tuner, task, keep)
-    config = _next_config(tuner.peft_config[task], task, keep, preserve)
+    config = tuner.peft_config[task]
+    config = _fresh(config, preserve, earlier_tasks={**config.earlier_tasks, task: keep})
     tuner.plan(tuner.model, copy.deepcopy(config))
     restart_scheduler(scheduler, dry_run=True)
     names = parameter_names(model, optimizer, task)
@@ -89,6 +95,20 @@ def next_task(
     if keep == "merge":
         _reduce_to_heads(tuner, task)
     restart_optimizer(optimizer, model, names, task, name)
+    restart_scheduler(scheduler)
+
+
+def _replace_task(model: Any, name: str, config: ContinualSVDConfig, scheduler: Any, new_heads: bool) -> None:
+    """Start a task in the place of one that has been deleted, of which only the config is left."""
+    tuner = tuner_of(model)
+    _check_name(tuner, name)
+    tuner.plan(tuner.model, copy.deepcopy(config))
+    restart_scheduler(scheduler, dry_run=True)
+    model.add_adapter(name, config)
+    before = [task for task in config.earlier_tasks if task in tuner.peft_config]
+    if before and not new_heads:
+        _continue_heads(tuner, before[-1], name)
+    model.set_adapter(name)
     restart_scheduler(scheduler)
 
 
@@ -114,13 +134,15 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
 
 def list_tasks(model: nn.Module) -> dict[str, str]:
     """Tasks of a model, oldest first: `"merge"` or `"stack"` as they were kept, `"open"` if not closed."""
-    configs = tuner_of(model).peft_config
+    tuner = tuner_of(model)
+    configs = tuner.peft_config
     tasks: dict[str, str] = {}
     for name, config in configs.items():
         past = {
             task: keep for task, keep in config.earlier_tasks.items() if keep == "merge" or task in configs
         }
-        tasks = {**tasks, **past, name: tasks.get(name, "stack" if config.closed else "open")}
+        kept = "merge" if is_merged(tuner, name) else "stack"
+        tasks = {**tasks, **past, name: tasks.get(name, kept if config.closed else "open")}
     return tasks
 
 
@@ -156,23 +178,17 @@ def _can_merge(layer: SubspaceLayer) -> bool:
     return layer.quantization_backend is None or layer.quantization_backend.supports_merge
 
 
-def _next_config(
-    config: ContinualSVDConfig, task: str, keep: str, preserve: float | Mapping[str, float] | None
+def _fresh(
+    config: ContinualSVDConfig, preserve: float | Mapping[str, float] | None, **changes: Any
 ) -> ContinualSVDConfig:
-    changes: dict[str, Any] = {}
+    """Config of a task that starts, given that of another."""
     if isinstance(preserve, Mapping):
-        changes = {"preserve_pattern": dict(preserve)}
+        changes |= {"preserve_pattern": dict(preserve)}
     elif preserve is not None:
-        changes = {"preserve": preserve, "preserve_pattern": {}}
-    history = {**config.earlier_tasks, task: keep}
+        changes |= {"preserve": preserve, "preserve_pattern": {}}
+    config = copy.deepcopy(config)
     return replace(
-        copy.deepcopy(config),
-        **changes,
-        earlier_tasks=history,
-        initialized=False,
-        closed=False,
-        inference_mode=False,
-        init_weights=True,
+        config, **changes, initialized=False, closed=False, inference_mode=False, init_weights=True
     )
 
 

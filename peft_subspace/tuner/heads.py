@@ -37,5 +37,6 @@ def _head(module: Any, names: Sequence[str], earlier: Mapping[str, Collection[st
     here = [name for name in names if name in module._get_available_adapters()]
     last = here[-1:]
     others = [n for n in here[:-1] if all(n not in earlier[m] and m not in earlier[n] for m in last)]
-    module.check_set_adapter([*others, *last] or names)  # raises if there are two
+    if names:
+        module.check_set_adapter([*others, *last] or names)  # raises if there are two
     return last

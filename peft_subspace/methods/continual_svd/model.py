@@ -19,7 +19,13 @@ from .delta import ContinualSVDDelta
 
 
 class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=ContinualSVDDelta):
-    """Model with Continual SVD adapters."""
+    """Model with Continual SVD adapters.
+
+    Attributes:
+        deleted_task: Config of the adapter that was deleted last, if its task was open.
+    """
+
+    deleted_task: ContinualSVDConfig | None = None
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. What belongs to a finished task stays frozen.
@@ -32,9 +38,6 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
             ValueError: If tasks of a list that do not follow each other have heads in one module.
         """
         names = self._with_history(adapter_name) if isinstance(adapter_name, str) else adapter_name
-        if not names:
-            super().set_adapter(names, inference_mode)
-            return
         frozen = [name for name, config in self.peft_config.items() if inference_mode or config.frozen]
         earlier = {name: config.earlier_tasks for name, config in self.peft_config.items()}
         set_heads(self.model, names[-1:] if isinstance(adapter_name, str) else names, earlier, frozen)
@@ -68,9 +71,11 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; other active ones stay so, which PEFT alone refuses where there are heads."""
         others = [name for name in self.active_adapters if name != adapter_name]
+        config = self.peft_config.get(adapter_name)
         if len(others) > 1 and not any(layer.merged for layer in self._layers()):
             self.set_adapter(others[-1:])
         super().delete_adapter(adapter_name)
+        self.deleted_task = None if config.closed else config
         if len(others) > 1:
             self.set_adapter(others)
             owner = callers.deletes_from()
@@ -93,9 +98,7 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
 
     def _has_update(self, adapter_name: str) -> bool:
         """Whether an adapter would be missed: its update is not zero, nor the random one it started at."""
-        if self.peft_config[adapter_name].init_weights is False:
-            return False
-        return any(
+        return self.peft_config[adapter_name].init_weights is not False and any(
             bool(layer.get_delta_weight(adapter_name).any())
             for layer in self._layers()
             if adapter_name in layer.deltas and adapter_name not in layer.merged_adapters
