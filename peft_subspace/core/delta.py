@@ -52,20 +52,22 @@ class Update(LeanModule, ABC):
         needs_weight: Whether nothing can take the weight's place there, so that a weight that cannot be read
             is an error. Such an adapter belongs to its base weight: it carries a fingerprint of it.
         on_embeddings: Whether embeddings can be adapted.
+        can_keep_zeros: Whether `ΔW ⊙ (W ≠ 0)` has what the method promises of `ΔW`.
         full_precision: Names of parameters that stay fp32 as well.
         combinations: What `add_weighted_adapter` can make of several such updates, exactly.
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
         random_std: Root mean square of the entries of `ΔW` that `init_weights=False` asks for.
-        initialized: Whether the tensors are from a file or from data, so that nothing replaces them unasked.
+        keeps_zeros: Whether the update is `ΔW ⊙ (W ≠ 0)`.
+        initialized: Whether the tensors are from a file or from data: nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
         penalty_weights: Weights of the loss terms by name.
-        penalized_at: Version of the parameters that a gradient of the loss terms reached last; -1 after that
-            step, None before any.
+        penalized_at: Version of the parameters at the last gradient of loss terms; -1 after its step.
     """
 
     reads_weight: bool = False
     needs_weight: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = True
+    can_keep_zeros: ClassVar[bool] = True
     full_precision: ClassVar[tuple[str, ...]] = ()
     combinations: ClassVar[tuple[str, ...]] = ()
     shared_name: ClassVar[str] = "shared"
@@ -74,6 +76,7 @@ class Update(LeanModule, ABC):
     def __init__(self, config: Any, spec: ModuleSpec) -> None:
         super().__init__(for_inference=config.for_inference)
         self.spec, self.shape, self.random_std = spec, spec.shape, spec.shape.random_std
+        self.keeps_zeros = bool(config.keep_zeros)
         self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
@@ -93,7 +96,18 @@ class Update(LeanModule, ABC):
     def forward(self, weight: ReadWeight) -> tuple[Tensor, ...]:
         """The chain; called as a module, so that hooks which fetch the tensors run."""
         factors = self.chain(weight)
+        if self.keeps_zeros:
+            factors = (self.confined(multiply(factors), weight),)
         return tuple(factor.clone() for factor in factors) if self.is_fetched else factors
+
+    def confined(self, update: Tensor, weight: ReadWeight) -> Tensor:
+        """`update ⊙ (W ≠ 0)`, `(out, in, *kernel)`, if zeros are kept; of a gradient, what it can move."""
+        return update.masked_fill((weight() == 0).to(update.device), 0.0) if self.keeps_zeros else update
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the chain is made of the update's own tensors, whatever the base weight is."""
+        return isinstance(self, Delta) and not self.keeps_zeros
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Fill the parameters in place; `init_weights=False` asks for a random update, `random_std`."""
@@ -132,7 +146,7 @@ class Update(LeanModule, ABC):
     ) -> dict[str, Tensor]:
         """Return the state that a mean gradient of the weight, `(out, in, *kernel)` in fp32, leads to.
 
-        `gradient` may be overwritten; the update itself is not changed.
+        `gradient` may be overwritten.
 
         Raises:
             NotImplementedError: If the method does not start from gradients.
@@ -149,7 +163,7 @@ class Update(LeanModule, ABC):
 
     @classmethod
     def shared(cls, config: Any, specs: Sequence[ModuleSpec]) -> nn.Module | None:
-        """Make the tensors that all layers of one adapter share, uninitialized; None if there are none.
+        """Make the tensors that all layers of one adapter share, uninitialized; or None.
 
         The module has `reset_parameters(init_weights, generator_for)`, where `generator_for(name)` returns a
         generator of its own for each name, and flat names for its parameters.
@@ -196,8 +210,7 @@ class Update(LeanModule, ABC):
         """Return the same for an update of the same rank.
 
         Raises:
-            ValueError: If these updates have no such sum.
-            NotImplementedError: If no updates of the method have.
+            ValueError: If these updates have no such sum; NotImplementedError if none have.
         """
         raise NotImplementedError
 
@@ -229,7 +242,7 @@ class Delta(Update):
         """
 
     def update(self, weight: ReadWeight) -> Tensor:
-        """Multiply the chain."""
+        """Product of the chain."""
         return multiply(self.factors())
 
     def chain(self, weight: ReadWeight) -> tuple[Tensor, ...]:

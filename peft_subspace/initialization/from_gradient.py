@@ -165,7 +165,7 @@ def _states_from(
             continue
         layer = layers[name]
         delta = layer.deltas[adapter_name]
-        gradient = gradient.to(next(delta.parameters()).device)
+        gradient = delta.confined(gradient.to(next(delta.parameters()).device), layer.read_weight)
         owner = number % processes.world_size()
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])

@@ -75,17 +75,19 @@ def linear_routes(chains: Sequence[Chain], tokens: int, *, exact: bool) -> list[
 
 
 def _update_pays(factors: Chain, tokens: int) -> bool:
-    """Whether a train step is cheaper with `W + ΔW` than with the chain beside `W`.
+    """Whether a step is cheaper with `W + ΔW` than with the chain beside `W`.
 
-    A chain of trained factors alone, or of frozen ones, is multiplied up where that pays (`branch_route`).
+    `ΔW` itself costs a product with each row, in either direction, where the sum costs passes over its
+    entries. A chain of trained factors alone, or of frozen ones, is multiplied up where that pays
+    (`branch_route`).
     """
+    if len(factors) == 1:
+        return tokens > _TOUCH
     trained = [factor.requires_grad for factor in factors]
     if not torch.is_grad_enabled() or not any(trained):
         return False
     size, rank = factors[0].shape[0] * factors[-1].shape[1], narrowest_rank(factors)
     beside = tokens * (2 * chain_cost(factors) + chain_cost([f for f in factors if f.requires_grad]))
-    if len(factors) == 1:
-        return tokens * size + 2 * _TOUCH * size < beside
     gradients = tokens * rank * (factors[0].shape[0] + factors[-1].shape[1])
     products = 3 * product_cost(factors) + 2 * size * (rank + _TOUCH)
     return not all(trained) and gradients + products < beside

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
-from peft_subspace.core.delta import Delta
 from peft_subspace.core.names import BASE, in_base, saved_key
 from peft_subspace.layers.convolution import TransposedConvKind
 from peft_subspace.layers.embedding import EmbeddingKind
@@ -118,7 +117,9 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> s
         return "several names, of which PEFT's LoRA adapts one"
     if layer.is_read:
         return "a weight that the model computes with, where PEFT's LoRA is not heard"
-    if not isinstance(layer.deltas[adapter_name], Delta):
+    if layer.deltas[adapter_name].keeps_zeros:
+        return "keep_zeros=True: a product of two factors has no zeros where the weight has"
+    if not layer.deltas[adapter_name].has_factors:
         return "an update that is no chain of matrices"
     if isinstance(layer, ParameterLayer):
         return None

@@ -85,6 +85,11 @@ def _check(
         raise ValueError(f"weights={list(weights)} must have one entry for each of adapters={list(adapters)}")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} exists already; choose a new name")
+    if len({tuner.peft_config[name].keep_zeros for name in adapters}) > 1:
+        raise ValueError(
+            f"adapters={list(adapters)} differ in keep_zeros, so that no adapter is their sum; merge them "
+            "one by one"
+        )
     method, possible = type(tuner).__name__, tuner.tuner_layer_cls.delta_cls.combinations
     export = "export each with peft_subspace.lora_state_dict and combine those"
     if combination_type not in (possible or ("cat",)):

@@ -67,11 +67,15 @@ class SubspaceConfig(PeftConfig):
         scaling: Factor `s` before the update. `"auto"` takes, from shapes alone, the one with which AdamW
             moves the update as fast as PEFT's LoRA with its defaults, so that LoRA's learning rates fit;
             where this is unknown it is 1. `"paper"` is the authors' constant. Files of version 0.1 keep it.
+        keep_zeros: Whether the update is `ΔW ⊙ (W ≠ 0)`, so that a pruned base model stays pruned: zeros and
+            N:M patterns survive training and merging. Nothing is stored for it. Each step then forms `ΔW`,
+            and no LoRA is equal to the adapter.
         seed: Seed of this adapter's random initialization; `None` follows `torch.manual_seed` without drawing
             from the global generator.
         initialized: Written by the library, into files alone: the tensors are there, so that nothing is
             computed from the base weight for them.
         frozen_file: Written by the library, into files alone: hash of the file that has the frozen tensors.
+        zeros: Written by the library: the zeros of the base weights that `keep_zeros` is for.
         peft_subspace_version: Written by the library: version of the package that made the config.
         format_version: Written by the library: version of the file format.
 
@@ -105,9 +109,11 @@ class SubspaceConfig(PeftConfig):
     bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
     scaling: float | str = field(default="auto", kw_only=True)
+    keep_zeros: bool = field(default=False, kw_only=True)
     seed: int | None = field(default=None)
     initialized: bool = field(default=False, kw_only=True, repr=False, compare=False)
     frozen_file: str | None = field(default=None, kw_only=True, repr=False, compare=False)
+    zeros: str | None = field(default=None, kw_only=True, repr=False, compare=False)
     peft_subspace_version: str | None = written_by_library(None)
     format_version: int = written_by_library(FORMAT_VERSION)
 

@@ -41,12 +41,12 @@ def check_patterned(config: Any, name: str) -> list[tuple[str, Any]]:
 
 def _check_types(config: Any) -> None:
     """Check what has no rule of its own; PEFT hands these fields on as they are."""
-    for name in ("base_model_name_or_path", "revision", "peft_subspace_version", "peft_version"):
+    for name in ("base_model_name_or_path", "revision", "peft_subspace_version", "peft_version", "zeros"):
         if not isinstance(getattr(config, name), str | None):
             raise invalid(name, getattr(config, name), "must be text, or None", TypeError)
     if config.frozen_file is not None and not is_digest(config.frozen_file):
         raise invalid("frozen_file", config.frozen_file, "must be a hash of 32 hexadecimal digits, or None")
-    for name in ("initialized", "inference_mode"):
+    for name in ("initialized", "inference_mode", "keep_zeros"):
         check_flag(name, getattr(config, name))
     for name, kind in (("modules_to_save", str), ("layers_pattern", str), ("layers_to_transform", int)):
         entries = getattr(config, name)

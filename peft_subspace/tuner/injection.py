@@ -22,6 +22,7 @@ from peft_subspace.tuner.lean import layers_by_key, tensors_of
 from peft_subspace.tuner.plan import Plan, Planned, plan_module
 from peft_subspace.tuner.shared import SharedTensors, hold
 from peft_subspace.tuner.weight_start import WeightStarts
+from peft_subspace.tuner.zeros import note_zeros
 
 logger = getLogger("peft_subspace")
 
@@ -51,6 +52,7 @@ class Injection:
         for name in reading:
             with error_context(name):
                 _check_start(plan.modules[name], config)
+        note_zeros(plan, config)
         self.starts = WeightStarts(len(reading))
         self.apart = self._read_apart()
         self.tied = tied_parameters(tuner.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import nbytes
 from peft_subspace.core.chain import narrowest_rank
-from peft_subspace.core.delta import Delta, Update
+from peft_subspace.core.delta import Update
 from peft_subspace.core.modes import is_transformed, lasting
 from peft_subspace.core.shapes import WeightShape
 from peft_subspace.layers.base import Branch, has_hooks
@@ -169,7 +169,7 @@ def _can_be_kept(delta: Update, state: State) -> bool:
     FSDP and DataParallel put tensors in the place of parameters that the modules do not know as such, and
     what a transform computes is of no use after it.
     """
-    if not (state.stamps and isinstance(delta, Delta)) or has_hooks(delta) or is_transformed():
+    if not (state.stamps and delta.has_factors) or has_hooks(delta) or is_transformed():
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in state.held)
     return plain and not any(isinstance(value, Tensor) for m in state.modules for value in vars(m).values())

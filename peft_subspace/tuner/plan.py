@@ -13,6 +13,7 @@ from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.names import BASE
 from peft_subspace.core.shapes import ModuleSpec
+from peft_subspace.core.validation import invalid
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.places import wrapper_places
 from peft_subspace.tuner.target import Target, analyze_module
@@ -104,6 +105,9 @@ def make_plan(
     for name, target in found.items():
         if target.kind.shape.lookup_axis == 1 and not update_cls.on_embeddings:
             raise TypeError(f"{name}: {tuner} adapts no embeddings; exclude it with exclude_modules")
+    if config.keep_zeros and not update_cls.can_keep_zeros:
+        rule = f"would take updates of {tuner} out of the space that they are confined to; use another method"
+        raise invalid("keep_zeros", True, rule)
     specs = config.specs({name: target.kind.shape for name, target in found.items()})
     known: dict[ModuleSpec, Update] = {}
     modules = {
