@@ -40,6 +40,8 @@ class Method:
     """Whether the parameters lie outside the layers."""
     lowers_ranks: bool = True
     """Whether a weight limits the rank; that of a sum of updates may exceed what the weight has."""
+    is_confined: bool = False
+    """Whether updates lie in a space that they would leave if zeros of the weight were kept."""
     is_typical: bool = False
     """Whether it stands for others where a test depends on the route alone by which a layer is computed."""
 
@@ -55,6 +57,10 @@ class Method:
     def alone(self) -> bool:
         """Whether all parameters of a layer lie in it."""
         return not self.pooled
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return not self.is_confined
 
     @property
     def refuses_combinations(self) -> bool:
@@ -98,9 +104,10 @@ METHODS = [
     Method(
         "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},
         has_dropout=False, has_alpha=False, stays_fp32=True, lowers_ranks=False, is_typical=True,
+        is_confined=True,
     ),
     Method(
         "continual_svd_r", peft_subspace.ContinualSVDConfig, oracles.continual_svd, {"r": 2},
-        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True, lowers_ranks=False,
+        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True, lowers_ranks=False, is_confined=True,
     ),
 ]  # fmt: skip
