@@ -271,7 +271,9 @@ def test_start_from_gradients_sees_what_can_move():
         return (layer(torch.eye(64)) - layer.get_base_layer().bias).T.mul(zeros).sum()
 
     with pytest.raises(ValueError, match="no sample reached"):
-        peft_subspace.initialize_from_gradient(model, [{"x": torch.zeros(1)}], 1e-3, loss_fn=loss)
+        peft_subspace.initialize_from_gradient(
+            model, [{"x": torch.zeros(1)}], learning_rate=1e-3, loss_fn=loss
+        )
 
 
 # ------------------------------------------------------------------------------------------------ saving

@@ -160,12 +160,12 @@ def _states_from(
                 f"{name}: the mean gradient has NaN or infinite values; look for broken samples, or compute "
                 "in fp32 or bf16"
             )
-        if not gradient.any():
-            unreached.append(name)
-            continue
         layer = layers[name]
         delta = layer.deltas[adapter_name]
         gradient = delta.confined(gradient.to(next(delta.parameters()).device), layer.read_weight)
+        if not gradient.any():
+            unreached.append(name)
+            continue
         owner = number % processes.world_size()
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
