@@ -99,7 +99,7 @@ def intrinsic_dimension(delta, weight):
 
 @dataclass(frozen=True)
 class Example:
-    """A file, the start of its names, what its update is, and what else is particular."""
+    """A file, the first part of its names, what its update is, and what else is particular."""
 
     file: str
     name: str
