@@ -1,6 +1,6 @@
 """Tuning a pruned model: which zeros are left after merging, at which accuracy, and what a step costs.
 
-    python examples/benchmarks/keep_zeros.py --data FOLDER [--steps 200] [--seeds 1]
+    python examples/benchmarks/keep_zeros.py --data FOLDER [--steps 120] [--seeds 1]
 
 MiniLM's linear layers are pruned by magnitude, to a half of each row or to two of four neighbors, and tuned
 on questions (TREC) by LoRA and HiRA of PEFT and by FLoRA with `keep_zeros=True`, each with the better of two
@@ -113,7 +113,7 @@ class Runs:
         about = {"pattern": pattern, "entry": name, "rate": rate, "seed": seed}
         return {**about, **found, "zeros_left": share, "merged_accuracy": after}
 
-    def time(self, rows: int = 16, repeats: int = 15) -> dict[str, Any]:
+    def time(self, rows: int = 16, repeats: int = 9) -> dict[str, Any]:
         """Seconds of a train step of each method, taken in turn, and the ratio to LoRA's."""
         ids = torch.randint(5, 1000, (rows, ROWS["tokens"]), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows).long()}
@@ -161,7 +161,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with more data")
-    parser.add_argument("--steps", type=int, default=200, help="most steps of a run")
+    parser.add_argument("--steps", type=int, default=120, help="most steps of a run")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
     parser.add_argument("--results", type=Path, default=timing.RESULTS / "keep_zeros.json")
     options = parser.parse_args()

@@ -22,6 +22,7 @@ import cards
 import claims
 import features
 import figures
+import keep_zeros
 import learning_rates
 import merging
 import timing
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "docs" / "guides" / "pruned_models.md",
     *sorted((ROOT / "model_cards").glob("*.md")),
 ]
 
@@ -420,6 +422,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "reach": ("reach.json", lambda: features.kinds(timing.load("reach"), markdown)),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
+    "keep_zeros": ("keep_zeros.json", lambda: keep_zeros.table(timing.load("keep_zeros"))),
     "learning_rates": (
         "learning_rates.json",
         lambda: learning_rates.table(timing.load("learning_rates"), before=False),

@@ -16,7 +16,12 @@ from methods import METHODS
 ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
-PAGES = [README, *sorted((ROOT / "docs" / "benchmarks").glob("*.md")), *CARDS]
+PAGES = [
+    README,
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "docs" / "guides" / "pruned_models.md",
+    *CARDS,
+]
 SECTIONS = [
     "Equation", "Use", "Options", "When to use it", "When not to use it", "Measured", "Limits", "Citation",
 ]  # fmt: skip
