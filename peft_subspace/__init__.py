@@ -19,6 +19,7 @@ from .persistence import card as _card  # noqa: F401 - completes the card of eve
 from .persistence import training_files as _files  # noqa: F401 - writes what resuming needs to checkpoints
 from .training import penalties as _penalties  # noqa: F401 - adds the loss terms of every adapter
 from .training import reach as _reach  # noqa: F401 - warns of adapters that take no part in training
+from .tuner import combination as _combination
 from .tuner import config as _config
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .training.penalties import regularization_loss
 
 __version__ = _config.VERSION
+_combination.PROVIDERS.append(f"{__name__}.merging.combinations")
 
 __all__ = [
     "CompositionConfig",

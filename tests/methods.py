@@ -32,8 +32,6 @@ class Method:
     kinds: frozenset[str] = ALL_KINDS
     has_dropout: bool = True
     has_alpha: bool = True
-    combines: bool = True
-    """Whether `add_weighted_adapter` works; if not, it must refuse."""
     stays_fp32: bool = False
     """Whether the adapter is fp32 on every base, also where PEFT would cast it."""
     pooled: bool = False
@@ -62,10 +60,6 @@ class Method:
     def keeps_zeros(self) -> bool:
         return not self.is_confined
 
-    @property
-    def refuses_combinations(self) -> bool:
-        return not self.combines
-
     def adapter_dtype(self, setting: Any) -> torch.dtype:
         """Dtype of the adapter on a base of that setting."""
         return torch.float32 if setting.autocast else setting.dtype
@@ -93,13 +87,13 @@ METHODS = [
         stays_fp32=True,
     ),
     Method("flora", peft_subspace.FLoRAConfig, oracles.flora, {"r": 2, "alpha": 3}, is_typical=True),
-    Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, combines=False, pooled=True),
+    Method("mos", peft_subspace.MoSConfig, oracles.mos, {"alpha": 3}, pooled=True),
     Method(
         "lora_sb", peft_subspace.LoRASBConfig, oracles.lora_sb, {"r": 2}, has_alpha=False, stays_fp32=True
     ),
     Method(
         "composition", peft_subspace.CompositionConfig, oracles.composition, {"r": 2, "per": "component"},
-        has_dropout=False, has_alpha=False, combines=False, stays_fp32=True, lowers_ranks=False,
+        has_dropout=False, has_alpha=False, stays_fp32=True, lowers_ranks=False,
     ),
     Method(
         "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},

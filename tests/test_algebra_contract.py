@@ -297,7 +297,6 @@ def test_each_sample_of_a_batch_gets_its_own_adapter(method, case, setting):
         assert distance(result[[row]], dense(model, method, x[[row]], chosen)) < setting.tolerance, name
 
 
-@pytest.mark.where(method="combines")
 @pytest.mark.typical("settings")
 @pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_is_the_exact_sum(method, case, setting):
@@ -308,7 +307,6 @@ def test_weighted_adapter_is_the_exact_sum(method, case, setting):
         assert distance(tuner_layer(model).get_delta_weight(name), wanted) < setting.tolerance
 
 
-@pytest.mark.where(method="combines")
 @pytest.mark.where(method="has_alpha")
 @pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case):

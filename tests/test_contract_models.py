@@ -606,8 +606,8 @@ def test_pefts_own_conversion_to_lora_agrees(method):
         ((["default"], [1.0, 2.0], "sum"), r"weights=\[1.0, 2.0\] must have one entry for each of adapters"),
         ((["default"], [1.0], "other"), "adapter_name='other' exists already; choose a new name"),
         (
-            (["default"], [1.0], "sum", "svd"),
-            "combination_type='svd' is not exact .*use 'cat', or .*lora_state_dict",
+            (["default"], [1.0], "sum", "mean"),
+            r"combination_type='mean' must be one of \('cat', 'linear', ",
         ),
     ],
 )
@@ -624,7 +624,6 @@ def test_combination_of_adapters_that_train_more_than_an_update_is_refused(metho
         model.add_weighted_adapter(["default"], [2.0], "sum")
 
 
-@pytest.mark.where(method="combines")
 def test_combined_adapter_of_a_whole_model_is_the_sum_and_reloads(method, tmp_path):
     model = wrap(method, target_modules=["q_proj", "up_proj"])
     targets = method.fitting(["q_proj", "embed_tokens"])

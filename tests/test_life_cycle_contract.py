@@ -237,7 +237,6 @@ def test_mixed_batches_explain_wrong_names_counts_and_states(method, case):
         model(x, adapter_names=["default", "other"])
 
 
-@pytest.mark.where(method="combines")
 @pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_survives_saving(method, case, setting, tmp_path):
     model = two_adapters(method, case, setting)
@@ -247,14 +246,6 @@ def test_weighted_adapter_survives_saving(method, case, setting, tmp_path):
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(Net(case.layer()).to(setting.dtype), tmp_path / "sum")
     assert distance(tuner_layer(again).get_delta_weight("default"), wanted) < setting.tolerance
-
-
-@pytest.mark.where(method="refuses_combinations")
-@pytest.mark.feature("`add_weighted_adapter`, exact")
-def test_methods_that_cannot_combine_adapters_say_what_can(method, case, record_property):
-    record_property("no", "modules share their pools, so no adapter of the method is the sum of two")
-    with pytest.raises(ValueError, match="lora_state_dict"):
-        two_adapters(method, case).add_weighted_adapter(list(BOTH), [0.5, -1.5], "sum")
 
 
 # ---------------------------------------------------------------------------------- save, load, copy

@@ -732,14 +732,21 @@ def test_exported_lora_is_the_same_model(tmp_path):
         assert torch.allclose(logits(lora), logits(model), atol=1e-5)
 
 
-def test_weighted_adapters_are_refused_before_anything_changes():
+def test_a_sum_is_a_lora_in_the_form_of_mos():
     model = adapted()
     model.add_adapter("b", config(seed=4))
-    before = {*model.state_dict()}
-    with pytest.raises(ValueError, match=r"cannot be concatenated.*peft_subspace\.lora_state_dict"):
-        model.base_model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "sum")
-    assert {*model.state_dict()} == before
-    assert set(model.peft_config) == {"default", "b"}
+    model.base_model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "sum")
+    made = model.peft_config["sum"]
+    ranks = {2 * m.deltas["default"].spec.rank for m in model.modules() if isinstance(m, MoSLayer)}
+    assert {made.r, made.equivalent_r, made.private_r} == {max(ranks)}
+    rows = {}
+    for layer in model.modules():
+        if isinstance(layer, MoSLayer):
+            delta = layer.deltas["sum"]
+            for side in "AB":
+                found = rows.setdefault((delta.spec.group, side), [])
+                found += getattr(delta, f"index_{side}").tolist()
+    assert all(len(found) == len(set(found)) for found in rows.values())  # no row is shared
 
 
 # ------------------------------------------------------------------------------------- determinism

@@ -1,18 +1,21 @@
-"""Sums of adapters count every adapter that is listed, as strong as it is at that time."""
+"""Combinations of adapters: what every method makes of all types, beside loops; all that is listed counts."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
+from layers import distance
+from merge_oracles import by_entry, elected, total, trimmed
+from peft_subspace.core.linalg import local_generator
+from peft_subspace.merging.combinations import COMBINATIONS
 from peft_subspace.tuner.layer import SubspaceLayer
 
-pytestmark = [
-    pytest.mark.where(method="combines"),
-    pytest.mark.filterwarnings("ignore:Adapter name .[ab]. should not"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:Adapter name .[abc]. should not")]
 
 
 class Net(nn.Module):
@@ -28,14 +31,14 @@ class Net(nn.Module):
 TARGETS = ["first", "second", "conv"]
 
 
-def adapted(method):
+def adapted(method, **options):
     """A model with the adapters `a` and `b`, of which `b` is on fewer layers, and its layers by name."""
     model = get_peft_model(Net(), method.config(target_modules=TARGETS, init_weights=False), "a")
     protected = "preserve" in vars(model.peft_config["a"])  # sums need equal directions
     if protected:
         model.add_adapter("b", model.peft_config["a"])
     else:
-        model.add_adapter("b", method.config(target_modules=TARGETS[:2], init_weights=False))
+        model.add_adapter("b", method.config(target_modules=TARGETS[:2], init_weights=False, **options))
     layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, SubspaceLayer)}
     return model, layers
 
@@ -97,13 +100,157 @@ def test_scales_of_run_time_count(method, scales):
 def test_both_count_in_averages(method):
     """Methods with frozen bases too, which an adapter of the same config object shares."""
     model, layers = adapted(method)
-    if "linear" not in next(iter(layers.values())).delta_cls.combinations:
-        with pytest.raises(ValueError, match="is not exact for"):
-            model.add_weighted_adapter(["a", "a"], [0.3, 0.7], "sum", combination_type="linear")
-        return
     model.add_adapter("c", model.peft_config["a"])
     for layer in layers.values():
         layer.set_scale("c", 0.5)
     expected = weighted(layers, [("a", 0.3), ("c", 1.0), ("a", 0.7)])
     model.add_weighted_adapter(["a", "c", "a"], [0.3, 1.0, 0.7], "sum", combination_type="linear")
     assert_is(layers, "sum", expected)
+
+
+# ------------------------------------------------------------------------------------- all types
+
+
+def truncated(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
+
+
+def dropped(matrices, names, module, density, seed):
+    """Entries that DARE keeps, one after the other."""
+    result = []
+    for matrix, name in zip(matrices, names, strict=True):
+        generator = local_generator(seed, module, name)
+        drawn = torch.rand(matrix.shape, generator=generator, dtype=torch.float64)
+        kept = torch.zeros_like(matrix)
+        for place in itertools.product(*map(range, matrix.shape)):
+            if drawn[place] < density:
+                kept[place] = matrix[place] / density
+        result.append(kept)
+    return result
+
+
+def frequent(entries, weights):
+    """TIES whose sign is that of the more entries."""
+    scaled = [w * x for w, x in zip(weights, entries, strict=True)]
+    sign = sum((x > 0) - (x < 0) for x in scaled)
+    chosen = [(w, x) for w, x in zip(weights, scaled, strict=True) if x * sign > 0]
+    return sum(x for _, x in chosen) / sum(abs(w) for w, _ in chosen) if chosen else 0.0
+
+
+def combined(kind, taus, names, weights, module, options):
+    """What a type makes of dense updates."""
+    plain, cuts = kind.removesuffix("_svd"), kind.endswith("svd")
+    density = options.get("density", 0.2 if plain == "ties" else 0.5)
+    basis = torch.eye(len(taus[0]), dtype=torch.float64)
+    if not cuts and plain not in ("cat", "linear"):
+        U, S, _ = torch.linalg.svd(torch.cat(taus, 1), full_matrices=False)
+        basis = U[:, 1e-6 * S[0] < S]
+    parts = [basis.T @ tau for tau in taus]
+    if plain in ("ties", "magnitude_prune"):
+        parts = trimmed(parts, density)
+    elif plain.startswith("dare"):
+        parts = dropped(parts, names, module, density, options.get("seed", 0))
+    mean = frequent if options.get("majority_sign_method") == "frequency" else elected
+    merged = basis @ (by_entry(mean)(parts, weights) if "ties" in plain else total(parts, weights))
+    return truncated(merged, options["svd_rank"]) if cuts else merged
+
+
+def allowed(method, layer, update):
+    """The nearest update that the method can be: Continual SVD leaves leading directions alone."""
+    if "preserve" not in vars(method.config()):
+        return update
+    weight = layer.get_base_layer().weight.detach().double().flatten(1)
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    count = int(method.config().preserve * min(weight.shape))
+    U, V = U[:, :count], Vh[:count].T
+    return (update - U @ (U.T @ update)) - (update - U @ (U.T @ update)) @ V @ V.T
+
+
+TYPES = {
+    "linear": [{}],
+    "svd": [{"svd_rank": 3}],
+    "ties": [{"density": 0.4}, {"density": 0.4, "majority_sign_method": "frequency"}],
+    "ties_svd": [{"density": 0.4, "svd_rank": 3}, {"density": None, "svd_rank": 2}],
+    "dare_linear": [{"density": 0.6, "seed": 3}],
+    "dare_linear_svd": [{"density": 0.6, "svd_rank": 3}],
+    "dare_ties": [{"density": 0.6}],
+    "dare_ties_svd": [{"density": 0.6, "svd_rank": 3, "majority_sign_method": "frequency"}],
+    "magnitude_prune": [{"density": 0.4}],
+    "magnitude_prune_svd": [{"density": 0.4, "svd_rank": 3}],
+}
+
+
+def test_the_types_are_those_of_peft():
+    import typing
+
+    from peft.tuners.lora import LoraModel
+
+    theirs = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+    assert set(theirs) == {"cat", *TYPES} == {*COMBINATIONS}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_is_what_loops_make_of_the_updates(method, kind, tmp_path):
+    """Different ranks, a negative weight, an adapter listed twice, one that has not all layers, scales."""
+    for options in TYPES[kind]:
+        model, layers = adapted(method, **({"r": 3} if method.config().r else {}))
+        if (method.name, kind) == ("lora_sb", "linear"):
+            return  # needs equal bases: test_lora_sb.py
+        for layer in layers.values():
+            if "b" in layer.deltas:
+                layer.set_scale("b", 0.5)
+        wanted = {}
+        for name, layer in layers.items():
+            names = [n for n in ("b", "a") if n in layer.deltas]
+            taus = [layer.get_delta_weight(n).detach().double().flatten(1) for n in names]
+            weights = [{"a": 1.3, "b": -2.0}[n] for n in names]
+            chosen = {k: v for k, v in options.items() if v is not None}
+            wanted[name] = allowed(method, layer, combined(kind, taus, names, weights, name, chosen))
+        model.add_weighted_adapter(["b", "a", "a"], [-2.0, 1.0, 0.3], "sum", kind, **options)
+        for name, layer in layers.items():
+            found = layer.get_delta_weight("sum").detach().double().flatten(1)
+            assert distance(found, wanted[name]) < 1e-4, (name, options)
+        model.save_pretrained(tmp_path, selected_adapters=["sum"])
+        again = PeftModel.from_pretrained(Net(), tmp_path / "sum")
+        for name, layer in layers.items():
+            found = again.base_model.model.get_submodule(name).get_delta_weight("default")
+            assert distance(found, layer.get_delta_weight("sum")) < 1e-6
+
+
+def test_cuts_are_to_the_largest_rank_unless_told(method):
+    if not method.config().r:
+        return  # updates of full rank
+    model, layers = adapted(method, r=3)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "svd")
+    for layer in layers.values():
+        most = max(
+            int(torch.linalg.matrix_rank(layer.get_delta_weight(n).flatten(1), rtol=1e-4))
+            for n in ("a", "b")
+            if n in layer.deltas
+        )
+        assert int(torch.linalg.matrix_rank(layer.get_delta_weight("sum").flatten(1), rtol=1e-4)) == most
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("ties", {"density": 0.0001}, ValueError, "density=0.0001 keeps nothing"),
+        ("ties", {"density": 0}, ValueError, "density=0 must be above 0"),
+        ("ties_svd", {"svd_rank": 0}, ValueError, "svd_rank=0 must be at least 1"),
+        ("ties", {"svd_rank": 2}, ValueError, r"svd_rank=2 is no option of combination_type='ties'"),
+        ("ties", {"majority_sign_method": "most"}, ValueError, "majority_sign_method='most' must be one of"),
+        ("linear", {"density": 0.5}, ValueError, "density=0.5 is no option of combination_type='linear'"),
+        ("dare_ties", {"seed": "a"}, TypeError, "seed"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(method, kind, options, error, message):
+    model, _ = adapted(method)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for _ in range(2):  # the second attempt is refused as well
+        with pytest.raises(error, match=message):
+            model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", kind, **options)
+    assert set(model.peft_config) == {"a", "b"}
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())

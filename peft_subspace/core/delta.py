@@ -54,7 +54,6 @@ class Update(LeanModule, ABC):
         on_embeddings: Whether embeddings can be adapted.
         can_keep_zeros: Whether `ΔW ⊙ (W ≠ 0)` has what the method promises of `ΔW`.
         full_precision: Names of parameters that stay fp32 as well.
-        combinations: What `add_weighted_adapter` can make of several such updates, exactly.
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
         random_std: Root mean square of the entries of `ΔW` that `init_weights=False` asks for.
         keeps_zeros: Whether the update is `ΔW ⊙ (W ≠ 0)`.
@@ -69,7 +68,6 @@ class Update(LeanModule, ABC):
     on_embeddings: ClassVar[bool] = True
     can_keep_zeros: ClassVar[bool] = True
     full_precision: ClassVar[tuple[str, ...]] = ()
-    combinations: ClassVar[tuple[str, ...]] = ()
     shared_name: ClassVar[str] = "shared"
     fingerprint: Tensor
 
@@ -206,6 +204,14 @@ class Update(LeanModule, ABC):
         raise NotImplementedError
 
     @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[Any]) -> Combined:
+        """Return the same for the update `left · right`, `(out, k)` and `(k, in, *kernel)`, made of `deltas`.
+
+        Where the method confines its updates, it is the nearest one that is allowed.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def average(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:
         """Return the same for an update of the same rank.
 
@@ -213,6 +219,10 @@ class Update(LeanModule, ABC):
             ValueError: If these updates have no such sum; NotImplementedError if none have.
         """
         raise NotImplementedError
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `concatenate`, `average` or `product` returned."""
+        self.load_state_dict(self.inference_state(state) if self.lean else state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -231,8 +241,6 @@ class Update(LeanModule, ABC):
 
 class Delta(Update):
     """An update that is a chain of matrices, `ΔW = F1 F2 … Fn`, whose forward pass never forms `ΔW`."""
-
-    combinations: ClassVar[tuple[str, ...]] = ("cat",)
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:

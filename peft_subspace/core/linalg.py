@@ -35,6 +35,13 @@ def local_generator(seed: int | None, module_name: str, part: int | str) -> torc
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of `L R` by its factors `(m, r)` and `(r, n)`, in fp64: `min(r, m, n)` triples."""
+    one, two = torch.linalg.qr(left.double()), torch.linalg.qr(right.double().T)
+    U, S, Vh = torch.linalg.svd(one.R @ two.R.T, full_matrices=False)
+    return one.Q @ U, S, Vh @ two.Q.T
+
+
 def truncated_svd(
     matrix: Tensor, rank: int, *, exact: bool = False, oversampling: int = 16, iterations: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,24 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.validation import invalid
 from peft_subspace.merging.checkpoints import write_merged
+from peft_subspace.merging.computing import TILE_BYTES, compute
 from peft_subspace.merging.cutting import ModuleReport, check_cut, cut
-from peft_subspace.merging.methods import METHODS, Coefficients, Entries, Factors
 from peft_subspace.merging.output import add_lora, save_lora
 from peft_subspace.merging.source import Source
 from peft_subspace.merging.sources import check_finite
 from peft_subspace.merging.stack import Stack
 from peft_subspace.runtime.progress import bar
 from peft_subspace.runtime.progress import progress as shown
-
-TILE_BYTES = 2**28
-"""Default of the memory for tiles of entries."""
 
 
 @dataclass
@@ -162,28 +158,9 @@ class Merge:
 
     def _merged(self, stack: Stack, module: str) -> tuple[Tensor, Tensor] | Tensor:
         generators = [local_generator(self.seed, module, source.name) for source in self.sources]
-        weights = torch.tensor(self.weights, dtype=stack.lefts[0].dtype)
         options = {
             key: value[module] if isinstance(value, dict) else value for key, value in self.options.items()
         }
-        result = METHODS[self.method](stack, weights, generators, **options)
-        if isinstance(result, Coefficients):
-            return stack.left(), self.scale * stack.right(result.values.to(weights))
-        if isinstance(result, Factors):
-            return self.scale * result.left, result.right
-        if self.space == "aligned":
-            basis, coordinates = stack.aligned()
-            limits = [result.limits(rows) if result.limits else None for rows in coordinates]
-            return self.scale * basis, result.merge(coordinates, limits)
-        return self.scale * self._by_entries(stack, result)
-
-    def _by_entries(self, stack: Stack, entries: Entries) -> Tensor:
-        rows, columns = stack.shape
-        limits = [
-            entries.limits(stack.dense(source)) if entries.limits else None for source in range(len(stack))
-        ]
-        count = max(1, self.tile_bytes // (4 * columns * len(stack)))
-        result = stack.lefts[0].new_empty(rows, columns)
-        for place, tile in stack.tiles(count):
-            result[place] = entries.merge(tile, limits)
-        return result
+        return compute(
+            stack, self.method, self.weights, generators, self.scale, self.space, self.tile_bytes, options
+        )

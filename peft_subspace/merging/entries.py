@@ -12,16 +12,23 @@ from peft_subspace.core.validation import check_number, invalid
 from peft_subspace.merging.methods import Entries, Merged, register
 from peft_subspace.merging.stack import Stack
 
+ELECTIONS = ("total", "frequency")
+"""How a sign is elected: by the weighted sum, or by the number of entries."""
+
 
 @register("ties")
-def ties(stack: Stack, weights: Tensor, generators: Any, *, density: float = 0.2) -> Merged:
+def ties(
+    stack: Stack, weights: Tensor, generators: Any, *, density: float = 0.2, elect: str = "total"
+) -> Merged:
     """Trim to the largest entries, elect a sign, average what agrees (Yadav et al., arXiv 2306.01708).
 
-    `γ = sign Σ w_t τ_t`, and the result is the mean, by weights, of the trimmed entries of sign `γ`.
+    `γ = sign Σ w_t τ_t`, or `sign Σ sign(w_t τ_t)` for `elect="frequency"`, and the result is the mean, by
+    weights, of the trimmed entries of sign `γ`.
     """
+    _check_elect(elect)
 
     def merge(rows: Tensor, limits: Sequence[Any]) -> Tensor:
-        return _agreeing_mean(_trimmed(rows, limits), weights)
+        return _agreeing_mean(_trimmed(rows, limits), weights, elect)
 
     return Entries(_threshold(density), merge)
 
@@ -59,10 +66,13 @@ def dare(stack: Stack, weights: Tensor, generators: Any, *, density: float = 0.5
 
 
 @register("dare_ties")
-def dare_ties(stack: Stack, weights: Tensor, generators: Any, *, density: float = 0.5) -> Merged:
+def dare_ties(
+    stack: Stack, weights: Tensor, generators: Any, *, density: float = 0.5, elect: str = "total"
+) -> Merged:
     """TIES of entries that DARE has dropped in place of trimming."""
     _check_density(density)
-    return Entries(None, lambda rows, _: _agreeing_mean(_dropped(rows, generators, density), weights))
+    _check_elect(elect)
+    return Entries(None, lambda rows, _: _agreeing_mean(_dropped(rows, generators, density), weights, elect))
 
 
 @register("della")
@@ -120,6 +130,11 @@ def _check_density(density: Any) -> None:
         raise invalid("density", density, "must be above 0 and at most 1, the part of entries that stays")
 
 
+def _check_elect(elect: Any) -> None:
+    if elect not in ELECTIONS:
+        raise invalid("elect", elect, "must be 'total', by the sum, or 'frequency', by the number of entries")
+
+
 def _threshold(density: float) -> Callable[[Tensor], float]:
     """Size of the smallest entry among the part `density` of largest ones."""
     _check_density(density)
@@ -147,10 +162,11 @@ def _sum(weights: Tensor, rows: Tensor) -> Tensor:
     return (weights.to(rows)[:, None, None] * rows).sum(0)
 
 
-def _agreeing_mean(rows: Tensor, weights: Tensor) -> Tensor:
+def _agreeing_mean(rows: Tensor, weights: Tensor, elect: str = "total") -> Tensor:
     """Mean, by weights, of the entries whose sign is that of the weighted sum; zeros do not count."""
     scaled = weights.to(rows)[:, None, None]
-    sign = (scaled * rows).sum(0).sign()
+    voting = (scaled * rows).sign() if elect == "frequency" else scaled * rows
+    sign = voting.sum(0).sign()
     agrees = ((scaled * rows).sign() == sign) & (rows != 0)
     share = (scaled.abs() * agrees).sum(0)
     return (scaled * rows * agrees).sum(0) / share.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from peft_subspace.core.validation import check_count, check_number, invalid
-from peft_subspace.merging.driver import TILE_BYTES, Merge
+from peft_subspace.merging.computing import TILE_BYTES
+from peft_subspace.merging.driver import Merge
 from peft_subspace.merging.methods import METHODS
 from peft_subspace.merging.output import check_others
 from peft_subspace.merging.sources import open_source

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from peft_subspace.core.linalg import product_svd
+
 _SUPPORT = 1e-5
 """Part of the largest singular value below which a direction counts as rounding."""
 
@@ -99,8 +101,6 @@ class Stack:
 
 def singular(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of `L R` by its factors: `U (m, k)`, `σ (k,)`, `Vh (k, n)` without what is rounding."""
-    one, two = torch.linalg.qr(left.double()), torch.linalg.qr(right.double().T)
-    U, S, Vh = torch.linalg.svd(one.R @ two.R.T, full_matrices=False)  # noqa: N806 - as torch names them
+    U, S, Vh = product_svd(left, right)  # noqa: N806 - as torch names them
     kept = _SUPPORT * S.max().clamp(min=torch.finfo(S.dtype).tiny) < S
-    result = one.Q @ U[:, kept], S[kept], Vh[kept] @ two.Q.T
-    return result[0].to(left.dtype), result[1].to(left.dtype), result[2].to(left.dtype)
+    return U[:, kept].to(left.dtype), S[kept].to(left.dtype), Vh[kept].to(left.dtype)

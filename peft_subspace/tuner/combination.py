@@ -1,25 +1,69 @@
-"""New adapters out of existing ones, exactly."""
+"""New adapters out of existing ones: sums within a method, exactly, and what functions of updates make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from peft_subspace.core.chain import split
+from peft_subspace.core.delta import Combined, Update
 from peft_subspace.core.errors import error_context
+from peft_subspace.core.validation import invalid
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import FORMAT_VERSION, SubspaceConfig
-from peft_subspace.tuner.patterns import patterns_of
 from peft_subspace.tuner.targets import weight_name
+
+SUMS = ("cat", "linear")
+
+
+@dataclass
+class Parts:
+    """Updates `L_t R_t` of one weight that are to be combined.
+
+    Attributes:
+        lefts: Left factors `(out, r_t)`, scaled.
+        rights: Right factors `(r_t, columns)`.
+        weights: Weights of the adapters.
+        adapters: Their names.
+        module: Name of the weight's module.
+        options: What the caller chose besides.
+    """
+
+    lefts: list[Tensor]
+    rights: list[Tensor]
+    weights: list[float]
+    adapters: list[str]
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Combine = Callable[[Parts], tuple[Tensor, Tensor]]
+
+COMBINATIONS: dict[str, Combine] = {}
+"""Functions by `combination_type`; what they return has at most the rank of the weight."""
+
+PROVIDERS: list[str] = []
+"""Modules above this one that add to them, imported when an adapter is combined."""
 
 
 def add_weighted_adapter(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    options: Mapping[str, Any],
 ) -> None:
-    """Add an adapter whose update is a weighted sum; see `SubspaceModel.add_weighted_adapter`."""
+    """Add an adapter that is made of others; see `SubspaceModel.add_weighted_adapter`."""
+    for provider in PROVIDERS:
+        import_module(provider)
     _check(tuner, adapters, weights, adapter_name, combination_type)
+    options = {name: value for name, value in options.items() if value is not None}
     total: dict[str, float] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         total[adapter] = total.get(adapter, 0.0) + weight
@@ -28,25 +72,47 @@ def add_weighted_adapter(
         for name, layer in tuner.model.named_modules()
         if isinstance(layer, tuner.tuner_layer_cls) and any(adapter in layer.deltas for adapter in adapters)
     }
-    update_cls = tuner.tuner_layer_cls.delta_cls
-    combine = update_cls.concatenate if combination_type == "cat" else update_cls.average
     entries, states = {}, {}
     for name, layer in progress(layers.items(), len(layers), "combining adapters"):
-        present = [adapter for adapter in total if adapter in layer.deltas]
-        deltas = [layer.deltas[adapter] for adapter in present]
-        with torch.no_grad(), error_context(f"{name}: adapters {present}"):
-            factors = [total[adapter] * layer.scaling[adapter] for adapter in present]
-            entries[weight_name(name, layer)], state = combine(deltas, factors)
-        noted = {"fingerprint": deltas[0].fingerprint} if deltas[0].needs_weight else {}
-        states[name] = {**noted, **state}
+        chosen = {adapter: weight for adapter, weight in total.items() if adapter in layer.deltas}
+        with torch.no_grad(), error_context(f"{name}: adapters {list(chosen)}"):
+            entries[weight_name(name, layer)], state = _combined(
+                layer, name, chosen, combination_type, options
+            )
+        first = layer.deltas[next(iter(chosen))]
+        states[name] = {**({"fingerprint": first.fingerprint} if first.needs_weight else {}), **state}
     config = _config_of_sum(tuner, tuner.peft_config[adapters[0]], entries)
     if any(layer.deltas[name].lean for layer in layers.values() for name in adapters if name in layer.deltas):
         config = replace(config, inference_mode=True, format_version=FORMAT_VERSION)
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
-    for name, layer in layers.items():
-        update = layer.deltas[adapter_name]
-        update.load_state_dict(update.inference_state(states[name]) if update.lean else states[name])
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.deltas[adapter_name].take(states[name])
+
+
+def _combined(
+    layer: Any, name: str, weights: Mapping[str, float], kind: str, options: Mapping[str, Any]
+) -> Combined:
+    """Config entries and state of what is made of the adapters of one layer."""
+    deltas = [layer.deltas[adapter] for adapter in weights]
+    update: type[Update] = type(layer).delta_cls
+    form = "average" if kind == "linear" and _defines(update, "average") else "concatenate"
+    if kind in SUMS and _defines(update, form) and not options:
+        factors = [weight * layer.scaling[adapter] for adapter, weight in weights.items()]
+        made: Combined = getattr(update, form)(deltas, factors)
+        return made
+    pairs = [split([factor.float() for factor in delta(layer.read_weight)]) for delta in deltas]
+    lefts = [layer.scaling[adapter] * left for adapter, (left, _) in zip(weights, pairs, strict=True)]
+    rights = [right.flatten(1) for _, right in pairs]
+    parts = Parts(lefts, rights, list(weights.values()), list(weights), name, options)
+    left, right = COMBINATIONS[kind](parts)
+    return update.product(left, right.reshape(-1, *pairs[0][1].shape[1:]), deltas)
+
+
+def _defines(update: type[Update], name: str) -> bool:
+    """Whether a method has a function of its own."""
+    return getattr(update, name).__func__ is not vars(Update)[name].__func__
 
 
 def _config_of_sum(
@@ -60,17 +126,13 @@ def _config_of_sum(
         entries: For each module, its value by the name of a pattern.
     """
     modules = {name for name, _ in tuner.model.named_modules()}
-    fields = {field for values in entries.values() for field in values}
-    patterns = {
-        field: patterns_of({name: values[field] for name, values in entries.items()}) for field in fields
-    }
     changes: dict[str, Any] = {
         "target_modules": modules.intersection(entries),
         "target_parameters": sorted(set(entries) - modules) or None,
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         "initialized": True,
     }
-    return replace(config, **{**changes, **config.values_of_sums, **patterns})
+    return replace(config, **{**changes, **config.of_sum(entries)})
 
 
 def _check(
@@ -90,12 +152,14 @@ def _check(
             f"adapters={list(adapters)} differ in keep_zeros, so that no adapter is their sum; merge them "
             "one by one"
         )
-    method, possible = type(tuner).__name__, tuner.tuner_layer_cls.delta_cls.combinations
+    method, update = type(tuner).__name__, tuner.tuner_layer_cls.delta_cls
     export = "export each with peft_subspace.lora_state_dict and combine those"
-    if combination_type not in (possible or ("cat",)):
+    if combination_type not in (*SUMS, *COMBINATIONS):
+        raise invalid("combination_type", combination_type, f"must be one of {(*SUMS, *COMBINATIONS)}")
+    if not _defines(update, "product") and not (combination_type in SUMS and _defines(update, "concatenate")):
         raise ValueError(
-            f"combination_type={combination_type!r} is not exact for {method}; use 'cat', or merge the "
-            f"adapters one by one, or {export}"
+            f"adapters={list(adapters)} of {method} cannot be combined by {combination_type!r}: no adapter "
+            f"of this method is their sum; merge them one by one, or {export}"
         )
     for name in adapters:
         config = tuner.peft_config[name]
@@ -104,8 +168,3 @@ def _check(
                 f"adapter {name!r} trains more than its update (modules_to_save, trainable_token_indices or "
                 f"bias), which no weighted adapter can hold; merge the adapters one by one, or {export}"
             )
-    if not possible:
-        raise ValueError(
-            f"adapters={list(adapters)} of {method} cannot be concatenated: no adapter of this method is "
-            f"their sum; {export}"
-        )

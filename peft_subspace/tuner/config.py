@@ -21,7 +21,7 @@ from peft_subspace.core.validation import check_count, invalid
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
-from peft_subspace.tuner.patterns import is_named, look_up
+from peft_subspace.tuner.patterns import is_named, look_up, patterns_of
 from peft_subspace.tuner.registry import peft_type
 
 VERSION = version("peft-subspace")
@@ -179,6 +179,18 @@ class SubspaceConfig(PeftConfig):
         if self.scaling == "auto":
             return scaling_as_fast_as_lora(update.shape, update.speed())
         return 1.0 if self.scaling == "paper" else float(self.scaling)
+
+    def of_sum(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Fields under which the result of `add_weighted_adapter` is created again.
+
+        Args:
+            entries: For each module, its value by the name of a pattern.
+        """
+        fields = {field for values in entries.values() for field in values}
+        patterns = {
+            field: patterns_of({name: values[field] for name, values in entries.items()}) for field in fields
+        }
+        return {**self.values_of_sums, **patterns}
 
     def spec_for(self, module_name: str, shape: WeightShape) -> ModuleSpec:
         """What the config asks for on one weight.

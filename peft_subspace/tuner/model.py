@@ -152,8 +152,7 @@ class SubspaceModel(StateHooks):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
         """Put a layer in the place of another, under all names that the model has for it.
 
-        PEFT also asks for a `weight`, which not all layers have, and sends the adapter after it, offloaded or
-        not.
+        PEFT also asks for a `weight`, which not all layers have, and sends the adapter after it at all times.
         """
         setattr(parent, child_name, new_module)
         for module, name in self._places.get(child, ()):
@@ -216,20 +215,21 @@ class SubspaceModel(StateHooks):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "cat",
+        **options: Any,
     ) -> None:
-        """Add an adapter whose update is `Σ weights[i] · ΔW_i`, exactly, with scales of run time in `ΔW_i`.
+        """Add an adapter that is made of others; scales of run time count in their updates `ΔW_i`.
 
         Args:
             adapters: Names of existing adapters; the weights of one that is listed twice add up.
             weights: Their weights, of any sign.
             adapter_name: Name of the new adapter, which saves and loads like any other.
-            combination_type: `"cat"`: the chains are concatenated, and ranks add up. `"linear"`, for methods
-                with frozen bases: the trained part is averaged, which needs equal bases, and is checked.
+            combination_type: `"cat"` or `"linear"`, the exact `Σ weights[i] · ΔW_i`, or another one of PEFT.
+            **options: Those of the type, which the guide on merging lists.
 
         Raises:
-            ValueError: If names or weights do not fit, or the result is no adapter of this method.
+            ValueError: If names, weights or options do not fit, or the result is no adapter of this method.
         """
-        combination.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+        combination.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, options)
 
     def enable_adapter_layers(self) -> None:
         """Enable the adapters; what belongs to frozen ones, such as heads, does not train."""

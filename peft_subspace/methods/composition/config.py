@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,6 +59,11 @@ class CompositionConfig(SubspaceConfig):
         check_entries(self.adapters, self.ranks)
         if self.per not in GRANULARITIES:
             raise invalid("per", self.per, f"must be one of {GRANULARITIES}")
+
+    def of_sum(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """One adapter with a coefficient for each component."""
+        ranks = {module: values["ranks"] for module, values in entries.items()}
+        return {**self.values_of_sums, "per": "component", "adapters": ["sum"], "ranks": ranks}
 
     def spec_for(self, module_name: str, shape: WeightShape) -> CompositionSpec:
         """Components of one module."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Combined, Delta
 
 from .config import CompositionConfig, CompositionSpec
 
@@ -26,7 +26,6 @@ class CompositionDelta(Delta):
         Zhang et al. (arXiv 2407.02880), one coefficient for each task vector and tensor.
     """
 
-    combinations: ClassVar[tuple[str, ...]] = ()
     full_precision: ClassVar[tuple[str, ...]] = ("coefficients",)
     shared_name: ClassVar[str] = "coefficients"
     spec: CompositionSpec
@@ -62,6 +61,12 @@ class CompositionDelta(Delta):
         self.right.normal_(std=self.random_std, generator=generator)
         if self.coefficients is not None:
             _start(self.coefficients, self.start, init_weights, generator)
+
+    @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[CompositionDelta]) -> Combined:
+        """The factors themselves, with coefficients of one."""
+        ones = torch.ones(len(right), dtype=torch.float32, device=left.device)
+        return {"ranks": [len(right)]}, {"left": left, "right": right, "coefficients": ones}
 
     @torch.no_grad()
     def fill(self, left: Tensor, right: Tensor) -> None:

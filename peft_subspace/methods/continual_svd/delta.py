@@ -28,11 +28,13 @@ A convolution's kernel is part of the input axis, `n = in / groups · kernel`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vjp
 
+from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Combined, Delta
 from peft_subspace.core.projection import singular_vectors
 
@@ -163,3 +165,24 @@ class ContinualSVDDelta(Delta):
             )
         rank = sum(delta.spec.rank for delta in deltas) if first.low_rank else None
         return {"rank_pattern": rank, "preserve_pattern": first.directions}, {**state, **frozen}
+
+    @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[ContinualSVDDelta]) -> Combined:
+        """Take the part of the product that is outside the directions that all adapters protect.
+
+        Raises:
+            ValueError: If they protect different ones, or were loaded without.
+        """
+        if any(delta.lean for delta in deltas):
+            rule = "this takes the directions that the adapters protect; load them with is_trainable=True"
+            raise ValueError(rule)
+        first, right = deltas[0], right.flatten(1)
+        entries, state = cls.concatenate(deltas, [0.0] * len(deltas))
+        if first.low_rank:
+            inside = first.sides["U"].leading(first.U, left).to(left) if "B2" in state else left
+            parts = {"B": left, "B1": left, "B2": inside, **dict.fromkeys(("A", "A1", "A2"), right)}
+            taken = {name: parts.get(name, tensor) for name, tensor in state.items()}
+            return {**entries, "rank_pattern": left.shape[1]}, taken
+        # The chain is linear in coordinates of an orthonormal basis, which its adjoint gives.
+        found: Any = vjp(lambda z: multiply(functional_call(first, z, (lambda: left,))), first.trained)
+        return entries, {**state, **found[1]((left @ right).view(first.shape.dims))[0]}

@@ -19,9 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Combined, Delta, ReadWeight
-from peft_subspace.core.linalg import draw_orthonormal_, smallest_triples
+from peft_subspace.core.linalg import draw_orthonormal_, product_svd, smallest_triples
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.effort.config import EffortConfig
 
@@ -152,7 +151,9 @@ class EffortDelta(Delta):
         """
         total = sum(len(delta.S0) for delta in deltas)
         if total > deltas[0].shape.full_rank:
-            return cls._compress(deltas, weights)
+            lefts, rights = zip(*(delta.factors() for delta in deltas), strict=True)
+            weighted = [weight * left for weight, left in zip(weights, lefts, strict=True)]
+            return cls.product(torch.cat(weighted, dim=1), torch.cat(rights), deltas)
         state = {}
         for name in ("U_change", "U0", "S_change", "S0", "Vh_change", "Vh0"):
             parts = [getattr(delta, name) for delta in deltas]
@@ -162,19 +163,12 @@ class EffortDelta(Delta):
         return {"rank_pattern": total}, state
 
     @classmethod
-    def _compress(cls, deltas: Sequence[EffortDelta], weights: Sequence[float]) -> Combined:
-        """Triples of the summed update, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
-        update = sum(
-            w * multiply(d.factors()).flatten(1).double() for d, w in zip(deltas, weights, strict=True)
-        )
-        U, S, Vh = (t.float() for t in torch.linalg.svd(update, full_matrices=False))
-        state = {"U0": U, "S0": torch.zeros_like(S), "Vh0": Vh.reshape(-1, *deltas[0].shape.dims[1:])}
-        changes = {
-            "U_change": torch.zeros_like(U),
-            "S_change": S,
-            "Vh_change": torch.zeros_like(state["Vh0"]),
-        }
-        return {"rank_pattern": len(S)}, {**state, **changes}
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[EffortDelta]) -> Combined:
+        """Triples of the product, all of it in `S_change`: `U0 S_change Vh0` with `S0 = 0`."""
+        U, S, Vh = (t.float() for t in product_svd(left, right.flatten(1)))
+        start = {"U0": U, "S0": torch.zeros_like(S), "Vh0": Vh.reshape(-1, *right.shape[1:])}
+        changes = {f"{name[:-1]}_change": torch.zeros_like(tensor) for name, tensor in start.items()}
+        return {"rank_pattern": len(S)}, {**start, **changes, "S_change": S}
 
 
 @dataclass

@@ -87,3 +87,12 @@ class FLoRADelta(Delta):
                 factor = torch.eye(dim, dtype=factor.dtype, device=factor.device)
             state[f"mode_factor_{mode}"] = factor
         return {"rank_pattern": list(core.shape)}, {"core": core, **state}
+
+    @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[FLoRADelta]) -> Combined:
+        """Take `left` for the outputs, a basis of the rows of `right`, and its coordinates for the core."""
+        basis, rest = torch.linalg.qr(right.transpose(0, 1).flatten(1))
+        core = rest.reshape(-1, *right.shape[:1], *right.shape[2:])
+        eyes = [torch.eye(size, dtype=core.dtype, device=core.device) for size in right.shape[2:]]
+        state = {f"mode_factor_{mode}": factor for mode, factor in enumerate([basis, left, *eyes])}
+        return {"rank_pattern": list(core.shape)}, {"core": core, **state}

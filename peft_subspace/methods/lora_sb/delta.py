@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.linalg import block_diagonal, draw_orthonormal_, truncated_svd
+from peft_subspace.core.linalg import draw_orthonormal_, truncated_svd
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.lora_sb.config import LoRASBConfig
 
@@ -34,7 +34,6 @@ class LoRASBDelta(Delta):
     """
 
     full_precision: ClassVar[tuple[str, ...]] = ("R",)
-    combinations: ClassVar[tuple[str, ...]] = ("cat", "linear")
 
     R: nn.Parameter
     A: Tensor
@@ -117,17 +116,22 @@ class LoRASBDelta(Delta):
 
     @classmethod
     def concatenate(cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]) -> Combined:
-        """Put the bases side by side and orthonormalize them again; the triangles go into `R`.
+        """Put the bases side by side."""
+        chains = [delta.factors() for delta in deltas]
+        lefts = [weight * B @ R for weight, (B, R, _) in zip(weights, chains, strict=True)]
+        return cls.product(torch.cat(lefts, dim=1), torch.cat([A for _, _, A in chains]), deltas)
 
-        `[B1 B2] = Q_B T_B` and `[A1; A2] = T_Aᵀ Q_Aᵀ` give `Q_B (T_B diag(R1, R2) T_Aᵀ) Q_Aᵀ`. If the ranks
-        add up to more than the weight has, an SVD of the middle brings them down to that.
+    @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[LoRASBDelta]) -> Combined:
+        """Orthonormalize: `L = Q_L T_L` and `Rᵀ = Q_R T_R` give `Q_L (T_L T_Rᵀ) Q_Rᵀ`.
+
+        If there are more columns than the weight has, an SVD of the middle brings them down to that.
         """
-        core = block_diagonal([weight * delta.R for delta, weight in zip(deltas, weights, strict=True)])
-        Q_B, T_B = torch.linalg.qr(torch.cat([delta.B for delta in deltas], dim=1).double())
-        Q_A, T_A = torch.linalg.qr(torch.cat([delta.A.flatten(1) for delta in deltas]).T.double())
-        core = T_B @ core.double() @ T_A.T
+        B, T_L = torch.linalg.qr(left.double())
+        Q, T_R = torch.linalg.qr(right.flatten(1).T.double())
+        A, core = Q.T, T_L @ T_R.T
         if core.shape[0] != core.shape[1]:
             U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-            Q_B, core, Q_A = Q_B @ U, torch.diag(S), Q_A @ Vh.T
-        A = Q_A.T.reshape(-1, *deltas[0].A.shape[1:])
-        return {"rank_pattern": len(core)}, {"R": core.float(), "A": A.float(), "B": Q_B.float()}
+            B, core, A = B @ U, torch.diag(S), Vh @ A
+        A = A.reshape(-1, *right.shape[1:])
+        return {"rank_pattern": len(core)}, {"R": core.float(), "A": A.float(), "B": B.float()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, check_flag, invalid
@@ -81,6 +81,12 @@ class MoSConfig(ScaledConfig):
     def specs(self, shapes: Mapping[str, WeightShape]) -> dict[str, ModuleSpec]:
         """Form groups among the targeted modules and give each module its slice of the pools."""
         return dict(assign_slices(self, shapes))
+
+    def of_sum(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """A rank for all, and every vector a module's own."""
+        most = max(values["rank_pattern"] for values in entries.values())
+        fixed = {"rank_pattern": {}, **dict.fromkeys(("r", "equivalent_r", "private_r"), most)}
+        return {**self.values_of_sums, **fixed}
 
     def group_for(self, module_name: str) -> str | None:
         """Group that `group_pattern` gives one module, `None` if it gives none."""

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Combined, Delta
 from peft_subspace.core.linalg import local_generator
 
 from .config import MoSConfig
@@ -32,7 +33,6 @@ class MoSDelta(Delta):
         privatisation.
     """
 
-    combinations: ClassVar[tuple[str, ...]] = ()
     shared_name: ClassVar[str] = "pools"
     spec: MoSSpec
 
@@ -57,6 +57,18 @@ class MoSDelta(Delta):
         """Draw the indices, of which any adapter with this seed has the same; the pools are not its own."""
         self.index_A.copy_(self._draw("A", self.spec.shards[0]))
         self.index_B.copy_(self._draw("B", self.spec.shards[1]) if self.dissociate else self.index_A)
+
+    @classmethod
+    def product(cls, left: Tensor, right: Tensor, deltas: Sequence[MoSDelta]) -> Combined:
+        """Vectors `A` and `B` for the pools, of which every row is then one module's own."""
+        return {"rank_pattern": len(right)}, {"A": right.flatten(1), "B": left.T}
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Put vectors into the module's rows of the pools; zeros stand for those that it has more."""
+        pools = self.shared_tensors.pair(self.spec.group)
+        for side, pool, index in zip("AB", pools, (self.index_A, self.index_B), strict=True):
+            rows = F.pad(state[side], (0, 0, 0, self.spec.rank - len(state[side])))
+            pool.data[index.long().to(pool.device)] = rows.to(pool).reshape(-1, pool.shape[1])
 
     def speed(self) -> float:
         """Return `√(m r / 3)`: rows of `A` have the squared length 1/3."""
