@@ -196,11 +196,7 @@ class Update(LeanModule, ABC):
 
     @classmethod
     def concatenate(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:
-        """Return config entries and state of one update that is `Σ weights[i] · deltas[i]`, exactly.
-
-        Raises:
-            NotImplementedError: If the method's updates cannot be concatenated within the method.
-        """
+        """Return config entries and state of one update that is `Σ weights[i] · deltas[i]`, exactly."""
         raise NotImplementedError
 
     @classmethod
@@ -213,11 +209,7 @@ class Update(LeanModule, ABC):
 
     @classmethod
     def average(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:
-        """Return the same for an update of the same rank.
-
-        Raises:
-            ValueError: If these updates have no such sum; NotImplementedError if none have.
-        """
+        """Return the same for an update of the same rank; ValueError if these have no such sum."""
         raise NotImplementedError
 
     def take(self, state: Mapping[str, Tensor]) -> None:

@@ -75,7 +75,7 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         if len(others) > 1 and not any(layer.merged for layer in self._layers()):
             self.set_adapter(others[-1:])
         super().delete_adapter(adapter_name)
-        self.deleted_task = None if config.closed else config
+        self.deleted_task = None if config is None or config.closed else config
         if len(others) > 1:
             self.set_adapter(others)
             owner = callers.deletes_from()
