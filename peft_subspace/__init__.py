@@ -25,6 +25,7 @@ from .tuner import config as _config
 if TYPE_CHECKING:
     from . import continual, merging
     from .continual.callback import NextTaskCallback
+    from .heads import EquiangularHead, GrassmannHead
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
     from .methods.composition.compose import compose, entropy_loss
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .training.callback import RegularizationCallback
     from .training.ddp import prepare_for_ddp
     from .training.penalties import regularization_loss
+    from .tuner.heads import grow_head
 
 __version__ = _config.VERSION
 _combination.PROVIDERS.append(f"{__name__}.merging.combinations")
@@ -48,10 +50,12 @@ __all__ = [
     "ContinualSVDModel",
     "EffortConfig",
     "EffortModel",
+    "EquiangularHead",
     "Estimate",
     "FLoRAConfig",
     "FLoRAModel",
     "GradientInitCallback",
+    "GrassmannHead",
     "LoRASBConfig",
     "LoRASBModel",
     "MoSConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "entropy_loss",
     "estimate",
     "export_lora",
+    "grow_head",
     "initialize_from_gradient",
     "inspect",
     "load",
@@ -75,14 +80,17 @@ __all__ = [
 ]
 
 _MODULES = {
+    "EquiangularHead": "heads",
     "Estimate": "tools.estimate",
     "GradientInitCallback": "initialization.callback",
+    "GrassmannHead": "heads",
     "NextTaskCallback": "continual.callback",
     "RegularizationCallback": "training.callback",
     "compose": "methods.composition.compose",
     "entropy_loss": "methods.composition.compose",
     "estimate": "tools.estimate",
     "export_lora": "persistence.lora_export",
+    "grow_head": "tuner.heads",
     "initialize_from_gradient": "initialization.from_gradient",
     "inspect": "tools.report",
     "load": "persistence.loading",

@@ -23,14 +23,17 @@ CONFIGS = [
     "MoSConfig",
 ]
 FUNCTIONS = [
+    "EquiangularHead",
     "Estimate",
     "GradientInitCallback",
+    "GrassmannHead",
     "NextTaskCallback",
     "RegularizationCallback",
     "compose",
     "entropy_loss",
     "estimate",
     "export_lora",
+    "grow_head",
     "initialize_from_gradient",
     "inspect",
     "load",

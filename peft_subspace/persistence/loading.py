@@ -24,6 +24,7 @@ from peft_subspace.persistence.read_config import read_config
 from peft_subspace.tuner.apart import read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
+from peft_subspace.tuner.heads import planned_heads
 from peft_subspace.tuner.source import opened
 from peft_subspace.tuner.state import check_updates, is_optional, mismatched, values_checked
 
@@ -147,7 +148,11 @@ def _other_state(
     if not found:
         return {}
     check_declared(model, config, found)
+    heads = planned_heads(model, config)
+    starts = tuple(f"{name}." for name in heads)
     own = {base_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = {name: tensor for name, tensor in own.items() if not (starts and name.startswith(starts))}
+    own |= {f"{name}.{key}": t for name, head in heads.items() for key, t in head.state_dict().items()}
     state = {}
     for key, shape in found.items():
         if base_name(key) in own:

@@ -18,6 +18,7 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.speed import scaling_as_fast_as_lora
 from peft_subspace.core.validation import check_count, invalid
+from peft_subspace.heads import check_heads
 from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.config_checks import check_common_fields, check_patterned
@@ -58,6 +59,9 @@ class SubspaceConfig(PeftConfig):
         layers_to_transform: Index, or indices, of the blocks to adapt; all if `None`.
         layers_pattern: Name of the module list that holds the blocks, if it is not recognized.
         rank_pattern: Ranks of single modules, by name or regular expression, in place of `r`.
+        heads: Heads in the place of linear classifiers, by the names of these, which need not be in
+            `modules_to_save`: `{"classifier": {"kind": "grassmann", "classes": 100, "r": 8}}`, or of kind
+            `"equiangular"`. See `GrassmannHead` and `EquiangularHead`.
         modules_to_save: Modules besides the adapter that are trained in full and saved with it.
         trainable_token_indices: Token indices to train in the embedding, as a list, or by name of the
             embedding.
@@ -105,6 +109,7 @@ class SubspaceConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None)
     rank_pattern: dict[str, Any] = field(default_factory=dict)
     modules_to_save: list[str] | None = field(default=None)
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
@@ -124,7 +129,10 @@ class SubspaceConfig(PeftConfig):
         self.peft_subspace_version = self.peft_subspace_version or VERSION
         if self.format_version == 1 and self.scaling == "auto":
             self.scaling = "paper"
+        check_heads(self.heads)
         check_common_fields(self, FORMAT_VERSION, VERSION)
+        if self.heads:
+            self.modules_to_save = sorted({*(self.modules_to_save or ()), *self.heads})
         for key, rank in check_patterned(self, "rank_pattern"):
             self.check_rank(f"rank_pattern[{key!r}]", rank)
         self.check_rank("r", self.r)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+
+from peft_subspace.core.errors import error_context
+from peft_subspace.core.linalg import local_generator
+from peft_subspace.core.validation import invalid
+from peft_subspace.heads import make_head
+from peft_subspace.tuner.declared import base_name
 
 
 def set_heads(
@@ -40,3 +48,70 @@ def _head(module: Any, names: Sequence[str], earlier: Mapping[str, Collection[st
     if names:
         module.check_set_adapter([*others, *last] or names)  # raises if there are two
     return last
+
+
+def planned_heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Heads that a config names, on the meta device, by the names of the modules whose place they take.
+
+    Raises:
+        ValueError: If the model has no such module, or that is no linear layer.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, entry in config.heads.items():
+        places = [
+            (n, m) for n, m in model.named_modules() if n.endswith(name) and base_name(f"{n}.") == f"{n}."
+        ]
+        if not places:
+            raise invalid(
+                "heads", name, f"names no module of {type(model).__name__}; name the classifier that it has"
+            )
+        for place, module in places:
+            features = getattr(getattr(module, "original_module", module), "in_features", None)
+            with error_context(f"heads[{name!r}]"):
+                if not isinstance(features, int):
+                    raise ValueError(
+                        f"{place} is {type(module).__name__}, and a head takes the place of a linear layer; "
+                        "name the last layer in it"
+                    )
+                with torch.device("meta"):
+                    found[place] = make_head(entry, features)
+    return found
+
+
+def put_heads(model: nn.Module, config: Any, adapter_name: str) -> None:
+    """Put the heads that a config names where PEFT has put copies of the model's own."""
+    for name, planned in planned_heads(model, config).items():
+        wrapper: Any = model.get_submodule(name)
+        copied = wrapper.modules_to_save[adapter_name]
+        head: Any = copy.deepcopy(planned)
+        first = next(copied.parameters())
+        if not first.is_meta:
+            head.to_empty(device=first.device)
+            head.reset_parameters(local_generator(config.seed, name, config.number))
+        head.requires_grad_(first.requires_grad)
+        wrapper.modules_to_save[adapter_name] = head
+
+
+def grow_head(model: nn.Module, name: str, classes: int, adapter_name: str = "default") -> None:
+    """Add classes to the `EquiangularHead` of an adapter; what trains, and its optimizer, stay as they are.
+
+    Models of transformers compute their loss with `num_labels`, which is the caller's to set.
+
+    Args:
+        model: Model with the adapter.
+        name: Name of the head in the adapter's config.
+        classes: Number of classes from now on.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: If there is no such head, or it has more classes already. Nothing is changed then.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    entries = configs[adapter_name].heads if adapter_name in configs else {}
+    if entries.get(name, {}).get("kind") != "equiangular":
+        growing = sorted(key for key, entry in entries.items() if entry["kind"] == "equiangular")
+        raise invalid("name", name, f"must be one of {growing}, the equiangular heads of {adapter_name!r}")
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and path.endswith(name):
+            module.modules_to_save[adapter_name].grow(classes)
+    entries[name]["classes"] = classes

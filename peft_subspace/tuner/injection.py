@@ -17,6 +17,7 @@ from peft_subspace.layers.base import innermost
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.apart import complete, read_apart
 from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.heads import planned_heads, put_heads
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.lean import layers_by_key, tensors_of
 from peft_subspace.tuner.plan import Plan, Planned, plan_module
@@ -52,6 +53,7 @@ class Injection:
         for name in reading:
             with error_context(name):
                 _check_start(plan.modules[name], config)
+        planned_heads(tuner.model, config)
         note_zeros(plan, config)
         self.starts = WeightStarts(len(reading))
         self.apart = self._read_apart()
@@ -143,6 +145,7 @@ class Injection:
             path, _, name = full_name.rpartition(".")
             parent = self.tuner.model.get_submodule(path)
             self._add(adapter_name, parent.get_submodule(name), name, parent, self.plan.modules[full_name])
+        put_heads(self.tuner.model, self.config, adapter_name)
         self._add_apart(adapter_name)
 
     def _add(

@@ -133,7 +133,7 @@ class SubspaceModel(StateHooks):
         plan = self.plan(model, peft_config)
         check_same_parameters(model, {n for n, item in plan.modules.items() if item.target.is_parameter})
         if peft_config.source is not None and callers.reads_file():
-            check_source(peft_config.source, model, peft_config.modules_to_save)
+            check_source(peft_config.source, model, peft_config)
         self._injection = Injection(self, plan, peft_config, holder)
         self._places = shared_places(model)
 

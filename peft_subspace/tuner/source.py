@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from peft_subspace.tuner.declared import base_name
+from peft_subspace.tuner.heads import planned_heads
 
 
-def check_source(folder: Path, model: nn.Module, modules_to_save: list[str] | None) -> None:
-    """Raise unless a folder has a complete file with tensors for all of `modules_to_save`.
+def check_source(folder: Path, model: nn.Module, config: Any) -> None:
+    """Raise unless a folder has a complete file with tensors for all of a config's `modules_to_save`.
 
     Nothing is checked of a folder that is still on the Hub, or of pickled tensors.
 
@@ -29,11 +30,18 @@ def check_source(folder: Path, model: nn.Module, modules_to_save: list[str] | No
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; save the adapter with save_pretrained")
     with opened(path) as file:
-        found = [f".{base_name(key)}" for key in file.keys()]  # noqa: SIM118
-    for tensor in _tensors_of(model, tuple(modules_to_save or ())):
-        if not any(key.endswith(f".{tensor}") for key in found):
+        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for tensor, shape in _tensors_of(model, config):
+        found = [shapes[key] for key in shapes if key.endswith(f".{tensor}")]
+        if not found:
             raise ValueError(
-                f"{path} has no {tensor}, one of modules_to_save={modules_to_save}; save the adapter again"
+                f"{path} has no {tensor}, one of modules_to_save={config.modules_to_save}; save the adapter "
+                "again"
+            )
+        if shape not in (None, *found):
+            raise ValueError(
+                f"{path} has {tensor} of shape {found[0]}, and heads={config.heads} ask for {shape}; save "
+                "the adapter again"
             )
 
 
@@ -53,10 +61,15 @@ def opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _tensors_of(model: nn.Module, ends: tuple[str, ...]) -> Iterator[str]:
-    """Names of the tensors of some modules, without the paths to these, which a file may have otherwise."""
+def _tensors_of(model: nn.Module, config: Any) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Tensors of `modules_to_save`, without the paths to these, which a file may have otherwise.
+
+    The shapes of heads that the config sizes come with them.
+    """
+    heads, ends = planned_heads(model, config), tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
         if name.endswith(ends) and base_name(f"{name}.") == f"{name}.":
-            for key in module.state_dict():
+            for key, tensor in heads.get(name, module).state_dict().items():
                 if "modules_to_save." not in key:  # of another adapter
-                    yield f"{name.rpartition('.')[2]}.{base_name(key)}"
+                    shape = tuple(tensor.shape) if name in heads else None
+                    yield f"{name.rpartition('.')[2]}.{base_name(key)}", shape
