@@ -20,7 +20,7 @@ _STEPS = 300
 
 
 class GrassmannHead(nn.Module):
-    """A subspace for each class: `logit_c = γ ‖P_c x‖ / ‖x‖`, where `P_c` projects on the span of `V_c (in, r)`.
+    """A subspace per class: `logit_c = γ ‖P_c x‖ / ‖x‖`, where `P_c` projects on the span of `V_c (in, r)`.
 
     With the Cholesky factor `L` of `V_cᵀ V_c` it is `γ ‖L⁻¹ V_cᵀ x‖ / ‖x‖`, which depends on the subspace
     alone, whatever basis `V_c` is. So any optimizer does, with weight decay, in several processes, and
@@ -68,7 +68,7 @@ class GrassmannHead(nn.Module):
 
 
 class EquiangularHead(nn.Module):
-    """A fixed unit vector for each class: `logit_c = γ d_cᵀ u / ‖u‖`, `u (dimension,)` a trained linear map of `x`.
+    """A fixed vector per class: `logit_c = γ d_cᵀ u / ‖u‖`, `u (dimension,)` a trained linear map of `x`.
 
     Up to `dimension` vectors are orthonormal; further ones are pushed apart. What trains does not depend on
     the number of classes, so that `grow` adds some at any time, and leaves the vectors of the others alone.
@@ -117,7 +117,7 @@ class EquiangularHead(nn.Module):
 
 
 def _extended(known: Tensor, count: int) -> Tensor:
-    """Unit vectors `(count, d)` of which the first are given: orthonormal, or apart as far as steps take them."""
+    """Unit vectors `(count, d)` of which the first are given: orthonormal, or as far apart as steps get."""
     new = torch.randn(count - len(known), known.shape[1], generator=torch.Generator().manual_seed(count))
     if count <= known.shape[1]:
         return torch.cat([known, torch.linalg.qr(torch.cat([known, new]).T).Q.T[len(known) :]])

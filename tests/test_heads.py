@@ -68,7 +68,7 @@ def test_logits_of_subspaces_are_lengths_of_projections():
     for row, found in zip(x, head(x), strict=True):
         for basis, logit in zip(head.V, found, strict=True):
             q = torch.linalg.qr(basis).Q
-            assert logit.item() == pytest.approx(7 * (q.T @ row).norm().item() / row.norm().item(), rel=1e-12)
+            assert logit.item() == pytest.approx(7 * (q.T @ row).norm().item() / row.norm().item(), rel=1e-10)
     assert torch.equal(head(x.view(2, 3, 16)), head(x).view(2, 3, 5))
 
 
@@ -185,8 +185,8 @@ def test_two_adapters_have_heads_of_their_own(kind):
     assert not torch.equal(first, second)
     mixed = logits(model, adapter_names=["default", "other", "other", "default"])
     torch.testing.assert_close(mixed, torch.stack([first[0], second[1], second[2], first[3]]))
-    model.delete_adapter("other")
     model.set_adapter("default")
+    model.delete_adapter("other")
     assert torch.equal(logits(model), first)
 
 
@@ -207,7 +207,7 @@ def test_heads_of_vision_models_are_named_by_suffix():
     model = get_peft_model(
         vit(),
         peft_subspace.MoSConfig(
-            target_modules=["query", "value"], heads={"classifier": {"kind": "grassmann", "classes": 7}}
+            target_modules=["q_proj", "v_proj"], heads={"classifier": {"kind": "grassmann", "classes": 7}}
         ),
     )
     x = torch.randn(2, 3, 16, 16)
