@@ -286,6 +286,18 @@ def test_a_file_that_contradicts_its_config_is_refused(change, load, tmp_path):
     assert [*net.modules()] == modules
 
 
+def test_a_size_that_the_file_contradicts_is_seen_before_anything_is_made(tmp_path):
+    adapted("grassmann").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    content["heads"]["classifier"]["classes"] = 7
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"has classifier.V of shape \(3, 16, 4\), and heads=.* ask for \(7, 16"
+    ):
+        PeftModel.from_pretrained(bert(), tmp_path)
+
+
 def test_a_file_without_the_head_is_refused(tmp_path):
     adapted("grassmann").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
