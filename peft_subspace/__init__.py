@@ -9,6 +9,7 @@ from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from .edits import adapter as _edits  # noqa: F401 - registers what holds edits
 from .methods.composition import CompositionConfig, CompositionModel
 from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
 from .methods.effort import EffortConfig, EffortModel
@@ -23,7 +24,7 @@ from .tuner import combination as _combination
 from .tuner import config as _config
 
 if TYPE_CHECKING:
-    from . import continual, merging
+    from . import continual, edits, merging
     from .continual.callback import NextTaskCallback
     from .heads import EquiangularHead, GrassmannHead
     from .initialization.callback import GradientInitCallback
@@ -64,6 +65,7 @@ __all__ = [
     "RegularizationCallback",
     "compose",
     "continual",
+    "edits",
     "entropy_loss",
     "estimate",
     "export_lora",
@@ -117,7 +119,7 @@ _FORMER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("continual", "merging"):
+    if name in ("continual", "edits", "merging"):
         return import_module(f".{name}", __name__)
     if name in _FORMER:
         place = f"{__name__}.{_FORMER[name]}"

@@ -30,6 +30,7 @@ FUNCTIONS = [
     "NextTaskCallback",
     "RegularizationCallback",
     "compose",
+    "edits",
     "entropy_loss",
     "estimate",
     "export_lora",
