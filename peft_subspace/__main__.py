@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--space", choices=("weight", "aligned"), default="weight", help="where entries are")
     merging.add_argument("--seed", type=int, default=0, help="seed of methods that draw")
     merging.add_argument("--others", default="error", help="whose heads and biases are kept, or 'drop'")
+    rows = "'common' where vocabularies differ: the rows that all have"
+    merging.add_argument("--rows", choices=("error", "common"), default="error", help=rows)
     merging.add_argument("--rank", type=int, help="rank to cut the LoRA to")
     merging.add_argument("--energy", type=float, help="part of the squared norm to keep instead")
     merging.add_argument("--dry-run", action="store_true", help="tell sizes, and write nothing")
@@ -94,6 +96,7 @@ def _merge(options: argparse.Namespace) -> None:
         base=options.base,
         seed=options.seed,
         others=options.others,
+        rows=options.rows,
         **given,
     )
     if options.dry_run:

@@ -3,6 +3,7 @@
 from . import entries as _entries  # noqa: F401 - registers functions of entries
 from .cutting import ModuleReport
 from .driver import Merge
+from .masks import Compressed, compress
 from .methods import METHODS, Coefficients, Entries, Factors, register
 from .prepare import merge
 from .search import search
@@ -13,12 +14,14 @@ from .stack import Stack
 __all__ = [
     "METHODS",
     "Coefficients",
+    "Compressed",
     "Entries",
     "Factors",
     "Merge",
     "ModuleReport",
     "Source",
     "Stack",
+    "compress",
     "merge",
     "open_source",
     "register",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,8 +61,10 @@ class Checkpoint(Source):
     origin: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, base: str | Path | nn.Module | None) -> Checkpoint:
-        """Open a checkpoint beside its base.
+    def open(
+        cls, folder: Path, base: str | Path | nn.Module | None, *, common_rows: bool = False
+    ) -> Checkpoint:
+        """Open a checkpoint beside its base, which may have another number of rows if only the common count.
 
         Raises:
             ValueError: If no base is given, or a tensor has another shape there.
@@ -79,10 +81,12 @@ class Checkpoint(Source):
                 others[name] = read_tensor(places[name], name)
                 continue
             ours, theirs = read_tensor(places[name], name), read_tensor(origin[name], name)
+            if common_rows and ours.ndim > 1 and ours.shape[1:] == theirs.shape[1:]:
+                ours, theirs = _common(ours, theirs)
             if ours.shape != theirs.shape:
                 raise ValueError(
                     f"{folder}: {name} has shape {tuple(ours.shape)}, and {tuple(theirs.shape)} in the base "
-                    f"{base}; give the base that it was trained from"
+                    f"{base}; give the base that it was trained from, or rows='common' if tokens were added"
                 )
             if torch.equal(ours, theirs):
                 continue
@@ -90,20 +94,33 @@ class Checkpoint(Source):
                 modules.append(name.removesuffix(".weight"))
             else:
                 others[name] = ours
-        return cls(str(folder), modules, str(base), others, places=places, origin=origin)
+        return cls(str(folder), modules, str(base), others, stored=True, places=places, origin=origin)
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """`τ` times the identity: a checkpoint's update has no factors."""
         name = f"{module}.weight"
-        change, before = (read_tensor(files[name], name).float() for files in (self.places, self.origin))
-        change = change - before
+        after, before = (read_tensor(files[name], name) for files in (self.places, self.origin))
+        after, before = _common(after, before)
+        change = after.float() - before.float()
         if len(change) <= change[0].numel():
             return torch.eye(len(change)), change
         columns = change[0].numel()
         return change.flatten(1), torch.eye(columns).reshape(columns, *change.shape[1:])
 
 
-def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | None], recipe: str) -> None:
+def _common(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that both have."""
+    rows = min(len(one), len(other))
+    return one[:rows], other[:rows]
+
+
+def write_merged(
+    base: Path,
+    directory: Path,
+    updates: Callable[[str], Tensor | None],
+    others: Mapping[str, Tensor],
+    recipe: str,
+) -> None:
     """Write a checkpoint that is a base plus updates, file by file.
 
     The folder is there once it is complete. After a kill, the same merge goes on with the files that it has
@@ -112,13 +129,19 @@ def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | 
     Args:
         base: Folder of the base model.
         directory: Folder to write.
-        updates: Function of a module's name that returns its update, or None.
+        updates: Function of a module's name that returns its update, of the first rows at least, or None.
+        others: Tensors of the base that are replaced, by name.
         recipe: Description of the merge, by which it is known again.
 
     Raises:
-        ValueError: If the disk has no room for it.
+        ValueError: If the disk has no room for it, or the base has no tensor of a name.
     """
     places = shards(base)
+    if missing := sorted(set(others) - set(places)):
+        raise ValueError(
+            f"{base} has no {', '.join(missing)}, which a source has besides its update; load the base with "
+            "that head and save it, or choose others='drop'"
+        )
     unfinished = directory.absolute().with_name(f"{directory.name}.partial")
     note = unfinished / "recipe.txt"
     if not (note.is_file() and note.read_text() == recipe):
@@ -130,7 +153,7 @@ def write_merged(base: Path, directory: Path, updates: Callable[[str], Tensor | 
         for file in sorted(set(places.values())):
             if not (unfinished / file.name).is_file():
                 names = sorted(name for name, place in places.items() if place == file)
-                _write_shard(unfinished / file.name, {name: places[name] for name in names}, updates)
+                _write_shard(unfinished / file.name, {n: places[n] for n in names}, updates, others)
     except Exception:
         shutil.rmtree(unfinished)
         raise
@@ -151,13 +174,21 @@ def _check_room(folder: Path, files: set[Path]) -> None:
         )
 
 
-def _write_shard(path: Path, places: dict[str, Path], updates: Callable[[str], Tensor | None]) -> None:
+def _write_shard(
+    path: Path,
+    places: dict[str, Path],
+    updates: Callable[[str], Tensor | None],
+    others: Mapping[str, Tensor],
+) -> None:
     tensors = {}
     for name, place in places.items():
         tensor = read_tensor(place, name)
+        tensor = others.get(name, tensor).to(tensor.dtype)
         change = updates(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if change is not None:
-            tensor = (tensor.float() + change.reshape(tensor.shape)).to(tensor.dtype)
+            rows = tensor[: len(change)]
+            sums = (rows.float() + change.reshape(rows.shape)).to(tensor.dtype)
+            tensor = torch.cat([sums, tensor[len(change) :]])
         tensors[name] = tensor.contiguous()
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})

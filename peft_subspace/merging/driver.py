@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
+from peft_subspace.core.names import in_base
 from peft_subspace.core.validation import invalid
 from peft_subspace.merging.checkpoints import write_merged
 from peft_subspace.merging.computing import TILE_BYTES, compute
@@ -36,7 +37,8 @@ class Merge:
         seed: Seed of what is drawn.
         options: Options of the method.
         report: What became of each module, filled by the last output.
-        others: Tensors besides the updates that the result keeps.
+        kept: Source of which the result keeps what is no update; None for no source.
+        rows: `"error"`, or `"common"` where updates of different rows are cut to the rows that all have.
     """
 
     sources: list[Source]
@@ -48,8 +50,19 @@ class Merge:
     options: dict[str, Any] = field(default_factory=dict)
     tile_bytes: int = TILE_BYTES
     base: str | Path | nn.Module | None = None
-    others: dict[str, Tensor] = field(default_factory=dict)
+    kept: Source | None = None
+    rows: Literal["error", "common"] = "error"
     report: dict[str, ModuleReport] = field(default_factory=dict)
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Tensors besides the updates that the result keeps: heads, biases, token rows."""
+        return {} if self.kept is None else self.kept.others
+
+    def transposed(self, module: str) -> bool:
+        """Whether files have the weight with its outputs in columns, as the adapters on it say."""
+        known = (source for source in self.sources if source.fan_in_fan_out)
+        return any(module in source.modules and module not in source.embeddings for source in known)
 
     @property
     def modules(self) -> list[str]:
@@ -59,9 +72,12 @@ class Merge:
     def stacks(self) -> Iterator[tuple[str, Stack]]:
         """Updates of all sources, module by module."""
         for module in self.modules:
-            with error_context(module):
-                stack, _ = self._stack(module)
-            yield module, stack
+            yield module, self.stack(module)
+
+    def stack(self, module: str) -> Stack:
+        """Updates of all sources on one module."""
+        with error_context(module):
+            return self._stack(module)[0]
 
     def update(self, module: str) -> Tensor:
         """The merged update of one module, `(m, n)` without cutting."""
@@ -125,9 +141,12 @@ class Merge:
 
             def update(name: str) -> Tensor | None:
                 counted.update(name in modules)
-                return self.update(name) if name in modules else None
+                if name not in modules:
+                    return None
+                return self.update(name).T if self.transposed(name) else self.update(name)
 
-            write_merged(Path(self.base), Path(directory), update, self.recipe)
+            others = {in_base(name): tensor for name, tensor in self.others.items()}
+            write_merged(Path(self.base), Path(directory), update, others, self.recipe)
 
     @property
     def recipe(self) -> str:
@@ -143,14 +162,19 @@ class Merge:
             pair = source.pair(module) if module in source.modules else None
             if pair is not None:
                 check_finite(source, pair)
+                if source.stored and self.transposed(module):
+                    pair = pair[1].T, pair[0].T
             pairs.append(pair)
         left, right = next(pair for pair in pairs if pair is not None)
+        if self.rows == "common":
+            rows = min(len(pair[0]) for pair in pairs if pair is not None)
+            left, pairs = left[:rows], [pair and (pair[0][:rows], pair[1]) for pair in pairs]
         for source, pair in zip(self.sources, pairs, strict=True):
             if pair is not None and (len(pair[0]), pair[1].shape[1:]) != (len(left), right.shape[1:]):
                 shapes = (len(pair[0]), *pair[1].shape[1:]), (len(left), *right.shape[1:])
                 raise ValueError(
                     f"{source.name} is for a weight of shape {shapes[0]}, and another source for one of "
-                    f"{shapes[1]}; the adapters have different base models"
+                    f"{shapes[1]}; of different base models (rows='common' if tokens were added)"
                 )
         zero = (left.new_zeros(len(left), 1), right.new_zeros(1, *right.shape[1:]))
         known = [zero if pair is None else pair for pair in pairs]

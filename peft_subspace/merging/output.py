@@ -17,15 +17,15 @@ from peft_subspace.runtime.files import atomic_write
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
 
 
-def check_others(sources: Iterable[Any], choice: str) -> dict[str, Tensor]:
-    """Tensors besides the updates that a merge keeps.
+def check_others(sources: Iterable[Any], choice: str) -> Any:
+    """The source whose tensors besides the update a merge keeps, or None.
 
     Raises:
         ValueError: If several sources have some and none is chosen.
     """
-    found = {source.name: source.others for source in sources if source.others}
+    found = {source.name: source for source in sources if source.others}
     if choice == "drop" or not found:
-        return {}
+        return None
     if choice in found:
         return found[choice]
     if len(found) > 1 or choice != "error":
@@ -65,15 +65,24 @@ def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and tensors of a LoRA, of one rank for all modules: some servers read no other."""
     rank = max(left.shape[1] for _, left, _ in pairs)
     embeddings = {module for source in merge.sources for module in source.embeddings}
+    if merge.kept is not None and merge.kept.loads is None:
+        found = ", ".join(sorted(merge.others))
+        raise invalid(
+            "others", merge.kept.name, f"cannot go into a LoRA: {found}; choose 'drop', or to_model"
+        )
     state = dict(merge.others)
     for module, left, right in pairs:
         left, right = pad(left, 1, rank), pad(right, 0, rank)
+        if module in embeddings:
+            left, right = right.T, left.T
         state |= lora_tensors(module, left, right, embedding=module in embeddings)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(module for module, _, _ in pairs),
+        **(merge.kept.loads if merge.kept is not None else {}),
         base_model_name_or_path=next((s.base for s in merge.sources if s.base), None),
+        fan_in_fan_out=any(merge.transposed(module) for module, _, _ in pairs),
         inference_mode=True,
     )
     return config, state

@@ -26,6 +26,7 @@ def merge(
     base: str | Path | nn.Module | None = None,
     seed: int = 0,
     others: str = "error",
+    rows: Literal["error", "common"] = "error",
     memory: int = TILE_BYTES,
     **options: Any,
 ) -> Merge:
@@ -42,6 +43,8 @@ def merge(
         seed: Seed of what methods draw; each module and source has a stream of its own.
         others: What to do where several sources have heads, biases or token rows: `"error"`, `"drop"`, or
             the name of the source whose are kept.
+        rows: What to do where weights differ in their number of rows, as vocabularies with added tokens do:
+            `"error"`, or `"common"`, merge the rows that all have; others stay as the base has them.
         memory: Bytes for tiles of entries.
         options: Options of the method, of which a dictionary has one value for each module.
 
@@ -53,9 +56,11 @@ def merge(
         raise invalid("method", method, f"must be one of {tuple(METHODS)}")
     if space not in ("weight", "aligned"):
         raise invalid("space", space, "must be 'weight' or 'aligned'")
+    if rows not in ("error", "common"):
+        raise invalid("rows", rows, "must be 'error' or 'common'")
     check_number("scale", scale)
     check_count("memory", memory, maximum=2**62)
-    opened = [open_source(source, base) for source in sources]
+    opened = [open_source(source, base, common_rows=rows == "common") for source in sources]
     if not opened:
         raise invalid("sources", list(sources), "must name at least one adapter")
     names = [source.name for source in opened]
@@ -70,7 +75,7 @@ def merge(
     if len(bases) > 1:
         raise ValueError(f"the sources name different base models, {sorted(bases)}; merge adapters of one")
     kept = check_others(opened, others)
-    made = Merge(opened, method, weights, scale, space, seed, options, memory, base, kept)
+    made = Merge(opened, method, weights, scale, space, seed, options, memory, base, kept, rows)
     if made.modules:
         made.update(made.modules[0])  # an option that does not fit is an error here, not when half is written
     return made

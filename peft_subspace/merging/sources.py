@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,12 @@ _NO_FACTORS = {
     "lora_bias": "it trains biases of its factors",
     "alora_invocation_tokens": "it acts on some tokens only",
     "target_parameters": "its factors belong to parameters of modules",
+    "layer_replication": "its base has layers twice",
 }
-"""Options of PEFT's LoRA under which its update is not the product of its factors."""
+"""Options of PEFT's LoRA under which its update is not the product of its factors, and why."""
+
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Starts of LoRA that change the base weight or the equation."""
 
 
 @dataclass
@@ -45,17 +49,23 @@ class LoRASource(Source):
         """Factors of one module, the left one scaled."""
         left, right = (read() for read in self.readers[module])
         alpha = look_up(self.config.alpha_pattern or {}, module, self.config.lora_alpha)
-        scaling = alpha / (len(right) ** 0.5 if self.config.use_rslora else len(right))
+        rank = len(right)
+        scaling = alpha / (rank**0.5 if self.config.use_rslora else rank)
+        if module in self.embeddings:  # whose factors PEFT keeps for the transposed weight
+            left, right = right.T, left.T
         return left.float().flatten(1) * scaling, right.float()
 
 
-def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Source:
+def open_source(
+    source: Any, base: str | Path | nn.Module | None = None, *, common_rows: bool = False
+) -> Source:
     """Open what is to be merged.
 
     Args:
         source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"`, of this
             package or a LoRA of PEFT's, or a pair of model and adapter name.
         base: Folder of the base model, needed for checkpoints; for adapters it may be the model itself.
+        common_rows: Whether a checkpoint may have another number of rows than the base.
 
     Raises:
         FileNotFoundError: If a folder has neither.
@@ -69,11 +79,12 @@ def open_source(source: Any, base: str | Path | nn.Module | None = None) -> Sour
         return _of_lora(source[1], *_on_model(*source))
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
-        return Checkpoint.open(folder, base)
+        return Checkpoint.open(folder, base, common_rows=common_rows)
     declared = json.loads((folder / CONFIG_NAME).read_text())
     if declared.get("peft_type") != "LORA":
         return _of_lora(str(folder), *_on_model(read_adapter(folder, base), "default"))
     config = PeftConfig.from_pretrained(str(folder))
+    _check_equation(str(folder), config)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; pickled tensors are not read")
@@ -86,6 +97,7 @@ def _on_model(model: nn.Module, name: str) -> tuple[Any, dict[str, Read]]:
     """Config of an adapter as a LoRA, and functions that return its tensors."""
     config = getattr(model, "peft_config", {}).get(name)
     if config is not None and config.peft_type == PeftType.LORA:
+        _check_equation(name, config)
         state = get_peft_model_state_dict(model, adapter_name=name)
     else:
         config, state = lora_state_dict(model, name)
@@ -97,11 +109,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _of_lora(name: str, config: Any, state: Mapping[str, Read]) -> LoRASource:
-    for option, reason in _NO_FACTORS.items():
-        if getattr(config, option, None):
-            raise ValueError(
-                f"{name}: {option} is set, and {reason}; merge that adapter into its model instead"
-            )
     readers: dict[str, tuple[Read, Read]] = {}
     others, embeddings = {}, set()
     for key, read in state.items():
@@ -114,7 +121,36 @@ def _of_lora(name: str, config: Any, state: Mapping[str, Read]) -> LoRASource:
         elif not is_lora:
             others[key] = read()
     base = getattr(config, "base_model_name_or_path", None)
-    return LoRASource(name, list(readers), base, others, frozenset(embeddings), config, readers)
+    loads = {key: getattr(config, key) for key in ("modules_to_save", "trainable_token_indices", "bias")}
+    return LoRASource(
+        name,
+        list(readers),
+        base,
+        others,
+        frozenset(embeddings),
+        loads,
+        fan_in_fan_out=bool(config.fan_in_fan_out),
+        config=config,
+        readers=readers,
+    )
+
+
+def _check_equation(name: str, config: Any) -> None:
+    for option, reason in _reasons(config):
+        raise ValueError(f"{name}: {option} is set, and {reason}; merge that adapter into its model instead")
+
+
+def _reasons(config: Any) -> Iterator[tuple[str, str]]:
+    """Options that make an update something else than the product of its factors, and why."""
+    for field_ in fields(config):
+        variant = "it changes the equation of LoRA" if field_.metadata.get("is_lora_variant") else None
+        reason = _NO_FACTORS.get(field_.name, variant)
+        if reason and getattr(config, field_.name):
+            yield field_.name, reason
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(_OTHER_BASE):
+        rule = "that start changes the base; save with path_initial_model_for_weight_conversion"
+        yield f"init_lora_weights={start!r}", rule
 
 
 def check_finite(source: Source, factors: tuple[Tensor, Tensor]) -> None:

@@ -68,7 +68,9 @@ def compose(
     for delta in model.modules():
         if isinstance(delta, CompositionDelta) and not delta.initialized:
             stack = stacks[delta.spec.name]
-            delta.fill(stack.left(), stack.right())
+            left, right = stack.left(), stack.right()
+            transposed = delta.shape.lookup_axis == 1
+            delta.fill(*((right.T, left.T) if transposed else (left, right)))
     return model
 
 
