@@ -330,6 +330,17 @@ def _updates(model: nn.Module, adapter: str) -> Updates:
     }
 
 
+def limits(content: dict[str, Any]) -> str:
+    """How much of the data was used, and how long was trained."""
+    rows, schedule = content["settings"]["rows"], content["settings"]["schedule"]
+    return (
+        f"{rows['train']} rows of each task to train on, {rows['validation']} to choose by, {rows['test']} to "
+        f"test, of {rows['tokens']} tokens; at most {schedule['steps']} steps of {schedule['batch_size']} rows "
+        f"for an adapter, {schedule['learned_steps']} of {schedule['learned_rows']} rows of each task for a "
+        f"learned merge. Scales {content['settings']['scales']}, densities {content['settings']['densities']}."
+    )
+
+
 def table(content: dict[str, Any], kind: str) -> str:
     """Accuracy by task, normalized accuracy over seeds, and on which side of averaging an entry is."""
     runs = [run for run in content["runs"].values() if run["adapters"] == kind]
@@ -337,6 +348,12 @@ def table(content: dict[str, Any], kind: str) -> str:
         return "not measured yet"
     tasks, own = content["settings"]["tasks"], _own(runs)
     seeds = [seed for seed, scores in own.items() if len(scores) == len(tasks)]
+    if not seeds:
+        done = [[t, f"{score:.3f}"] for scores in own.values() for t, score in scores.items()]
+        started = (
+            f"{len(done)} of {len(tasks)} adapters of the first seed are trained; nothing is merged yet."
+        )
+        return f"{markdown([f'{KINDS[kind]}, own adapter', 'test accuracy'], done)}\n\n{started}"
     entries = dict.fromkeys(run["entry"] for run in runs if run["entry"] != "own")
     found: dict[str, dict[int, dict[str, float]]] = {"own adapters": {seed: own[seed] for seed in seeds}}
     for entry in entries:

@@ -25,6 +25,7 @@ import figures
 import keep_zeros
 import learning_rates
 import merging
+import merging_quality
 import timing
 import verdicts
 from claims import kind_of, markdown, spread
@@ -408,6 +409,11 @@ def growth() -> str:
     return f"{markdown(header, rows)}\n\nMedians, with their range. {measured_with(run)}"
 
 
+def merged(kind: str) -> str:
+    """Accuracy of merged adapters of one kind."""
+    return merging_quality.table(timing.load("merging_quality"), kind)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are, and what makes them
     "continual_svd": ("continual_svd.json", continual_svd),
     **{name: (f"{name}.json", partial(continual_tasks, name)) for name in verdicts.SEQUENCES},
@@ -429,6 +435,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     ),
     "lora_sb": ("lora_sb.json", lora_sb),
     "merging": ("merging.json", lambda: merging.table(timing.load("merging"))),
+    **{f"merging_{kind}": ("merging_quality.json", partial(merged, kind)) for kind in merging_quality.KINDS},
+    "merging_rows": ("merging_quality.json", lambda: merging_quality.limits(timing.load("merging_quality"))),
     "mos": ("mos.json", mos),
     "methods": ("quality.json", brief.table),
     "spectra": ("spectra.json", spectra),

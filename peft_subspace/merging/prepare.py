@@ -15,6 +15,8 @@ from peft_subspace.merging.methods import METHODS
 from peft_subspace.merging.output import check_others
 from peft_subspace.merging.sources import open_source
 
+SPACES, ROWS = ("weight", "aligned"), ("error", "common")
+
 
 def merge(
     sources: Sequence[Any],
@@ -52,12 +54,10 @@ def merge(
         TypeError: If an argument or option has the wrong type.
         ValueError: If the sources do not fit each other, or the method.
     """
-    if method not in METHODS:
-        raise invalid("method", method, f"must be one of {tuple(METHODS)}")
-    if space not in ("weight", "aligned"):
-        raise invalid("space", space, "must be 'weight' or 'aligned'")
-    if rows not in ("error", "common"):
-        raise invalid("rows", rows, "must be 'error' or 'common'")
+    choices = {"method": (method, tuple(METHODS)), "space": (space, SPACES), "rows": (rows, ROWS)}
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise invalid(name, value, f"must be one of {known}")
     check_number("scale", scale)
     check_count("memory", memory, maximum=2**62)
     opened = [open_source(source, base, common_rows=rows == "common") for source in sources]
