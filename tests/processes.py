@@ -9,14 +9,14 @@ from torch.distributed.fsdp import fully_shard
 from peft_subspace.tuner.layer import SubspaceLayer
 
 
-def run_in_two_processes(job, folder):
-    """Run `job(rank, folder)`, a function of a module, in each of two processes."""
+def run_in_two_processes(job, folder, timeout=300):
+    """Run `job(rank, folder)`, a function of a module, in each of two processes, for so many seconds at most."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(job, rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=timeout)
     assert [process.exitcode for process in processes] == [0, 0]
 
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.computed import ComputedWeight, computed_weight
@@ -21,6 +20,7 @@ from peft_subspace.base_weights.quantization import (
     unreadable,
 )
 from peft_subspace.base_weights.repacking import undo_repacking
+from peft_subspace.runtime.engines import gathered
 
 # Attributes besides its parameters in which a quantized layer keeps parts of its weight.
 _QUANTIZATION_STATE = ("state", "quant_state", "meta")
@@ -153,7 +153,7 @@ class BaseWeight:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Have all of the weight here; with DeepSpeed's ZeRO-3 each process keeps a part of it only."""
-        with gather_params_ctx(list(self.module.parameters(recurse=False)), modifier_rank=None):
+        with gathered(self.module.parameters(recurse=False)):
             yield
 
     def fingerprint(self, to_layout: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta
+from peft_subspace.core.delta import Delta, Update
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.gradient_cache import read_gradients, write_gradients
@@ -21,6 +21,7 @@ from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import LossFunction, model_loss
 from peft_subspace.initialization.step_length import StepSearch, set_tensors
 from peft_subspace.runtime import distributed as processes
+from peft_subspace.runtime.engines import check_writable
 from peft_subspace.runtime.progress import progress as shown
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -142,6 +143,7 @@ def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLaye
             )
         if layer.scaling[adapter_name] == 0:
             raise ValueError(f"{name}: the adapter's scale is 0; set it to 1 first")
+        check_writable(delta.parameters())
     return layers
 
 
@@ -170,7 +172,7 @@ def _states_from(
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
         else:
-            states[name] = {key: torch.empty_like(_local(t)) for key, t in delta.state_dict().items()}
+            states[name] = {key: _whole_like(delta, key, t) for key, t in delta.state_dict().items()}
         if processes.world_size() > 1:
             for tensor in states[name].values():
                 dist.broadcast(tensor, owner)
@@ -181,9 +183,10 @@ def _states_from(
     return states
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Empty tensor of the full size of one that may be sharded."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def _whole_like(delta: Update, name: str, tensor: Tensor) -> Tensor:
+    """Empty tensor of the full size of one of an update's, of which an engine may have left a part."""
+    shape = delta.trained_shapes.get(name, tensor.shape)
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

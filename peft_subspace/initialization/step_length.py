@@ -16,6 +16,7 @@ from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.evaluating import evaluating
 from peft_subspace.initialization.loss import LossFunction
 from peft_subspace.runtime import distributed as processes
+from peft_subspace.runtime.engines import read_whole, write
 from peft_subspace.runtime.progress import bar
 from peft_subspace.tuner.layer import SubspaceLayer
 
@@ -107,7 +108,10 @@ class StepSearch:
     def scaled(self, states: States, *, progress: bool) -> States:
         """Return the states for the best step; what trains in them is proportional to its length."""
         deltas: dict[str, Update] = {n: self.layers[n].deltas[self.adapter_name] for n in states}
-        kept = {name: {k: t.clone() for k, t in delta.state_dict().items()} for name, delta in deltas.items()}
+        kept = {
+            name: {key: read_whole(tensor) for key, tensor in delta.state_dict(keep_vars=True).items()}
+            for name, delta in deltas.items()
+        }
         count = EVALUATIONS * len(self.batches.items)
         try:
             with (
@@ -151,13 +155,7 @@ def scale_states(states: States, deltas: Mapping[str, Update], step: float) -> S
     }
 
 
-@torch.no_grad()
 def set_tensors(delta: Update, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into an update, in place; its own may be sharded."""
+    """Copy tensors into an update, in place, and into what an engine keeps of them."""
     for name, value in state.items():
-        tensor = getattr(delta, name)
-        if hasattr(tensor, "device_mesh") and not hasattr(value, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
+        write(getattr(delta, name), value)

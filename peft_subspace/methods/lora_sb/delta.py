@@ -59,17 +59,17 @@ class LoRASBDelta(Delta):
         draw_orthonormal_(self.A.flatten(1).T, generator)
         if init_weights is False:
             norm = self.random_std * (self.shape.out_features * self.shape.columns) ** 0.5
-            self.R.data.normal_(0.0, norm / len(self.R), generator=generator)
+            self.R.data.normal_(0.0, norm / self.spec.rank, generator=generator)
         else:
             self.R.data.zero_()
 
     def speed(self) -> float:
         """Return `√(r²)`: the bases keep lengths."""
-        return float(len(self.R))
+        return float(self.spec.rank)
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular vectors of the weight as bases, LoRA-XS; `R` stays zero."""
-        U, _, Vh = truncated_svd(weight.flatten(1), len(self.R), exact=self.exact_svd)
+        U, _, Vh = truncated_svd(weight.flatten(1), self.spec.rank, exact=self.exact_svd)
         self.B.copy_(U)
         self.A.copy_(Vh.view_as(self.A))
 
@@ -90,7 +90,7 @@ class LoRASBDelta(Delta):
     ) -> dict[str, Tensor]:
         """Return `B diag(S) A`, the truncated SVD of `−η · sign(g)`, with `R = diag(S) / s`."""
         step = gradient.flatten(1).sign_().neg_()
-        U, S, Vh = truncated_svd(step, len(self.R), exact=self.exact_svd)
+        U, S, Vh = truncated_svd(step, self.spec.rank, exact=self.exact_svd)
         return {"R": torch.diag(S * (learning_rate / scaling)), "A": Vh.view_as(self.A), "B": U}
 
     @classmethod
