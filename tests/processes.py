@@ -10,7 +10,7 @@ from peft_subspace.tuner.layer import SubspaceLayer
 
 
 def run_in_two_processes(job, folder, timeout=300):
-    """Run `job(rank, folder)`, a function of a module, in each of two processes, for so many seconds at most."""
+    """Run `job(rank, folder)`, a function of a module, in each of two processes, for `timeout` seconds."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(job, rank, folder)) for rank in range(2)]
     for process in processes:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import models
 from methods import METHODS
-from peft_subspace import GradientInitCallback, prepare_for_ddp
+from peft_subspace import GradientInitCallback, prepare_for_ddp, regularization_loss
 from peft_subspace.core.delta import Delta
 from processes import losses_of, run_in_two_processes, sharded
 
@@ -93,6 +93,40 @@ def accelerated(rank, folder):
 
 def sharded_in_parallel(rank, folder):
     train_in_parallel(rank, folder, sharded)
+
+
+def penalized():
+    model = adapted(next(method for method in METHODS if method.name == "effort"))
+    for module in model.modules():
+        if isinstance(module, Delta):
+            module.penalty_weights = {"orthogonality": 0.5, "energy": 0.1}
+    return model
+
+
+def train_penalized(model, x, y):
+    """Losses of a few steps, the two loss terms included."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = nn.functional.mse_loss(model(x), y) + regularization_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def penalized_in_parallel(rank, folder):
+    x, y = data()
+    mine = slice(4 * rank, 4 * rank + 4)
+    losses = train_penalized(sharded(penalized()), x[mine], y[mine])
+    torch.distributed.all_reduce(losses)
+    torch.save(losses / 2, folder / f"{rank}.pt")
+
+
+def test_loss_terms_of_sharded_tensors_train_as_whole_ones_do(tmp_path):
+    run_in_two_processes(penalized_in_parallel, tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), train_penalized(penalized(), *data()))
 
 
 WAYS = [  # what Accelerate leaves behind comes last

@@ -321,7 +321,7 @@ def test_text_classification_in_two_processes(tmp_path):
     assert (tmp_path / "outputs" / "text_classification" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_launch_files_are_what_accelerate_reads(name, monkeypatch):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
@@ -332,12 +332,12 @@ def test_launch_files_are_what_accelerate_reads(name, monkeypatch):
     arguments, *_ = _validate_launch_command(parsed)
     assert arguments.num_processes == 2
     found = (bool(arguments.multi_gpu), bool(arguments.use_fsdp), bool(arguments.use_deepspeed))
-    assert found == tuple(name == kind for kind in ("ddp", "fsdp2", "zero3"))
+    assert found == tuple(name.startswith(kind) for kind in ("ddp", "fsdp2", "zero"))
     for option, value in _options(file).items():
         assert getattr(arguments, option) in (value, str(value), str(value).lower())
     if arguments.use_deepspeed:
         settings = json.loads(Path(arguments.deepspeed_config_file).read_text())
-        assert settings["zero_optimization"]["stage"] == 3
+        assert settings["zero_optimization"]["stage"] == int(name[-1])
 
 
 def _options(file):

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_subspace.continual.tasks import continue_task, next_task
 from peft_subspace.core.validation import check_count
+from peft_subspace.runtime import distributed as processes
 
 
 class NextTaskCallback(TrainerCallback):
@@ -26,6 +27,7 @@ class NextTaskCallback(TrainerCallback):
 
     Raises:
         TypeError: If a number of steps is none.
+        RuntimeError: When a task is to start, if several processes train.
     """
 
     def __init__(self, starts: Mapping[int, str], **options: Any) -> None:
@@ -59,6 +61,7 @@ class NextTaskCallback(TrainerCallback):
         if model is None or name in getattr(model, "active_adapters", ()):
             return
         if name in getattr(model, "peft_config", ()):
+            _check_alone(name)
             continue_task(model, name, optimizer)
         elif begun < step:
             raise ValueError(
@@ -76,4 +79,15 @@ class NextTaskCallback(TrainerCallback):
     ) -> None:
         name = self.starts.get(step)
         if name is not None and model is not None and name not in getattr(model, "peft_config", ()):
+            _check_alone(name)
             next_task(model, name, optimizer=optimizer, scheduler=lr_scheduler, **self.options)
+
+
+def _check_alone(name: str) -> None:
+    """Raise in several processes: by now DDP, or an engine, has noted the parameters that it looks after."""
+    if processes.world_size() > 1:
+        raise RuntimeError(
+            f"task {name!r} cannot start within a training of {processes.world_size()} processes, which "
+            "would not share the gradients of its parameters; train each task by a Trainer of its own, and call "
+            "next_task in between"
+        )

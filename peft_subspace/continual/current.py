@@ -8,6 +8,7 @@ from torch import nn
 
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
+from peft_subspace.runtime.engines import check_no_engine
 from peft_subspace.tuner.apart import compute_again
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -66,10 +67,11 @@ def tuner_of(model: nn.Module) -> ContinualSVDModel:
 
 
 def check_tasks_run(tuner: ContinualSVDModel) -> None:
-    """Raise unless the adapters are enabled, and none is merged.
+    """Raise unless the adapters are enabled, none is merged, and no training engine has taken them over.
 
     Raises:
         ValueError: If not.
+        RuntimeError: If an engine has.
     """
     layers = [module for module in tuner.modules() if isinstance(module, ContinualSVDModel.tuner_layer_cls)]
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
@@ -79,6 +81,8 @@ def check_tasks_run(tuner: ContinualSVDModel) -> None:
         raise ValueError(
             "the adapters are disabled; leave disable_adapter(), or call enable_adapter_layers()"
         )
+    trained = (p for layer in layers for delta in layer.deltas.values() for p in delta.parameters())
+    check_no_engine(trained, "a change of tasks")
 
 
 def current_task(tuner: ContinualSVDModel) -> str:

@@ -143,7 +143,7 @@ def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLaye
             )
         if layer.scaling[adapter_name] == 0:
             raise ValueError(f"{name}: the adapter's scale is 0; set it to 1 first")
-        check_writable(delta.parameters())
+        check_writable(delta.parameters(), "the gradient start")
     return layers
 
 

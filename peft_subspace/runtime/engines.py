@@ -1,8 +1,9 @@
 """Tensors that a training engine has taken over: those of DeepSpeed's ZeRO, and of FSDP.
 
-An engine leaves a part of a parameter, or nothing, where the parameter was, and its optimizer may update a copy
-in fp32 that later overwrites the parameter. So a plain `copy_` fails, or is lost without a word. What is read
-from or written into parameters at a time when there may be an engine goes through `read_whole` and `write`.
+An engine leaves a part of a parameter, or nothing, where the parameter was, and its optimizer may update a
+copy in fp32 that later overwrites the parameter. So a plain `copy_` fails, or is lost without a word. What
+is read from or written into parameters when there may be an engine goes through `read_whole`, `whole` and
+`write`; what they cannot do is refused by one of the checks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from peft_subspace.runtime.distributed import total, world_size
 
 
 def engine_of(tensor: Tensor) -> str | None:
@@ -44,13 +47,38 @@ def check_no_engine(tensors: Iterable[Tensor], action: str) -> None:
         )
 
 
-def check_writable(tensors: Iterable[Tensor]) -> None:
+def check_writable(tensors: Iterable[Tensor], action: str) -> None:
     """Raise if values that `write` puts into one of the tensors would be lost.
 
     Raises:
         RuntimeError: Naming the engine.
     """
-    check_no_engine((t for t in tensors if engine_of(t) == "FSDP1"), "what writes into an adapter")
+    check_no_engine((tensor for tensor in tensors if engine_of(tensor) == "FSDP1"), action)
+
+
+def check_whole(tensor: Tensor, action: str) -> None:
+    """Raise if an engine has left no whole tensor, nor one that stands for it.
+
+    Raises:
+        RuntimeError: Naming the engine.
+    """
+    if hasattr(tensor, "ds_id") or engine_of(tensor) == "FSDP1":
+        raise RuntimeError(
+            f"{action} needs whole weights, of which {engine_of(tensor)} leaves parts; save the adapter, and "
+            "load it in one process"
+        )
+
+
+def check_gradients_count(tensors: Iterable[Tensor], action: str, remedy: str) -> None:
+    """Raise if gradients that come after the backward pass would be lost: DeepSpeed steps within it.
+
+    Raises:
+        RuntimeError: Saying what to do.
+    """
+    if any(hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping") for tensor in tensors):
+        raise RuntimeError(
+            f"DeepSpeed takes its step within the backward pass, so {action} is lost; {remedy}"
+        )
 
 
 @contextmanager
@@ -61,7 +89,8 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
         tensors: The tensors; others stay as they are.
         write: Whether what process 0 writes into them is kept.
     """
-    split = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    # While the model runs, some are whole, and the engine lets nobody else split them again.
+    split: list[Any] = [t for t in tensors if hasattr(t, "ds_id") and (write or not t.numel())]
     if not split:
         yield
         return
@@ -80,9 +109,34 @@ def read_whole(tensor: Any) -> Tensor:
         return tensor.detach().clone()
 
 
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself if it is all here, or all of it, from which gradients reach the parts.
+
+    They are averaged over the processes, as the engine does. All processes must call it, within `gathered`.
+    """
+    if hasattr(tensor, "device_mesh"):
+        return _Gathered.apply(tensor) if tensor.requires_grad else tensor.full_tensor()
+    return tensor.clone() if hasattr(tensor, "ds_id") else tensor
+
+
+class _Gathered(torch.autograd.Function):
+    """A tensor that FSDP2 has split, whole; its gradient is averaged over the processes, as FSDP2 does it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.layout = (tensor.device_mesh, tensor.placements)
+        return tensor.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(total(gradient.contiguous().clone()) / world_size(), *ctx.layout)
+
+
 @torch.no_grad()
 def write(tensor: Any, value: Tensor) -> None:
-    """Copy whole values into a tensor, in place, and into what an engine keeps of it; all processes must call it.
+    """Copy whole values into a tensor, in place, and into what an engine keeps of it, in all processes.
 
     Args:
         tensor: Parameter or buffer.
@@ -91,7 +145,7 @@ def write(tensor: Any, value: Tensor) -> None:
     Raises:
         RuntimeError: If they would be lost.
     """
-    check_writable([tensor])
+    check_writable([tensor], "writing into an adapter")
     if hasattr(tensor, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -113,4 +167,3 @@ def _own_part(tensor: Any, value: Tensor) -> Tensor:
     size, group = tensor.ds_tensor.numel(), tensor.ds_process_group
     padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
     return padded.narrow(0, size * dist.get_rank(group), size)
-

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_subspace.runtime.engines import check_gradients_count
 from peft_subspace.training.penalties import (
     mark,
     mean_losses,
@@ -37,13 +38,22 @@ class RegularizationCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Add the gradients of those adapters that have had none for their present parameters."""
+        """Add the gradients of those adapters that have had none for their present parameters.
+
+        Raises:
+            RuntimeError: If they come too late for the engine that trains.
+        """
         for name, layers in regularized_layers(model).items() if model is not None else ():
             deltas = [layer.deltas[name] for layer in layers]
             if any(delta.penalized_at == version_of(delta) for delta in deltas):
                 continue
-            _unscale(optimizer)
             parameters = [p for delta in deltas for p in delta.parameters()]
+            check_gradients_count(
+                parameters,
+                f"what RegularizationCallback adds for adapter {name!r}",
+                "add peft_subspace.regularization_loss(model) to the loss instead",
+            )
+            _unscale(optimizer)
             loss = regularization_loss(model, name)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from peft_subspace.core.delta import Update
+from peft_subspace.core.delta import ReadWeight, Update
 from peft_subspace.core.modes import is_transformed, lasting
+from peft_subspace.runtime.engines import engine_of, gathered, whole
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
@@ -85,25 +87,47 @@ def mean_losses(layers: list[SubspaceLayer], adapter_name: str) -> dict[str, Ten
     """Unweighted loss terms of one adapter, averaged over its layers; those alone that have a weight."""
     sums: dict[str, Tensor] = {}
     for layer in layers:
-        delta = layer.deltas[adapter_name]
-        _check_whole(delta)
-        # In the precision of the adapter, whatever autocast says.
-        device = next(iter(delta.trained.values())).device.type
-        with lasting(), torch.autocast(device, enabled=False):
-            losses = delta.penalty(layer.read_weight)
-        for key, loss in losses.items():
+        for key, loss in _losses(layer, layer.deltas[adapter_name]).items():
             sums[key] = sums[key] + loss.to(sums[key].device) if key in sums else loss
     return {key: total / len(layers) for key, total in sums.items()}
 
 
-def _check_whole(delta: Update) -> None:
-    """Raise if the parameters are not all here: FSDP and DeepSpeed leave parts of them, or freed memory."""
-    for name, tensor in delta.trained.items():
+def _losses(layer: SubspaceLayer, delta: Update) -> dict[str, Tensor]:
+    """Unweighted loss terms of one update, in the precision of the adapter, whatever autocast says."""
+    trained = delta.trained
+    split = any(map(engine_of, trained.values()))
+    held = [*trained.values(), *layer.get_base_layer().parameters(recurse=False)] if split else []
+    device = next(iter(trained.values())).device.type
+    with lasting(), torch.autocast(device, enabled=False), gathered(held):
+        if not split:
+            _check_whole(delta, trained)
+            return delta.penalty(layer.read_weight)
+        tensors = {f"delta.{name}": whole(tensor) for name, tensor in trained.items()}
+        _check_whole(delta, dict(zip(trained, tensors.values(), strict=True)))
+        return functional_call(_Penalty(delta), tensors, (lambda: whole(layer.read_weight()),))
+
+
+class _Penalty(nn.Module):
+    """The loss terms as a module's forward, in which other tensors can take the place of the parameters."""
+
+    def __init__(self, delta: Update) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: ReadWeight) -> dict[str, Tensor]:
+        """Return them."""
+        return self.delta.penalty(weight)
+
+
+def _check_whole(delta: Update, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if the parameters are not all here: FSDP1 leaves parts of them, or freed memory."""
+    for name, tensor in tensors.items():
         freed = not is_transformed() and not tensor.is_meta and tensor.untyped_storage().size() == 0
-        if tensor.shape != delta.trained_shapes[name] or hasattr(tensor, "device_mesh") or freed:
+        if tensor.shape != delta.trained_shapes[name] or freed:
             weights = " and ".join(f"{key}_weight" for key, value in delta.penalty_weights.items() if value)
             raise RuntimeError(
-                f"{weights} need whole tensors, and these are sharded; set them to 0, or train with DDP"
+                f"{weights} need whole tensors, and FSDP1 has split these; set them to 0, or train with DDP, "
+                "FSDP2 or DeepSpeed"
             )
 
 

@@ -11,6 +11,7 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.modes import lasting
 from peft_subspace.core.shapes import ModuleSpec
+from peft_subspace.runtime.engines import check_no_engine
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.shared import SharedTensors
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -56,7 +57,7 @@ def initialize_deferred(layer: Any, adapter_name: str) -> None:
     """Initialize an adapter that was added while the base weight was on the meta device.
 
     Raises:
-        RuntimeError: If the base weight still is.
+        RuntimeError: If the base weight still is, or a training engine has taken over the adapter.
     """
     delta = layer.deltas[adapter_name]
     if adapter_name not in layer._deferred or delta.initialized:
@@ -67,6 +68,7 @@ def initialize_deferred(layer: Any, adapter_name: str) -> None:
             f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
             "the base model first"
         )
+    check_no_engine(delta.parameters(), f"the start of adapter {adapter_name!r} from loaded weights")
     config, _ = layer._deferred.pop(adapter_name)
     delta.to_empty(device="cpu")
     _initialize(layer, delta, config, None, None)

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from peft_subspace.core.modes import lasting
+from peft_subspace.runtime.engines import check_whole
 from peft_subspace.runtime.progress import count_step
 
 
@@ -19,6 +20,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not names:
         return
     layer.check_merge()
+    check_whole(layer.base_weight.stored, "merging")
     if safe_merge:
         check_finite(layer, names)
     layer.base_weight.restore()

@@ -1,4 +1,4 @@
-"""Real engines, each in an environment of its own: `make engine-NAME`. Without its package a test is skipped."""
+"""Real engines, each in an environment of its own, by `make engine-NAME`; skipped without their packages."""
 
 from __future__ import annotations
 

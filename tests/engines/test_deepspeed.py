@@ -12,18 +12,19 @@ from transformers import Trainer, TrainingArguments
 
 import models
 from methods import METHODS
-from peft_subspace import GradientInitCallback
+from peft_subspace import GradientInitCallback, RegularizationCallback
 from processes import run_in_two_processes
 
 LAUNCH = Path(__file__).parents[2] / "examples/launch"
 STAGES = {"ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json"}
 STEPS, MODULES = 4, ["q_proj", "v_proj", "down_proj"]
-NAMES = [*map(str, METHODS), "lora"]
+NAMES = [*map(str, METHODS), "penalties", "lora"]
+PENALTIES = {"orthogonality_weight": 0.1, "energy_weight": 0.1}
 
 
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
-        return 32
+        return 8
 
     def __getitem__(self, index):
         ids = torch.randint(3, 37, (10,), generator=torch.Generator().manual_seed(index))
@@ -35,8 +36,9 @@ def adapted(name):
     base = models.llama()
     if name == "lora":
         return get_peft_model(base, LoraConfig(r=4, target_modules=MODULES))
-    method = next(method for method in METHODS if str(method) == name)
-    return get_peft_model(base, method.config(target_modules=MODULES, seed=0))
+    method = next(m for m in METHODS if str(m) == {"penalties": "effort"}.get(name, name))
+    options = PENALTIES if name == "penalties" else {}
+    return get_peft_model(base, method.config(target_modules=MODULES, seed=0, **options))
 
 
 def trainer(name, folder, batch_size, **options):
@@ -46,8 +48,8 @@ def trainer(name, folder, batch_size, **options):
         str(folder), report_to=[], disable_tqdm=True, max_steps=STEPS, learning_rate=1e-2, logging_steps=1,
         per_device_train_batch_size=batch_size, save_steps=2, seed=5, max_grad_norm=1.0, **options,
     )  # fmt: skip
-    start = [GradientInitCallback(num_batches=2)] if name.startswith("lora_sb") else []
-    return Trainer(adapted(name), arguments, train_dataset=Rows(), callbacks=start)
+    callbacks = {"lora_sb": [GradientInitCallback(num_batches=2)], "penalties": [RegularizationCallback()]}
+    return Trainer(adapted(name), arguments, train_dataset=Rows(), callbacks=callbacks.get(name))
 
 
 def logged(run, key="loss"):
@@ -115,6 +117,7 @@ def test_zero3_trains_as_one_process(method, trained, tmp_path):
     check(str(method), trained / "ZeRO-3" / str(method), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["lora", "penalties"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_lora_does_as_well(stage, trained, tmp_path):
-    check("lora", trained / stage / "lora", tmp_path)
+def test_so_does_lora_and_so_do_loss_terms(name, stage, trained, tmp_path):
+    check(name, trained / stage / name, tmp_path)
