@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMOS := .venv/installed-demos
 INSTALLED := .venv/installed
+ENGINES := deepspeed
 # One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help .venv demo demo-text test test-slow features benchmark docs lint format clean
+.PHONY: help .venv demo demo-text test test-slow features engines benchmark docs lint format clean
 
 help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
@@ -16,6 +17,8 @@ help:
 	@echo "make test        run the tests that are not marked slow"
 	@echo "make test-slow   run the tests that train for longer, every method on all layers, and the benchmarks' own"
 	@echo "make features    run all tests, and write the table of features into docs/benchmarks"
+	@echo "make engines     run the adapters in other tools: $(ENGINES)"
+	@echo "make engine-NAME the same in one of them"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make docs        build the documentation into outputs/site, with warnings as errors"
 	@echo "make lint        check style, formatting, types and documentation"
@@ -42,17 +45,33 @@ demo-text: $(DEMOS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/text_classification.py
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not engine"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not engine"
 	$(PYTEST) examples/benchmarks/tests
 	$(PYTEST) --dist load --all-layers tests/test_algebra_contract.py tests/test_life_cycle_contract.py
 
 # A row of the table needs all of its tests, slow or not, from one run.
 features: $(INSTALLED)
-	$(PYTEST) --features examples/benchmarks/results/features.json
+	$(PYTEST) -m "not engine" --features examples/benchmarks/results/features.json
 	$(BIN)/python examples/benchmarks/pages.py
+
+# Tools that are too large for .venv, or too choosy about versions. The environment of each has what .venv has,
+# and before it the packages of tests/engines/NAME.txt, which name all that they need.
+engines: $(addprefix engine-,$(ENGINES))
+
+engine-%: .venv-%/installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m engine tests/engines/test_$*.py \
+		--features examples/benchmarks/results/features.json
+
+.venv-%/installed: tests/engines/%.txt $(INSTALLED)
+	$(BIN)/python -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet setuptools wheel
+	DS_BUILD_OPS=0 BUILD_CUDA_EXT=0 .venv-$*/bin/python -m pip install --no-deps --no-build-isolation -r $<
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))")')" \
+		> $$(.venv-$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/zz_shared.pth
+	touch $@
 
 benchmark: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/speed.py --quick
@@ -74,4 +93,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venv-* outputs

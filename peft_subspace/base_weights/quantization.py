@@ -18,15 +18,49 @@ class UnknownBackend(ForwardOnlyQuantizationBackend):
     """A format that PEFT does not know: the layer can be run, and differentiated by its input."""
 
 
+class ComposedBackend(QuantizationBackend):
+    """A weight that is one tensor made of others, to whose data nothing can be assigned.
+
+    Args:
+        base: The layer; one of quanto has `freeze`, which quantizes a weight as the layer is set up to.
+    """
+
+    layer_type = "linear"
+
+    def __init__(self, base: nn.Module) -> None:
+        self.backend_name = type(base.weight).__name__
+        self.supports_merge = hasattr(base, "freeze")
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """The weight, dequantized."""
+        weight: Any = base_layer.weight
+        return weight.dequantize()
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        """Quantize a weight again.
+
+        Raises:
+            TypeError: If the layer cannot.
+        """
+        base = peft_layer.get_base_layer()
+        if not self.supports_merge:
+            raise TypeError(unmergeable(self))
+        trains = base.weight.requires_grad
+        base.weight = nn.Parameter(weight_data, requires_grad=False)
+        base.freeze()
+        base.weight.requires_grad_(trains)
+
+
 def quantization_of(
     base: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None
 ) -> QuantizationBackend | None:
     """Backend for the weight of a base layer; None if the weight is not quantized.
 
-    PEFT decides, with two additions. Weights of torchao can be adapted, but not merged into, where the
-    settings that they were quantized with are unknown, or differ by the layer's name. And a layer that PEFT
-    does not know is taken for a linear one that can only be run, if it says how many features it has and
-    keeps tensors of integers or 8-bit floats.
+    PEFT decides, with three additions. Weights of torchao can be adapted, but not merged into, where the
+    settings that they were quantized with are unknown, or differ by the layer's name. A weight that is one
+    tensor made of others, as quanto's, can be read; written it is by a layer that can quantize it again. And a
+    layer that PEFT does not know is taken for a linear one that can only be run, if it says how many features
+    it has and keeps tensors of integers or 8-bit floats.
 
     Args:
         base: The layer.
@@ -37,6 +71,8 @@ def quantization_of(
     backend = resolve_quantization_backend(base, get_apply_tensor_subclass=settings or (lambda: None))
     if isinstance(backend, TorchaoBackend) and (settings is None or hasattr(settings(), "fqn_to_config")):
         backend.supports_merge = False
+    if backend is None and _is_made_of_others(getattr(base, "weight", None)):
+        return ComposedBackend(base)
     if backend is None and linear_sizes(base) and _runs_on_packed_weights(base):
         return UnknownBackend(type(base).__name__)
     return backend
@@ -91,6 +127,11 @@ def stored_tensor(base: nn.Module) -> Tensor:
         if isinstance(tensor, Tensor):
             return tensor
     raise TypeError(f"{type(base).__name__} has no tensors, so that nothing says where its adapter belongs")
+
+
+def _is_made_of_others(weight: Any) -> bool:
+    """Whether a weight is a tensor made of others; not a part of one that processes share."""
+    return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "device_mesh")
 
 
 def nbytes(tensor: Tensor) -> int:

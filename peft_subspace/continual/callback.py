@@ -88,6 +88,6 @@ def _check_alone(name: str) -> None:
     if processes.world_size() > 1:
         raise RuntimeError(
             f"task {name!r} cannot start within a training of {processes.world_size()} processes, which "
-            "would not share the gradients of its parameters; train each task by a Trainer of its own, and call "
-            "next_task in between"
+            "would not share the gradients of its parameters; train each task by a Trainer of its own, and "
+            "call next_task in between"
         )
