@@ -60,10 +60,9 @@ def parts(base: nn.Module) -> dict[str, Tensor]:
     weight = getattr(base, "weight", None)
     if weight is None:  # HQQ
         tensors = {"codes": base.W_q.data, "bias": base.bias, **base.meta}
-    elif hasattr(weight, "__tensor_flatten__"):  # torchao
-        names, constants = weight.__tensor_flatten__()
-        tensors = {name: getattr(weight, name) for name in names} | {"codes": weight.qdata}
-        assert constants.keys() == {"block_size", "dtype", "act_quant_kwargs", "reduce_range"}
+    elif hasattr(weight, "__tensor_flatten__"):  # torchao, quanto
+        tensors = {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]}
+        tensors["codes"] = next(iter(tensors.values()))
     else:
         quant_state = getattr(weight, "quant_state", None)
         tensors = {"codes": weight.data} | (quant_state.as_dict(packed=True) if quant_state else {})

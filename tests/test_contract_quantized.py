@@ -357,3 +357,61 @@ def test_torchao_embedding_trains_but_does_not_merge(embedding):
         model.merge_adapter()
     assert_same_parts(codes(model), before)
     assert torch.equal(outputs(model, tokens), output)
+
+
+class Scaled(torch.Tensor):
+    """Integers and their scale in one tensor, as libraries that PEFT does not know may store a weight."""
+
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    def dequantize(self):
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        return function(*[a.dequantize() if isinstance(a, cls) else a for a in args], **(kwargs or {}))
+
+
+class Quantized(nn.Linear):
+    """Stores its weight so."""
+
+    def quantize(self):
+        scale = self.weight.detach().abs().max() / 127
+        codes = (self.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(Scaled(codes, scale), requires_grad=False)
+        return self
+
+
+class Freezing(Quantized):
+    """Can do it again, by the name that quanto uses."""
+
+    def freeze(self):
+        self.quantize()
+
+
+@pytest.mark.parametrize("layer_cls", [Quantized, Freezing])
+def test_a_weight_made_of_other_tensors_is_quantized_again_or_refused(method, layer_cls):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"layer": layer_cls(32, 32).quantize()})
+    layer = get_peft_model(net, method.config(init_weights=False)).base_model.model["layer"]
+    x, codes = torch.randn(3, 32), layer.get_base_layer().weight.codes.clone()
+    live = outputs(layer, x)
+    if layer_cls is Quantized:
+        with pytest.raises(TypeError, match="Scaled weights cannot be rewritten"):
+            layer.merge()
+    else:
+        layer.merge()
+        assert isinstance(layer.get_base_layer().weight, Scaled)
+        assert distance(outputs(layer, x), live) < 0.02
+        layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight.codes, codes)
+    assert torch.equal(outputs(layer, x), live)

@@ -251,7 +251,7 @@ def test_weights_that_come_late_cannot_start_an_adapter_of_an_engine():
     base.to_empty(device="cpu")
     keep_masters(model)
     with pytest.raises(
-        RuntimeError, match="the start of adapter 'default' from loaded weights must come before"
+        RuntimeError, match="what initializes adapter 'default' from loaded weights must come before"
     ):
         model(torch.randn(2, 12))
 

@@ -58,7 +58,7 @@ def quantization_of(
 
     PEFT decides, with three additions. Weights of torchao can be adapted, but not merged into, where the
     settings that they were quantized with are unknown, or differ by the layer's name. A weight that is one
-    tensor made of others, as quanto's, can be read; written it is by a layer that can quantize it again. And a
+    tensor made of others, as quanto's, can be read, and written by a layer that can quantize it again. And a
     layer that PEFT does not know is taken for a linear one that can only be run, if it says how many features
     it has and keeps tensors of integers or 8-bit floats.
 

@@ -87,7 +87,7 @@ class BaseWeight:
         if not self.readable:
             raise NotImplementedError(unreadable(module))
         undo_repacking(module)
-        return self.backend.get_base_weight(module)
+        return self.backend.get_base_weight(module).detach()
 
     def set(self, weight: Tensor) -> None:
         """Replace the values; for a tied weight this module's alone: no adapter of the others is merged."""

@@ -68,7 +68,7 @@ def initialize_deferred(layer: Any, adapter_name: str) -> None:
             f"adapter {adapter_name!r} starts from the base weight, which is on the meta device; load "
             "the base model first"
         )
-    check_no_engine(delta.parameters(), f"the start of adapter {adapter_name!r} from loaded weights")
+    check_no_engine(delta.parameters(), f"what initializes adapter {adapter_name!r} from loaded weights")
     config, _ = layer._deferred.pop(adapter_name)
     delta.to_empty(device="cpu")
     _initialize(layer, delta, config, None, None)
