@@ -9,7 +9,7 @@ ENGINES := deepspeed
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help .venv demo demo-text test test-slow features engines benchmark docs lint format clean
+.PHONY: help .venv demo demo-text test test-slow features engines benchmark docs dist lint format clean
 
 help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
@@ -21,6 +21,7 @@ help:
 	@echo "make engine-NAME the same in one of them"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make docs        build the documentation into outputs/site, with warnings as errors"
+	@echo "make dist        build wheel and sdist, and run README's quick start in an environment that has no more"
 	@echo "make lint        check style, formatting, types and documentation"
 	@echo "make format      apply what 'make lint' can repair"
 
@@ -80,6 +81,11 @@ benchmark: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python tests/distributions.py dist
 
 lint: $(INSTALLED) docs
 	$(BIN)/ruff check

@@ -79,7 +79,7 @@ def _entry(outcomes: dict[str, list[str]]) -> dict[str, str]:
 
 def _places(root: Path, rows: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Where each row is first named in the tests: the file's name, and the position in it."""
-    files = sorted([*root.glob("*.py"), *root.glob("tests/*.py")])
+    files = sorted([*root.glob("*.py"), *root.glob("tests/*.py"), *root.glob("tests/engines/*.py")])
     texts = [(file.name, file.read_text()) for file in files]
     places = {}
     for row in rows:

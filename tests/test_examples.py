@@ -24,7 +24,7 @@ from models import build, llama
 from test_docs import WORDS, tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = [file for file in sorted(EXAMPLES.glob("*.py")) if file.stem != "axolotl_plugin"]
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 FOLDERS = ["--real=pictures", "--generated=pictures", "--unseen=pictures"]
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 

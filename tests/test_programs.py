@@ -1,8 +1,7 @@
 """Programs around PEFT that are not installed here, by stand-ins with the same interface."""
 
-import runpy
+import importlib
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ from peft import PeftModel, get_peft_model
 import models
 from peft_subspace import GradientInitCallback, RegularizationCallback
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 IDS = torch.tensor([[5, 9, 12, 33, 7, 20]])
 LM_EVAL = "import peft_subspace, runpy; runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)"
 """What `python -c` gets so that lm-eval, which has no option to import packages, knows the methods."""
@@ -29,7 +27,8 @@ def plugin(monkeypatch):
     for name in ("axolotl", "axolotl.integrations"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, base.__name__, base)
-    return runpy.run_path(str(EXAMPLES / "axolotl_plugin.py"), run_name="axolotl_plugin")
+    monkeypatch.delitem(sys.modules, "peft_subspace.axolotl", raising=False)
+    return importlib.import_module("peft_subspace.axolotl")
 
 
 @pytest.mark.feature("Axolotl plugin")
@@ -37,9 +36,9 @@ def test_axolotl_plugin(method, plugin, tmp_path, record_property):
     record_property(
         "not run", "Axolotl is none of the packages that tests install; a stand-in has its interface"
     )
-    ours = plugin["SubspacePlugin"]()
-    assert ours.get_input_args() == "axolotl_plugin.SubspaceArgs"
-    fields = plugin["SubspaceArgs"](peft_subspace=target_options(method)).peft_subspace
+    ours = plugin.SubspacePlugin()
+    assert ours.get_input_args() == "peft_subspace.axolotl.SubspaceArgs"
+    fields = plugin.SubspaceArgs(peft_subspace=target_options(method)).peft_subspace
     name = method.name.removesuffix("_r")
     cfg = SimpleNamespace(adapter=name, peft_subspace=fields, lora_model_dir=None)
     assert name in [capabilities.name for capabilities in ours.get_adapter_capabilities()]

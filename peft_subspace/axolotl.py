@@ -1,17 +1,18 @@
 """Plugin of Axolotl: its configs take the methods of this package as adapters.
 
-Put this file where Axolotl runs, or on PYTHONPATH, and name it in the config:
+Axolotl finds it where this package is installed (entry point `axolotl.plugins`); a config says
 
-    plugins:
-      - axolotl_plugin.SubspacePlugin
     adapter: flora            # or mos, lora_sb, effort, continual_svd
     peft_subspace:            # fields of the method's config
       r: 16
       alpha: 32
       target_modules: all-linear
 
+Versions before 0.21 look for no entry points, and need `plugins: [peft_subspace.axolotl.SubspacePlugin]`.
 Axolotl's command `merge-lora` knows LoRA only: use `merge_and_unload`, or `peft_subspace.export_lora`.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
