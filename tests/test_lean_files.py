@@ -76,8 +76,8 @@ def held_bytes(model):
 
 def count_decompositions(monkeypatch):
     calls = []
-    plain = projection.singular_vectors
-    module = "peft_subspace.methods.continual_svd.delta.singular_vectors"
+    plain = projection.singular_bases
+    module = "peft_subspace.methods.continual_svd.delta.singular_bases"
     monkeypatch.setattr(module, lambda *args: calls.append(args) or plain(*args))
     return calls
 

@@ -81,6 +81,25 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
+def complement(matrix: Tensor) -> Tensor:
+    """Orthonormal basis `(m, m − k)` of what is orthogonal to the columns of a matrix `(m, k)`."""
+    return torch.linalg.qr(matrix, mode="complete").Q[:, matrix.shape[1] :]
+
+
+def correction(residual: Tensor, squares: Tensor, rest: Tensor, values: Tensor) -> Tensor:
+    """`Z` for which `X + Y Z` are eigenvectors of `AᵀA` to second order, given some to first order.
+
+    The residual comes of products with `A` alone, and so is free of what the Gram matrix has lost.
+
+    Args:
+        residual: `Aᵀ(A X) − X Λ`, `(n, p)`.
+        squares: The diagonal of `Λ`, `(p,)`: squared norms of the columns of `A X`.
+        rest: The other eigenvectors `Y (n, n − p)`.
+        values: Their eigenvalues.
+    """
+    return rest.T @ residual / (squares - values[:, None])
+
+
 def draw_orthonormal_(basis: Tensor, generator: torch.Generator) -> None:
     """Fill a matrix `(m, r)`, in place, with random orthonormal columns."""
     basis.copy_(orthonormal(torch.randn(basis.shape, generator=generator)))
@@ -91,19 +110,21 @@ def smallest_triples(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest `rank` singular triples of a matrix `(m, n)`, fp32: `U (m, rank)`, `S`, `Vh (rank, n)`.
 
-    Block inverse iteration in float64: one LU factorization, then `X ← A⁻¹ A⁻ᵀ X`, orthonormalized at every
-    product, on `2 · rank + 14` vectors until `‖A v − s u‖` and `‖Aᵀ u − s v‖` are below `tolerance · ‖A‖_F`
-    for every triple. From random vectors this is fast where the smallest values lie apart, as in most square
-    matrices. Where they lie close together, as in matrices that are not square, it starts from the
-    eigenvectors of `AᵀA`, which one step then rids of the squared condition number. A matrix that is not
-    square is first brought to its triangle. The generator is local and always the same. Where the block would
-    be more than an eighth of the matrix, or neither start converges, the SVD is a full one in float64.
+    Found on blocks of `2 · rank + 14` vectors, in float64, until `‖A v − s u‖` and `‖Aᵀ u − s v‖` are below
+    `tolerance · ‖A‖_F` for every triple. In a square matrix the smallest values lie apart, so that inverse
+    iteration from random vectors is fast: one LU factorization, then `X ← A⁻¹ A⁻ᵀ X`. In one that is not
+    square they lie close together and far from zero, so that eigenvectors of `AᵀA` in single precision come
+    near, and corrections in double precision do the rest. Where that does not converge, inverse iteration
+    starts from eigenvectors of `AᵀA` in float64, which one step rids of the squared condition number. The
+    generator is local and always the same. Where the block would be more than an eighth of the matrix, or
+    nothing converges, the SVD is a full one in float64.
 
     Raises:
         ValueError: If the matrix is zero or not finite.
 
     Reference:
-        Golub and Van Loan, "Matrix Computations", 8.2 (orthogonal iteration), on the inverse.
+        Golub and Van Loan, "Matrix Computations", 8.2 (orthogonal iteration), on the inverse; Davidson (J.
+        Comput. Phys. 17, 1975) for the corrections.
     """
     A = matrix.double()
     norm = A.norm()
@@ -116,19 +137,48 @@ def smallest_triples(
         return Vh.T.contiguous(), S, U.T.contiguous()
     found, block = None, 2 * rank + 14
     if 8 * block <= A.shape[1]:
-        tall = A.shape[0] > A.shape[1]
-        R = torch.linalg.qr(A, mode="r").R if tall else A
-        factors = _factorize(R)
-        for start in (_eigenvectors,) if tall else (_random_vectors, _eigenvectors):
-            found = _inverse_iteration(R, factors, start(R, block), rank, iterations, tolerance * norm)
-            if found is not None:
-                break
-        if found is not None and tall:
-            left, S, Vh = found
-            # A v / s is inaccurate for the tiniest s; they need the rest of the QR.
-            found = (A @ Vh.T / S if S.min() > 1e-6 * norm else torch.linalg.qr(A).Q @ left, S, Vh)
+        if A.shape[0] > A.shape[1]:
+            found = _corrected(A, block, rank, iterations, tolerance * norm)
+        found = found or _iterated(A, block, rank, iterations, tolerance * norm)
     U, S, Vh = found or torch.linalg.svd(A, full_matrices=False)
     return U[:, -rank:].float().contiguous(), S[-rank:].float(), Vh[-rank:].float().contiguous()
+
+
+Triples = tuple[Tensor, Tensor, Tensor]
+
+
+def _corrected(A: Tensor, block: int, rank: int, iterations: int, tolerance: Tensor) -> Triples | None:
+    """Smallest triples of a tall matrix, from eigenvectors in single precision; None if none converge."""
+    single, before = A.float(), torch.inf
+    values, vectors = torch.linalg.eigh(single.T @ single)
+    X, rest = vectors[:, :block].double(), vectors[:, block:]
+    for _ in range(iterations):
+        left, S, Vh = torch.linalg.svd(A @ (X := orthonormal(X)), full_matrices=False)
+        X = X @ Vh.T
+        residual = (left.T.contiguous() @ A).T - X * S
+        largest = float(residual[:, -rank:].norm(dim=0).max())
+        if largest < tolerance:
+            return left, S, X.T
+        if largest > before / 4:
+            return None
+        before = largest
+        step = correction((residual * S).float(), S.float().square(), rest, values[block:])
+        X = X + (rest @ step.nan_to_num(0.0, 0.0, 0.0)).double()
+    return None
+
+
+def _iterated(A: Tensor, block: int, rank: int, iterations: int, tolerance: Tensor) -> Triples | None:
+    """Smallest triples by inverse iteration; None if no start converges."""
+    tall = A.shape[0] > A.shape[1]
+    R = torch.linalg.qr(A, mode="r").R if tall else A
+    factors, found = _factorize(R), None
+    for start in (_eigenvectors,) if tall else (_random_vectors, _eigenvectors):
+        found = found or _inverse_iteration(R, factors, start(R, block), rank, iterations, tolerance)
+    if found is None or not tall:
+        return found
+    left, S, Vh = found
+    # A v / s is inaccurate for the tiniest s; they need the rest of the QR.
+    return A @ Vh.T / S if S.min() > 1e-6 * A.norm() else torch.linalg.qr(A).Q @ left, S, Vh
 
 
 def _random_vectors(A: Tensor, block: int) -> Tensor:
@@ -148,11 +198,12 @@ def _inverse_iteration(
     for _ in range(iterations):
         Z = orthonormal(torch.linalg.lu_solve(*factors, X, adjoint=True))
         X = orthonormal(torch.linalg.lu_solve(*factors, Z))
-        U, S, Vh = torch.linalg.svd(Z.T @ A @ X)
-        left, S, right = (Z @ U)[:, -rank:], S[-rank:], X @ Vh[-rank:].T
-        residual = torch.stack([(A @ right - left * S).norm(dim=0), (A.T @ left - right * S).norm(dim=0)])
-        if residual.max() < tolerance:
-            return left, S, right.T
+        AX = A @ X
+        U, S, Vh = torch.linalg.svd(Z.T @ AX)
+        left, S, right = (Z @ U)[:, -rank:], S[-rank:], Vh[-rank:] @ X.T
+        first, second = AX @ Vh[-rank:].T - left * S, left.T.contiguous() @ A - right * S[:, None]
+        if max(first.norm(dim=0).max(), second.norm(dim=1).max()) < tolerance:
+            return left, S, right
     return None
 
 

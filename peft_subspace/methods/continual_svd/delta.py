@@ -36,7 +36,7 @@ from torch.func import functional_call, vjp
 
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.projection import singular_vectors
+from peft_subspace.core.projection import singular_bases
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
 from .subspaces import Side, reflect
@@ -134,9 +134,11 @@ class ContinualSVDDelta(Delta):
 
     def reset_from_weight(self, weight: Tensor) -> None:
         """Take the leading singular directions of the weight as those to protect."""
-        leading = dict(zip("UV", singular_vectors(weight.flatten(1), self.directions), strict=True))
-        for name, side in self.sides.items():
-            getattr(self, name).copy_(side.keep(leading[name]))
+        outside = [name in self.sides and self.sides[name].by_complement for name in "UV"]
+        bases = singular_bases(weight.flatten(1), self.directions, (outside[0], outside[1]))
+        for name, basis in zip("UV", bases, strict=True):
+            if name in self.sides:
+                getattr(self, name).copy_(self.sides[name].keep(basis))
 
     @classmethod
     def concatenate(cls, deltas: Sequence[ContinualSVDDelta], weights: Sequence[float]) -> Combined:

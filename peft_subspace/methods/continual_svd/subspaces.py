@@ -39,9 +39,8 @@ class Side:
         """Whether the complement is kept, which is narrower then."""
         return 2 * self.count >= self.size
 
-    def keep(self, directions: Tensor) -> Tensor:
-        """Tensor to keep, given the orthonormal directions `(d, k)` to protect."""
-        basis = complement(directions) if self.by_complement else directions
+    def keep(self, basis: Tensor) -> Tensor:
+        """Tensor to keep, given the narrower basis: of the directions to protect, or of their complement."""
         return reflection(basis) if self.reflects else basis
 
     def outside(self, kept: Tensor, matrix: Tensor, *, rows: bool) -> Tensor:
@@ -71,12 +70,6 @@ def reflection(leading: Tensor) -> Tensor:
     shifted = leading.clone()
     shifted[:count] += left @ right
     return shifted @ (right.T / (1 + cosines).sqrt())
-
-
-def complement(leading: Tensor) -> Tensor:
-    """Orthonormal basis `(d, d − k)` of what is orthogonal to the orthonormal `H (d, k)`."""
-    size, count = leading.shape
-    return lift(reflection(leading), torch.eye(size - count, dtype=leading.dtype, device=leading.device))
 
 
 def lift(reflector: Tensor, coordinates: Tensor) -> Tensor:
