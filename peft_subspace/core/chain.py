@@ -10,6 +10,9 @@ from torch import Tensor
 
 def multiply(factors: Sequence[Tensor]) -> Tensor:
     """Product of a chain, `(out, in, *kernel)`; at most one factor may carry kernel axes."""
+    joint = kernel_at(factors)
+    if 0 < joint < len(factors) - 1:  # its inputs first, for axes change places there, which takes copies
+        return multiply([*factors[:joint], multiply(factors[joint:])])
     product = factors[0]
     for factor in factors[1:]:
         factor = factor.to(product.dtype)  # autocast lowers the dtype of products
@@ -51,11 +54,10 @@ def narrowest_rank(factors: Sequence[Tensor]) -> int:
 
 def narrowest(factors: Sequence[Tensor]) -> int:
     """Number of factors left of the narrowest joint; 0 if no joint leaves the kernel on its right."""
-    last = next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)
-    ranks = [factor.shape[0] for factor in factors[1 : last + 1]]
+    ranks = [factor.shape[0] for factor in factors[1 : kernel_at(factors) + 1]]
     return 1 + ranks.index(min(ranks)) if ranks else 0
 
 
 def kernel_at(factors: Sequence[Tensor]) -> int:
-    """Position of the factor that carries the kernel axes."""
-    return next(i for i, factor in enumerate(factors) if factor.ndim > 2)
+    """Position of the factor that carries the kernel axes, or of the last one."""
+    return next((i for i, factor in enumerate(factors) if factor.ndim > 2), len(factors) - 1)

@@ -3,7 +3,7 @@ r"""Effort: `ΔW = U S Vh − U0 S0 Vh0`, where `U0 S0 Vh0` are the smallest sin
 The adapted weight is then `W + ΔW = W_kept + U S Vh`, where `W_kept` has all larger triples. The changes
 `U_change = U − U0`, `S_change = S − S0` and `Vh_change = Vh − Vh0` are trained; they start at zero, and
 
-    ΔW = [U_change S + U0 S_change, U0 S0] · [Vh; Vh_change],
+    ΔW = [U_change S0 + U S_change, U0 S0] · [Vh; Vh_change],
 
 so `ΔW` is exactly zero at first, nothing cancels later, and weight decay pulls toward the base weight.
 
@@ -62,9 +62,9 @@ class EffortDelta(Delta):
         return self.U0 + self.U_change, self.S0 + self.S_change, self.Vh0 + self.Vh_change
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return `[U_change S + U0 S_change, U0 S0]` and `[Vh; Vh_change]`."""
-        S, Vh = self.S0 + self.S_change, self.Vh0 + self.Vh_change
-        left = [torch.addcmul(self.U_change * S, self.U0, self.S_change), self.U0 * self.S0]
+        """Return `[U_change S0 + U S_change, U0 S0]` and `[Vh; Vh_change]`."""
+        U, Vh = self.U0 + self.U_change, self.Vh0 + self.Vh_change
+        left = [self.U_change * self.S0 + U * self.S_change, self.U0 * self.S0]
         return torch.cat(left, dim=1), torch.cat([Vh, self.Vh_change])
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:

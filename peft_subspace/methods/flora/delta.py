@@ -10,6 +10,7 @@ the stack is the third mode: `ΔW[e, o, i] = s · Σ_abc G[a, b, c] A⁽¹⁾[i,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,10 @@ class FLoRADelta(Delta):
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return `A⁽²⁾`, the core with its kernel modes multiplied out, and `A⁽¹⁾ᵀ`."""
         into, out, *kernel = self.mode_factors
-        core = self.core.transpose(0, 1)
-        for mode, factor in enumerate(kernel, start=2):
-            core = mode_product(core, factor, mode)
-        return out, core, into.T
+        core = self.core
+        if kernel:
+            core = (core.flatten(2) @ reduce(torch.kron, kernel).T).unflatten(2, self.shape.modes[2:])
+        return out, core.transpose(0, 1), into.T
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Draw the factors and the core; one of them starts at zero, unless `init_weights` is False."""
