@@ -24,7 +24,7 @@ from .tuner import combination as _combination
 from .tuner import config as _config
 
 if TYPE_CHECKING:
-    from . import continual, edits, merging
+    from . import continual, edits, merging, statistics
     from .continual.callback import NextTaskCallback
     from .heads import EquiangularHead, GrassmannHead
     from .initialization.callback import GradientInitCallback
@@ -79,6 +79,7 @@ __all__ = [
     "push_to_hub",
     "regularization_loss",
     "save_with_shared_bases",
+    "statistics",
 ]
 
 _MODULES = {
@@ -119,7 +120,7 @@ _FORMER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("continual", "edits", "merging"):
+    if name in ("continual", "edits", "merging", "statistics"):
         return import_module(f".{name}", __name__)
     if name in _FORMER:
         place = f"{__name__}.{_FORMER[name]}"

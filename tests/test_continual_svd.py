@@ -23,9 +23,9 @@ from peft_subspace.continual import (
     save_heatmap,
     subspace_leak,
 )
-from peft_subspace.core import projection
+from peft_subspace.core import complement, projection
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.methods.continual_svd import delta, subspaces
+from peft_subspace.methods.continual_svd import delta
 from peft_subspace.tuner.layer import SubspaceLayer
 from tables import failing
 
@@ -87,11 +87,11 @@ def train(model, optimizer, steps=200, size=9):
 @pytest.mark.parametrize(("size", "count"), [(9, 0), (9, 1), (9, 4), (9, 7), (9, 9)])
 def test_reflection_gives_an_orthonormal_complement_of_any_number_of_directions(size, count):
     head = torch.linalg.qr(torch.randn(size, count, dtype=torch.float64)).Q
-    reflector = subspaces.reflection(head)
+    reflector = complement.reflection(head)
     assert reflector.shape == (size, count)
     Q = torch.eye(size, dtype=torch.float64) - reflector @ reflector.T
     assert torch.allclose(Q @ Q, torch.eye(size, dtype=torch.float64), atol=1e-12)
-    basis = subspaces.lift(reflector, torch.eye(size - count, dtype=torch.float64))
+    basis = complement.lift(reflector, torch.eye(size - count, dtype=torch.float64))
     assert torch.allclose(basis, Q[:, count:], atol=1e-12)
     assert (head.T @ basis).norm() < 1e-12
     assert torch.allclose(basis.T @ basis, torch.eye(size - count, dtype=torch.float64), atol=1e-12)
@@ -586,7 +586,7 @@ def test_pattern_from_importance_is_the_papers_formula_clamped():
     assert list(pattern) == [r"a\.1\.query\.b", r"a\.0\.query", r"a\.1\.query", "c"]
     assert list(pattern.values()) == pytest.approx([0.45, 0.1, 0.8, 0.99])
     config = ContinualSVDConfig(preserve_pattern=pattern)
-    assert [config.spec_for(name, WeightShape(100, 100)).directions / 100 for name in names] == pytest.approx(
+    assert [config.spec_for(name, WeightShape(100, 100)).inputs / 100 for name in names] == pytest.approx(
         [0.1, 0.8, 0.45, 0.99]
     )
     with pytest.raises(ValueError, match=r"minimum=0\.9 must be at most target=0\.8"):

@@ -44,6 +44,7 @@ FUNCTIONS = [
     "push_to_hub",
     "regularization_loss",
     "save_with_shared_bases",
+    "statistics",
 ]
 
 

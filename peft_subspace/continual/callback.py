@@ -23,7 +23,8 @@ class NextTaskCallback(TrainerCallback):
 
     Args:
         starts: Name of the task to start, by the number of steps taken.
-        options: As for `next_task`: `keep`, `preserve`, `new_heads`.
+        options: As for `next_task`: `keep`, `preserve`, `energy`, `new_heads`; `statistics` as a function of
+            the model that gathers them.
 
     Raises:
         TypeError: If a number of steps is none.
@@ -80,7 +81,10 @@ class NextTaskCallback(TrainerCallback):
         name = self.starts.get(step)
         if name is not None and model is not None and name not in getattr(model, "peft_config", ()):
             _check_alone(name)
-            next_task(model, name, optimizer=optimizer, scheduler=lr_scheduler, **self.options)
+            options = dict(self.options)
+            if callable(options.get("statistics")):
+                options["statistics"] = options["statistics"](model)
+            next_task(model, name, optimizer=optimizer, scheduler=lr_scheduler, **options)
 
 
 def _check_alone(name: str) -> None:

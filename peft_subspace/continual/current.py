@@ -107,7 +107,8 @@ def task_to_replace(tuner: ContinualSVDModel, optimizer: object) -> ContinualSVD
     """Config of the open task that was deleted, if that left no other to follow: one takes its place.
 
     Raises:
-        ValueError: If an optimizer is to go on, which can have none of its parameters then.
+        ValueError: If an optimizer is to go on, which can have none of its parameters then, or the task had
+            directions from data, which nothing else has.
     """
     check_tasks_run(tuner)
     left = [name for name in tuner.active_adapters if not is_merged(tuner, name)]
@@ -116,6 +117,11 @@ def task_to_replace(tuner: ContinualSVDModel, optimizer: object) -> ContinualSVD
         raise ValueError(
             "the task that the optimizer trained has been deleted, so it cannot take those of another in "
             "their place; leave it out, and make a new one afterwards"
+        )
+    if deleted is not None and deleted.directions != "weight":
+        raise ValueError(
+            "the directions that all tasks so far use are gone with the task that has been deleted; load it "
+            "again with model.load_adapter(…), or add an adapter and call peft_subspace.continual.protect"
         )
     return deleted
 

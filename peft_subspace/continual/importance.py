@@ -6,19 +6,17 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import find_batch_size
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.batches import read_batches
-from peft_subspace.initialization.evaluating import evaluating
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
-from peft_subspace.runtime.progress import progress
+from peft_subspace.statistics.passes import Padding, run
 from peft_subspace.tuner.patterns import patterns_of
 
 _SMALLEST_MEAN = 1e-3
@@ -76,7 +74,11 @@ def layer_importance(
             f"dataloader gave {samples} samples, but min_samples={min_samples} are needed; give more "
             "data, or lower min_samples"
         )
-    means = [meter.mean() for meter in _run(model, modules, batches)]
+    padding = Padding()
+    meters = [_Meter(module, padding) for module in modules.values()]
+    hooks = [(module, meter.hook) for module, meter in zip(modules.values(), meters, strict=True)]
+    run(model, batches, hooks, padding, description="comparing inputs and outputs")
+    means = [meter.mean() for meter in meters]
     total = sum(means) / len(means)
     if total < _SMALLEST_MEAN:
         warnings.warn(
@@ -128,11 +130,11 @@ def preserve_schedule(task: int, n_tasks: int) -> float:
 class _Meter:
     """Sum of cosines between what a layer gets and gives."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, padding: Padding) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         self.convolves = isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         self.total, self.count = 0.0, 0
-        self.mask: Tensor | None = None
+        self.padding = padding
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the layer."""
@@ -141,35 +143,13 @@ class _Meter:
             x, y = x.flatten(2).mean(-1), y.flatten(2).mean(-1)
         width = min(x.shape[-1], y.shape[-1])
         cosines = F.cosine_similarity(x[..., :width], y[..., :width], dim=-1)
-        if self.mask is not None and self.mask.shape == cosines.shape:
-            cosines = cosines[self.mask.to(cosines.device).bool()]
+        cosines = self.padding.without(cosines, last=False)
         self.total += cosines.sum().item()
         self.count += cosines.numel()
 
     def mean(self) -> float:
         """Mean cosine, zero if negative or if nothing reached the layer."""
         return max(self.total / self.count, 0.0) if self.count else 0.0
-
-
-def _run(model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Any]) -> list[_Meter]:
-    meters = [_Meter(module) for module in modules.values()]
-    handles = [
-        module.register_forward_hook(meter.hook)
-        for module, meter in zip(modules.values(), meters, strict=True)
-    ]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model, [], ""), torch.no_grad():
-            for batch in progress(batches, len(batches), "comparing inputs and outputs"):
-                batch = send_to_device(batch, device)
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                for meter in meters:
-                    meter.mask = mask
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return meters
 
 
 def _modules(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_subspace.core.projection import singular_vectors
+from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
@@ -39,12 +40,16 @@ def subspace_leak(
         `{"max": …, "modules": {module name: {"output": …, "input": …}}}`.
 
     Raises:
-        ValueError: If the model has no such adapter.
+        ValueError: If the model has no such adapter, or `from_weight` is set where directions are of data.
     """
     layers = adapted_layers(model, adapter_name, ContinualSVDModel.tuner_layer_cls)
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no Continual SVD adapter on this model")
     config = getattr(model, "peft_config", {}).get(adapter_name)
+    if from_weight and not next(iter(layers.values())).deltas[adapter_name].reads_weight:
+        raise invalid(
+            "from_weight", from_weight, f"is of the weight, and {adapter_name!r} protects what data use"
+        )
     modules: dict[str, dict[str, float]] = {}
     for name, layer in progress(layers.items(), len(layers), "measuring leaks"):
         protected = None
@@ -62,10 +67,10 @@ def subspace_leak(
 def _leaks(
     delta: ContinualSVDDelta, update: Tensor, protected: tuple[Tensor, Tensor] | None
 ) -> dict[str, float]:
-    def leading(side: str, matrix: Tensor) -> Tensor:
-        if protected is None:
-            return delta.sides[side].leading(getattr(delta, side), matrix)
-        basis = protected[side == "V"].to(matrix.device)
+    def leading(name: str, matrix: Tensor) -> Tensor:
+        side = delta.sides[name]
+        basis = side.directions(getattr(delta, name)) if protected is None else protected[name == "V"]
+        basis = basis[:, : side.count].to(matrix.device)
         return basis @ (basis.T @ matrix)
 
     norm = update.norm().item() or 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_subspace.continual.current import close, current_task, is_merged, task_to_replace, tuner_of
+from peft_subspace.continual.current import close, current_task, task_to_replace, tuner_of
+from peft_subspace.continual.directions import fill, gather
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.modes import lasting
@@ -20,6 +21,7 @@ from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
+from peft_subspace.statistics import Statistics
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.merging import check_finite, merge_permanently
@@ -32,6 +34,8 @@ def next_task(
     *,
     keep: str | None = None,
     preserve: float | Mapping[str, float] | None = None,
+    statistics: Statistics | None = None,
+    energy: float | None = None,
     optimizer: Any = None,
     scheduler: Any = None,
     new_heads: bool = True,
@@ -54,6 +58,10 @@ def next_task(
             round, and for a task that is kept so already.
         preserve: What to protect from the new task, as in the config: a number for all modules, or one for
             each by name or regular expression (the config's `preserve` for others). By default as before.
+        statistics: What the task that ends uses, as `peft_subspace.statistics.collect` gathers it on its data
+            with the model as it is now, where `directions` of the config are from data. What is new in it is
+            protected from now on, beside what was before.
+        energy: Part of it to protect, if another than before.
         optimizer: Optimizer to go on with: it forgets its state and takes the new adapter's parameters.
         scheduler: Learning-rate scheduler to start again.
         new_heads: Whether the heads start again from those of the base model, rather than where they are.
@@ -61,15 +69,18 @@ def next_task(
     Raises:
         TypeError: If `model`, or the scheduler, is none that this works on.
         ValueError: If there is no current task, it is merged, the name is taken, the optimizer has none of
-            its parameters, or `keep` or `preserve` does not fit. Nothing has been changed then.
+            its parameters, `keep` or `preserve` does not fit, or `statistics` are missing, of another model,
+            or leave nothing to train. Nothing has been changed then.
+
+    Warns:
+        UserWarning: If some layers have no room for all that the statistics ask for.
 
     Reference:
         Nayak et al. (arXiv 2504.07097), section 4, for merging.
     """
     tuner = tuner_of(model)
-    deleted = task_to_replace(tuner, optimizer)
-    if deleted is not None:
-        _replace_task(model, name, _fresh(deleted, preserve), scheduler, new_heads)
+    if (deleted := task_to_replace(tuner, optimizer)) is not None:
+        _replace_task(model, name, _fresh(deleted, preserve, energy), scheduler, new_heads)
         return
     task = current_task(tuner)
     layers = adapted_layers(tuner, task, SubspaceLayer).values()
@@ -77,17 +88,16 @@ def next_task(
     keep = keep or ("stack" if quantized or tuner.peft_config[task].closed else "merge")
     _check_name(tuner, name)
     _check_keep(tuner, task, keep)
-    config = tuner.peft_config[task]
-    config = _fresh(config, preserve, earlier_tasks={**config.earlier_tasks, task: keep})
+    history = {**tuner.peft_config[task].earlier_tasks, task: keep}
+    config = _fresh(tuner.peft_config[task], preserve, energy, earlier_tasks=history)
+    directions = gather(tuner, task, config, statistics)
     tuner.plan(tuner.model, copy.deepcopy(config))
     restart_scheduler(scheduler, dry_run=True)
     names = parameter_names(model, optimizer, task)
     if keep == "merge":
-        for layer in progress(layers, len(layers), "checking updates"):
-            check_finite(layer, [task])
-        for layer in progress(layers, len(layers), "merging"):
-            merge_permanently(layer, task)
+        _merge(layers, task)
     model.add_adapter(name, config)
+    fill(tuner, name, directions)
     if not new_heads:
         _continue_heads(tuner, task, name)
     close(tuner, task)
@@ -96,6 +106,13 @@ def next_task(
         _reduce_to_heads(tuner, task)
     restart_optimizer(optimizer, model, names, task, name)
     restart_scheduler(scheduler)
+
+
+def _merge(layers: Collection[SubspaceLayer], task: str) -> None:
+    for layer in progress(layers, len(layers), "checking updates"):
+        check_finite(layer, [task])
+    for layer in progress(layers, len(layers), "merging"):
+        merge_permanently(layer, task)
 
 
 def _replace_task(model: Any, name: str, config: ContinualSVDConfig, scheduler: Any, new_heads: bool) -> None:
@@ -132,20 +149,6 @@ def continue_task(model: nn.Module, name: str, optimizer: Any) -> None:
     restart_optimizer(optimizer, model, names, task, name, keep_state=True)
 
 
-def list_tasks(model: nn.Module) -> dict[str, str]:
-    """Tasks of a model, oldest first: `"merge"` or `"stack"` as they were kept, `"open"` if not closed."""
-    tuner = tuner_of(model)
-    configs = tuner.peft_config
-    tasks: dict[str, str] = {}
-    for name, config in configs.items():
-        past = {
-            task: keep for task, keep in config.earlier_tasks.items() if keep == "merge" or task in configs
-        }
-        kept = "merge" if is_merged(tuner, name) else "stack"
-        tasks = {**tasks, **past, name: tasks.get(name, kept if config.closed else "open")}
-    return tasks
-
-
 def _check_name(tuner: ContinualSVDModel, name: str) -> None:
     taken = {task for config in tuner.peft_config.values() for task in config.earlier_tasks}
     if name in taken | set(tuner.peft_config):
@@ -179,9 +182,16 @@ def _can_merge(layer: SubspaceLayer) -> bool:
 
 
 def _fresh(
-    config: ContinualSVDConfig, preserve: float | Mapping[str, float] | None, **changes: Any
+    config: ContinualSVDConfig,
+    preserve: float | Mapping[str, float] | None,
+    energy: float | None,
+    **changes: Any,
 ) -> ContinualSVDConfig:
     """Config of a task that starts, given that of another."""
+    if energy is not None:
+        changes["energy"] = energy
+    if preserve is not None and config.directions != "weight":
+        raise invalid("preserve", preserve, f"is not for directions={config.directions!r}; give energy")
     if isinstance(preserve, Mapping):
         changes |= {"preserve_pattern": dict(preserve)}
     elif preserve is not None:

@@ -59,6 +59,7 @@ class Update(LeanModule, ABC):
         keeps_zeros: Whether the update is `ΔW ⊙ (W ≠ 0)`.
         initialized: Whether the tensors are from a file or from data: nothing replaces them unasked.
         frozen: Whether nothing trains even while the adapter is active.
+        awaits: What is lacking before it may train, and what to do about it; None if nothing is.
         penalty_weights: Weights of the loss terms by name.
         penalized_at: Version of the parameters at the last gradient of loss terms; -1 after its step.
     """
@@ -76,6 +77,7 @@ class Update(LeanModule, ABC):
         self.spec, self.shape, self.random_std = spec, spec.shape, spec.shape.random_std
         self.keeps_zeros = bool(config.keep_zeros)
         self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
+        self.awaits: tuple[str, str] | None = None
         self.penalty_weights: dict[str, float] = config.penalty_weights
         self.penalized_at: int | None = None
         if self.needs_weight:
@@ -133,11 +135,7 @@ class Update(LeanModule, ABC):
             raise ValueError("the weight has NaN or infinite values; load a sound checkpoint, or exclude it")
 
     def check_values(self, state: Mapping[str, Tensor]) -> None:
-        """Raise unless values that are about to be loaded are possible; shapes are right and all is finite.
-
-        Raises:
-            ValueError: Naming the tensor.
-        """
+        """Raise a ValueError that names the tensor unless values to be loaded, of right shapes, are possible."""
 
     def state_from_gradient(
         self, gradient: Tensor, learning_rate: float, scaling: float
@@ -192,7 +190,7 @@ class Update(LeanModule, ABC):
     def copy_frozen(self, source: Update) -> None:
         """Take over the frozen tensors of another update of the same config."""
         self.load_state_dict(dict(source.named_buffers()), strict=False)
-        self.initialized = source.initialized
+        self.initialized, self.awaits = source.initialized, source.awaits
 
     @classmethod
     def concatenate(cls, deltas: Sequence[Any], weights: Sequence[float]) -> Combined:

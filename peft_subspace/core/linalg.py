@@ -17,17 +17,6 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
 
 
-def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Place tensors of equal order along the diagonal of a larger one, zeros elsewhere."""
-    shape = [sum(sizes) for sizes in zip(*(block.shape for block in blocks), strict=True)]
-    result = blocks[0].new_zeros(shape)
-    start = [0] * len(shape)
-    for block in blocks:
-        result[tuple(slice(s, s + size) for s, size in zip(start, block.shape, strict=True))] = block
-        start = [s + size for s, size in zip(start, block.shape, strict=True)]
-    return result
-
-
 def local_generator(seed: int | None, module_name: str, part: int | str) -> torch.Generator:
     """Generator for a part of what a module gets: reads the global seed where none is set, draws nothing."""
     seed = torch.initial_seed() if seed is None else seed
@@ -79,6 +68,12 @@ def truncated_svd(
 def orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormal columns that span those of `matrix`, `(m, n)` with `m ≥ n`."""
     return torch.linalg.qr(matrix).Q
+
+
+def column_basis(matrix: Tensor) -> Tensor:
+    """Orthonormal basis `(m, k)` of the span of a matrix's columns, without what is rounding: one part in 10⁶."""
+    U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U[:, : max(1, int((S > 1e-6 * S[0]).sum()))].to(matrix)
 
 
 def complement(matrix: Tensor) -> Tensor:

@@ -42,3 +42,11 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, maximum: 
         raise invalid(name, value, f"must be a number, such as {name}={max(minimum, 0.0):g}", TypeError)
     if not (abs(value) <= _LARGEST and minimum <= value < maximum):
         raise invalid(name, value, f"must be finite, at least {minimum:g} and below {maximum:g}")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise unless `value` is a part of a whole, `0 < value <= 1`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(name, value, f"must be a number, such as {name}=0.95", TypeError)
+    if not 0 < value <= 1:
+        raise invalid(name, value, "must be above 0 and at most 1")

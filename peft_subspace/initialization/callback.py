@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_subspace.initialization.evaluating import device_of
 from peft_subspace.initialization.from_gradient import initialize_from_gradient, is_initialized
 from peft_subspace.initialization.loss import LossFunction
 from peft_subspace.initialization.trainer_batches import TrainerBatches
@@ -69,7 +70,7 @@ class GradientInitCallback(TrainerCallback):
         loss_fn = self.loss_fn
         trainer = calling_trainer()
         if loss_fn is None and trainer is not None:
-            batches = TrainerBatches(trainer, train_dataloader, count, next(model.parameters()).device)
+            batches = TrainerBatches(trainer, train_dataloader, count, device_of(model))
             loss_fn = batches.loss
         initialize_from_gradient(
             model,

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from peft_subspace.base_weights.repacking import undo_repacking
+from peft_subspace.base_weights.weight import offload_hook
 from peft_subspace.tuner.layer import SubspaceLayer
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device on which a model works; the parameters of an offloaded one are on meta between two calls."""
+    hooks = (offload_hook(module) for module in model.modules())
+    working = next((torch.device(hook.execution_device) for hook in hooks if hook is not None), None)
+    return working or next(model.parameters()).device
 
 
 @contextmanager

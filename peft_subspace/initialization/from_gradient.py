@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_subspace.core.delta import Delta, Update
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.batches import Batches
+from peft_subspace.initialization.evaluating import device_of
 from peft_subspace.initialization.gradient_cache import read_gradients, write_gradients
 from peft_subspace.initialization.gradients import GradientEstimate
 from peft_subspace.initialization.loss import LossFunction, model_loss
@@ -74,11 +75,11 @@ def initialize_from_gradient(
         UserWarning: If no sample reached some of the modules; they keep the tensors that they have.
     """
     _check(learning_rate, num_batches)
-    model = _unwrap(model)
+    model = unwrap(model)
     layers = _fresh_layers(model, adapter_name)
     known = cache is not None and Path(cache).is_file()
     if not isinstance(dataloader, Batches):
-        device = next(model.parameters()).device
+        device = device_of(model)
         needed = not known or learning_rate == "auto"
         read = (dataloader, num_batches, device)
         dataloader = Batches.of_samples(*read) if needed else Batches([], [], 1.0)
@@ -117,7 +118,7 @@ def _shapes(layers: Mapping[str, SubspaceLayer]) -> dict[str, tuple[int, ...]]:
 
 def is_initialized(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was loaded, or initialized from gradients."""
-    layers = adapted_layers(_unwrap(model), adapter_name, SubspaceLayer).values()
+    layers = adapted_layers(unwrap(model), adapter_name, SubspaceLayer).values()
     return any(layer.deltas[adapter_name].initialized for layer in layers)
 
 
@@ -189,7 +190,7 @@ def _whole_like(delta: Update, name: str, tensor: Tensor) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside the wrappers that torch puts around one."""
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module

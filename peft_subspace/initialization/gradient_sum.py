@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.tuner.layer import SubspaceLayer
+from peft_subspace.tuner.target import Target
 
 
 class GradientSum:
     """Sum of the gradients of one layer's base weight, over all its calls.
 
     Args:
-        layer: The layer; `hook` is to be registered on its base layer.
+        layer: The layer, or a target that is not adapted; `hook` is to be registered on its base layer.
         offload: Whether the sum is kept in host memory.
 
     Attributes:
         total: Sum `(out, in, *kernel)` in fp32; None until the first gradient.
     """
 
-    def __init__(self, layer: SubspaceLayer, offload: bool) -> None:
+    def __init__(self, layer: SubspaceLayer | Target, offload: bool) -> None:
         self.kind, self.base, self.offload = layer.kind, layer.get_base_layer(), offload
         self.total: Tensor | None = None
         self.busy = False

@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from peft_subspace.initialization.batches import Batches
-from peft_subspace.initialization.evaluating import evaluating
+from peft_subspace.initialization.evaluating import device_of, evaluating
 from peft_subspace.initialization.gradient_sum import GradientSum
 from peft_subspace.initialization.loss import LossFunction, check_loss
 from peft_subspace.initialization.memory import batch_numel, groups_within, measured_input_bytes
@@ -50,7 +50,7 @@ class GradientEstimate:
         A layer that no sample reached has the mean gradient zero.
         """
         with evaluating(model, list(self.layers.values()), self.adapter_name):
-            device = next(model.parameters()).device
+            device = device_of(model)
             with processes.raise_in_all_processes(device, "planning the passes"):
                 groups = self._groups(model, batches.items, device)
             with bar(len(groups) * len(batches.items), "gradients", hidden=not progress) as shown:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
 from peft_subspace.initialization.batches import Batches
-from peft_subspace.initialization.evaluating import evaluating
+from peft_subspace.initialization.evaluating import device_of, evaluating
 from peft_subspace.initialization.loss import LossFunction
 from peft_subspace.runtime import distributed as processes
 from peft_subspace.runtime.engines import read_whole, write
@@ -137,7 +137,7 @@ class StepSearch:
         return scale_states(states, deltas, best)
 
     def _loss(self, shown: Any) -> float:
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         total = torch.zeros((), device=device)
         with processes.raise_in_all_processes(device, "searching the step"):
             for batch, weight in zip(self.batches.items, self.batches.weights, strict=True):

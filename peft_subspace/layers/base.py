@@ -53,6 +53,7 @@ class LayerKind:
     Attributes:
         shape: Shape of the weight as the methods see it.
         linear: Whether `ΔW` is a matrix that acts on the last axis of the input.
+        has_rows: Whether the weight, seen as a matrix, multiplies rows that are made of the input.
         dropout_cls: Dropout that suits the branch's input, None where nothing can be dropped.
         has_custom_forward: Whether the layer has a forward of its own. Only the layer itself then knows what
             an updated weight does (it pads by the size of its input, standardizes the weight, …), so it is
@@ -60,6 +61,7 @@ class LayerKind:
     """
 
     linear = False
+    has_rows = False
     dropout_cls: type[nn.Module] | None = nn.Dropout
 
     def __init__(self, shape: WeightShape, *, has_custom_forward: bool = False) -> None:
@@ -181,6 +183,10 @@ class LayerKind:
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """`add_weight_gradient` for layers that do what their kind does."""
+        raise NotImplementedError
+
+    def input_rows(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Rows `(positions, n)` that the weight, as a matrix `(m, n)`, multiplies, where `has_rows`."""
         raise NotImplementedError
 
 

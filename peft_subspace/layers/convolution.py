@@ -47,6 +47,8 @@ class _AnyConvKind(LayerKind):
 class ConvKind(_AnyConvKind):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, of any stride, padding, dilation, groups and padding mode."""
 
+    has_rows = True
+
     def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
         """Three convolutions beside the layer, one with `ΔW` beside it, or one with `W + ΔW`."""
         exact = free and sums_exactly(base, branches, x)
@@ -98,6 +100,18 @@ class ConvKind(_AnyConvKind):
     def convolve(self, base: nn.Module, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         """Convolve as the layer does; its output has one size."""
         return base._conv_forward(x, weight, None)
+
+    def input_rows(self, base: nn.Module, x: Tensor) -> Tensor:
+        """One row for each place of the kernel, and for each group: they share the columns of the weight."""
+        axes = len(self.shape.kernel_size)
+        x, padding = padded(base, x[None] if self._is_single(x) else x)
+        x = F.pad(x, [size for size in reversed(padding) for _ in range(2)])
+        for axis, (kernel, stride, step) in enumerate(
+            zip(self.shape.kernel_size, base.stride, base.dilation, strict=True), start=2
+        ):
+            x = x.unfold(axis, step * (kernel - 1) + 1, stride)[..., ::step]
+        windows = x.unflatten(1, (base.groups, -1)).movedim(2, 2 + axes)  # channels before the kernel's axes
+        return windows.reshape(-1, self.shape.columns)
 
     def _has_slow_gradient(self, base: nn.Module, x: Tensor) -> bool:
         """Whether `convolve_depthwise` is meant for this layer and input."""

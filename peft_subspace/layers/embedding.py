@@ -18,7 +18,7 @@ from peft_subspace.layers.stacked import Form, add_product
 class EmbeddingKind(TransposedKind):
     """`nn.Embedding`: a linear layer on one-hot rows, without dropout, for its input is indices."""
 
-    linear = False
+    linear = has_rows = False
     dropout_cls = None
 
     def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:

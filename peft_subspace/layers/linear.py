@@ -18,7 +18,7 @@ from peft_subspace.layers.stacked import Form, add_product
 class LinearKind(LayerKind):
     """`nn.Linear`, and quantized layers that stand for one."""
 
-    linear = True
+    linear = has_rows = True
 
     def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
         """Beside the layer, or in a product with `W + ΔW` where that is exact and cheaper to train."""
@@ -79,6 +79,10 @@ class LinearKind(LayerKind):
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         """Add `gᵀ x`."""
         total.addmm_(grad_output.flatten(0, -2).T.float(), x.flatten(0, -2).float())
+
+    def input_rows(self, base: nn.Module, x: Tensor) -> Tensor:
+        """One row for each position."""
+        return x.reshape(-1, x.shape[-1])
 
 
 class TransposedKind(LinearKind):

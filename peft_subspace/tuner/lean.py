@@ -17,7 +17,7 @@ def check_trainable(update: Update, adapter_name: str, *, training: bool) -> Non
     """Raise if an update has trainable parameters that cannot be trained.
 
     Raises:
-        RuntimeError: If it is offloaded, or is lean in a training step.
+        RuntimeError: If it is offloaded, or in a training step is lean, or awaits something.
     """
     if offload_hook(update) is not None:
         why, remedy = "is offloaded with its base layer", "give the layer a device in device_map, or load"
@@ -25,6 +25,8 @@ def check_trainable(update: Update, adapter_name: str, *, training: bool) -> Non
     elif update.lean and training:
         why = "was loaded, or closed, to be run only"
         remedy = "load it with is_trainable=True, or freeze it with model.set_requires_grad(name, False)"
+    elif update.awaits is not None and training:
+        why, remedy = update.awaits
     else:
         return
     if any(parameter.requires_grad for parameter in update.parameters()):

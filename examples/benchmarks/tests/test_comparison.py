@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import directions
 import learning_rates
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -373,6 +374,23 @@ def test_spectra_are_those_of_what_was_trained(task, monkeypatch, name):
     assert len(values) > 1
     assert all(1 <= rank <= WIDTH for rank in found["effective_ranks"].values())
     assert len(found["effective_ranks"]) == 4 * 6
+
+
+def test_directions_are_compared_at_the_rate_that_validates_best():
+    nan = float("nan")
+    runs = {
+        f"{method} {rate}": {
+            "method": method, "rate": rate, "seed": 0, "trainable": [30, 20],
+            "shared": [[0.5, nan], [0.1, 0.3]],
+            "validation": [[0.5, nan], [value, value]], "test": [[0.9, nan], [value - 0.2, 0.8]],
+        }
+        for method, rate, value in (("weight", 1e-4, 0.4), ("weight", 3e-4, 0.8), ("lora", 1e-3, 0.5))
+    }  # fmt: skip
+    lines = directions.table({"runs": runs}).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    weight = ["the weight's, half of them", "0.700", "0.850", "0.300", "0.200", "30", "20", "0.0003", "1"]
+    assert rows[0] == weight
+    assert [row[1] for row in rows] == ["0.700", "0.550"]
 
 
 def test_learning_rates_are_compared_with_loras_best_by_validation_loss():

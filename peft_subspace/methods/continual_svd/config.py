@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
+from peft_subspace.core.validation import check_count, check_flag, check_number, check_share, invalid
 from peft_subspace.tuner.branch_config import DropoutConfig
 from peft_subspace.tuner.config import written_by_library
 from peft_subspace.tuner.config_checks import check_patterned
@@ -14,6 +14,9 @@ from peft_subspace.tuner.patterns import look_up
 
 PROTECTED = {"both": "UV", "core": "UV", "input": "V", "output": "U"}
 """Sides of which directions are protected, by constraint: outputs, `U`, and inputs, `V`."""
+
+SOURCES = {"weight": "UV", "inputs": "V", "gradients": "U", "weight+inputs": "V"}
+"""Sides of which there are directions, by where they come from."""
 
 HISTORIES = ("merge", "stack")
 
@@ -23,16 +26,19 @@ class ContinualSVDSpec(ModuleSpec):
     """What Continual SVD is asked for on one weight.
 
     Attributes:
-        directions: Number `k` of directions to protect.
+        outputs: Number of directions of outputs, `U`, to protect.
+        inputs: Number of those of inputs, `V`.
     """
 
-    directions: int = 0
+    outputs: int = 0
+    inputs: int = 0
 
 
 def check_preserve(name: str, value: Any) -> None:
-    """Raise unless `value` is a number of directions, or a fraction of them below 1."""
-    if isinstance(value, int):
-        check_count(name, value, minimum=0)
+    """Raise unless `value` is a number of directions, one for each side, or a fraction of them below 1."""
+    if isinstance(value, int | list):
+        for count in value if isinstance(value, list) and len(value) == 2 else [value]:
+            check_count(name, count, minimum=0)
     else:
         check_number(name, value, minimum=0.0, maximum=1.0)
 
@@ -58,10 +64,18 @@ class ContinualSVDConfig(DropoutConfig):
         r: Rank of the update; `None` for the whole complement. It may exceed what the constraint leaves.
         preserve: Directions to protect: a number below `min(m, n)`, or a fraction of `min(m, n)`, rounded
             down. Zero protects nothing.
-        preserve_pattern: `preserve` of single modules, by name or regular expression.
+        preserve_pattern: `preserve` of single modules, by name or regular expression; two numbers are for
+            outputs and inputs. With directions from data it is written by `peft_subspace.continual`.
         constraint: What is protected. `"both"`: inputs and outputs, as the authors' code and PEFT's OSF do.
             `"core"`: the map from the leading inputs to the leading outputs only, which is the paper's
-            formula. `"input"` or `"output"`: one side.
+            formula. `"input"` or `"output"`: one side, and what `"both"` is where the directions have one.
+        directions: Where the directions come from. `"weight"`: the leading ones of its SVD. `"inputs"`: those
+            that old data use, of `"input"`. `"gradients"`: those of the gradients on old data, of `"output"`.
+            `"weight+inputs"`: the leading ones of the weight, then those that old data use, of `"input"`. All
+            but `"weight"` start with `protect` or `next_task` of `peft_subspace.continual`; with
+            `preserve=0` a first task protects nothing.
+        energy: Part of the squared norm of the data that their directions hold.
+        weight_energy: Part of the weight's squared norm that its directions hold, for `"weight+inputs"`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input; for a
             given `r` only.
         init_weights: `True`: start at the base model. `False`: start at a random update of the allowed kind.
@@ -84,6 +98,9 @@ class ContinualSVDConfig(DropoutConfig):
     preserve: float = field(default=0.5)
     preserve_pattern: dict[str, float] = field(default_factory=dict)
     constraint: str = field(default="both")
+    directions: str = field(default="weight")
+    energy: float = field(default=0.95)
+    weight_energy: float = field(default=0.85)
     earlier_tasks: dict[str, str] = field(default_factory=dict, kw_only=True, repr=False)
     closed: bool = written_by_library(False)
 
@@ -95,6 +112,16 @@ class ContinualSVDConfig(DropoutConfig):
         check_flag("closed", self.closed)
         if self.constraint not in PROTECTED:
             raise invalid("constraint", self.constraint, f"must be one of {tuple(PROTECTED)}")
+        if self.directions not in SOURCES:
+            raise invalid("directions", self.directions, f"must be one of {tuple(SOURCES)}")
+        for name in ("energy", "weight_energy"):
+            check_share(name, getattr(self, name))
+        own = {"U": "output", "V": "input"}.get(SOURCES[self.directions], self.constraint)
+        if self.constraint not in ("both", own):
+            raise invalid(
+                "constraint", self.constraint, f"must be {own!r} with directions={self.directions!r}"
+            )
+        self.constraint = own
         if self.dropout and self.r is None:
             raise invalid("dropout", self.dropout, "needs a rank; set r, such as r=16, or dropout=0.0")
         for task, history in check_patterned(self, "earlier_tasks"):
@@ -105,6 +132,15 @@ class ContinualSVDConfig(DropoutConfig):
         """Raise unless `rank` is None or a positive whole number."""
         if rank is not None:
             check_count(name, rank)
+
+    @property
+    def awaits(self) -> tuple[str, str] | None:
+        """What has to come before training, and how: directions from data, unless a file has them."""
+        given = self.initialized if self.preserve_pattern else not self.preserve
+        if self.directions == "weight" or given:
+            return None
+        how = "call peft_subspace.continual.protect(model, statistics), or set preserve=0 for a first task"
+        return f"protects directions={self.directions!r} of old data, which are not known", how
 
     @property
     def frozen(self) -> bool:
@@ -122,13 +158,17 @@ class ContinualSVDConfig(DropoutConfig):
         Raises:
             ValueError: If nothing would be left to train.
         """
-        preserve, limit = look_up(self.preserve_pattern, module_name, self.preserve), shape.full_rank
-        if isinstance(preserve, int) and preserve >= limit:
-            raise invalid(
-                "preserve",
-                preserve,
-                f"must be below {limit}, the smaller dimension of the weight, to leave something to train; "
-                "lower it, or give a fraction such as preserve=0.5",
-            )
-        count = preserve if isinstance(preserve, int) else int(preserve * limit + 1e-9)
-        return ContinualSVDSpec(module_name, shape, self.rank_for(module_name) or 0, directions=count)
+        of_weight, limit = self.directions == "weight", shape.full_rank
+        preserve = look_up(self.preserve_pattern, module_name, self.preserve if of_weight else 0)
+        preserve = int(preserve * limit + 1e-9) if isinstance(preserve, float) else preserve
+        counts = preserve if isinstance(preserve, list) else [preserve] * 2
+        limits = [limit] * 2 if of_weight else [shape.out_features, shape.columns]
+        for count, most in zip(counts, limits, strict=True):
+            if count >= most:
+                raise invalid(
+                    "preserve",
+                    count,
+                    f"must be below {most}, the smaller dimension of the weight, to leave something to "
+                    "train; lower it, or give a fraction such as preserve=0.5",
+                )
+        return ContinualSVDSpec(module_name, shape, self.rank_for(module_name) or 0, False, *counts)

@@ -17,12 +17,15 @@ whatever the optimizer does with them:
 
 For each side the narrower form is kept, `(d, min(k, d − k))`: for a given `r` an orthonormal basis of the
 protected directions or of their complement; else a basis of the complement, or the block reflection that
-stands for it (`subspaces.py`). The projected factors make the same update without these, so that the file of
-`both` takes, per weight and in numbers of 4 bytes,
+stands for it (`core/complement.py`). The projected factors make the same update without these, so that the
+file of `both` takes, per weight and in numbers of 4 bytes,
 
     r (m + n) + 6,  or  (m − k)(n − k) + m · min(k, m − k) + n · min(k, n − k) + 6.
 
 A convolution's kernel is part of the input axis, `n = in / groups · kernel`.
+
+Directions may be those that old data use instead of the weight's: then `k` differs between the sides, and the
+file has them, for no weight tells them again.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from peft_subspace.core.chain import multiply
+from peft_subspace.core.complement import Side, reflect
 from peft_subspace.core.delta import Combined, Delta
+from peft_subspace.core.linalg import complement
 from peft_subspace.core.projection import singular_bases
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
-from .subspaces import Side, reflect
 
 CONFINED = {"B": "U", "B1": "U", "A": "V", "A2": "V"}
 """Factors that are confined, and the side whose protected directions they are kept out of."""
@@ -52,7 +56,8 @@ class ContinualSVDDelta(Delta):
 
     Attributes:
         sides: What is protected of the outputs, `"U"`, and of the inputs, `"V"`.
-        directions: Number `k` of protected directions.
+        free: Numbers of directions that are not protected, by side.
+        directions: Largest number `k` of protected directions of the two.
 
     Reference:
         Nayak et al. (arXiv 2504.07097); Farajtabar et al. (arXiv 1910.07104) for protecting inputs only.
@@ -65,19 +70,20 @@ class ContinualSVDDelta(Delta):
 
     def __init__(self, config: ContinualSVDConfig, spec: ContinualSVDSpec) -> None:
         super().__init__(config, spec)
-        self.constraint, self.directions = config.constraint, spec.directions
+        self.constraint, self.directions = config.constraint, max(spec.outputs, spec.inputs)
+        self.reads_weight, self.awaits = config.directions == "weight", config.awaits
         self.low_rank, core = spec.rank > 0, config.constraint == "core"
-        m, n, k = spec.shape.out_features, spec.shape.columns, spec.directions
-        self.sides: dict[str, Side] = {}
+        m, n = spec.shape.out_features, spec.shape.columns
+        self.sides, self.free = dict[str, Side](), {"U": m, "V": n}
         for name in PROTECTED[config.constraint]:
-            size = m if name == "U" else n
+            size, k = (m, spec.outputs) if name == "U" else (n, spec.inputs)
+            self.free[name] -= k
             reflects = not self.low_rank and (2 * k < size or (core and name == "U"))
             self.sides[name] = Side(size, k, reflects)
             kept = torch.zeros(size, min(k, size - k), dtype=torch.float32)
-            self.register_frozen(name, kept, training_only=self.low_rank)
-        sizes = {"Z": (m - k * ("U" in self.sides), n - k * ("V" in self.sides))}
-        if core:
-            sizes = {"Z1": (m - k, n), "Z2": (k, n - k)}
+            self.register_frozen(name, kept, training_only=self.low_rank and self.reads_weight)
+        rows, columns = self.free.values()
+        sizes = {"Z1": (rows, n), "Z2": (m - rows, columns)} if core else {"Z": (rows, columns)}
         self.reach = sum(a * b for a, b in sizes.values())
         if self.low_rank:
             shapes = {"B": (m, spec.rank), "A": (spec.rank, n)}
@@ -136,9 +142,17 @@ class ContinualSVDDelta(Delta):
         """Take the leading singular directions of the weight as those to protect."""
         outside = [name in self.sides and self.sides[name].by_complement for name in "UV"]
         bases = singular_bases(weight.flatten(1), self.directions, (outside[0], outside[1]))
-        for name, basis in zip("UV", bases, strict=True):
-            if name in self.sides:
-                getattr(self, name).copy_(self.sides[name].keep(basis))
+        self._keep({name: basis for name, basis in zip("UV", bases, strict=True) if name in self.sides})
+
+    def protect(self, directions: Mapping[str, Tensor]) -> None:
+        """Set orthonormal directions `(d, ≥ k)` by side, of which the first `k` are to be protected."""
+        chosen = {name: directions[name][:, : side.count] for name, side in self.sides.items()}
+        self._keep({n: complement(c) if self.sides[n].by_complement else c for n, c in chosen.items()})
+
+    def _keep(self, bases: Mapping[str, Tensor]) -> None:
+        for name, basis in bases.items():
+            getattr(self, name).copy_(self.sides[name].keep(basis))
+        self.awaits = None
 
     @classmethod
     def concatenate(cls, deltas: Sequence[ContinualSVDDelta], weights: Sequence[float]) -> Combined:
@@ -166,7 +180,8 @@ class ContinualSVDDelta(Delta):
                 torch.cat(parts, int(name[0] == "B")) if first.low_rank else torch.stack(parts).sum(0)
             )
         rank = sum(delta.spec.rank for delta in deltas) if first.low_rank else None
-        return {"rank_pattern": rank, "preserve_pattern": first.directions}, {**state, **frozen}
+        kept = [first.sides[name].count if name in first.sides else 0 for name in "UV"]
+        return {"rank_pattern": rank, "preserve_pattern": kept}, {**state, **frozen}
 
     @classmethod
     def product(cls, left: Tensor, right: Tensor, deltas: Sequence[ContinualSVDDelta]) -> Combined:
@@ -181,7 +196,7 @@ class ContinualSVDDelta(Delta):
         first, right = deltas[0], right.flatten(1)
         entries, state = cls.concatenate(deltas, [0.0] * len(deltas))
         if first.low_rank:
-            inside = first.sides["U"].leading(first.U, left).to(left) if "B2" in state else left
+            inside = first.sides["U"].inside(first.U, left) if "B2" in state else left
             parts = {"B": left, "B1": left, "B2": inside, **dict.fromkeys(("A", "A1", "A2"), right)}
             taken = {name: parts.get(name, tensor) for name, tensor in state.items()}
             return {**entries, "rank_pattern": left.shape[1]}, taken

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.linalg import block_diagonal, mode_product
+from peft_subspace.core.linalg import column_basis, mode_product
 
 from .config import FLoRAConfig, FLoRASpec
 
@@ -72,28 +72,10 @@ class FLoRADelta(Delta):
         return self.mode_factor_1.numel() ** 0.5
 
     @classmethod
-    def concatenate(cls, deltas: Sequence[FLoRADelta], weights: Sequence[float]) -> Combined:
-        """Put the factors side by side and the weighted cores on a block diagonal.
-
-        A mode whose ranks add up to more than its dimension gets the identity for its factor, and the
-        concatenated factor is multiplied into the core: the sum is exact at any rank.
-        """
-        core = block_diagonal([weight * delta.core for delta, weight in zip(deltas, weights, strict=True)])
-        state: dict[str, Tensor] = {}
-        for mode in range(core.ndim):
-            factor = torch.cat([delta.mode_factors[mode] for delta in deltas], dim=1)
-            dim, rank = factor.shape
-            if rank > dim:
-                core = mode_product(core, factor, mode)
-                factor = torch.eye(dim, dtype=factor.dtype, device=factor.device)
-            state[f"mode_factor_{mode}"] = factor
-        return {"rank_pattern": list(core.shape)}, {"core": core, **state}
-
-    @classmethod
     def product(cls, left: Tensor, right: Tensor, deltas: Sequence[FLoRADelta]) -> Combined:
-        """Take `left` for the outputs, a basis of the rows of `right`, and its coordinates for the core."""
-        basis, rest = torch.linalg.qr(right.transpose(0, 1).flatten(1))
-        core = rest.reshape(-1, *right.shape[:1], *right.shape[2:])
+        """Take `left` for the outputs, a basis of the input axis of `right`, and its coordinates for the core."""
+        basis = column_basis(right.transpose(0, 1).flatten(1))
+        core = torch.tensordot(basis, right, dims=([0], [1]))
         eyes = [torch.eye(size, dtype=core.dtype, device=core.device) for size in right.shape[2:]]
         state = {f"mode_factor_{mode}": factor for mode, factor in enumerate([basis, left, *eyes])}
         return {"rank_pattern": list(core.shape)}, {"core": core, **state}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.linalg import draw_orthonormal_, truncated_svd
+from peft_subspace.core.linalg import draw_orthonormal_, product_svd, truncated_svd
 from peft_subspace.core.shapes import ModuleSpec
 from peft_subspace.methods.lora_sb.config import LoRASBConfig
 
@@ -115,23 +115,8 @@ class LoRASBDelta(Delta):
         return {"rank_pattern": len(total)}, {"R": total, "A": first.A, "B": first.B}
 
     @classmethod
-    def concatenate(cls, deltas: Sequence[LoRASBDelta], weights: Sequence[float]) -> Combined:
-        """Put the bases side by side."""
-        chains = [delta.factors() for delta in deltas]
-        lefts = [weight * B @ R for weight, (B, R, _) in zip(weights, chains, strict=True)]
-        return cls.product(torch.cat(lefts, dim=1), torch.cat([A for _, _, A in chains]), deltas)
-
-    @classmethod
     def product(cls, left: Tensor, right: Tensor, deltas: Sequence[LoRASBDelta]) -> Combined:
-        """Orthonormalize: `L = Q_L T_L` and `Rᵀ = Q_R T_R` give `Q_L (T_L T_Rᵀ) Q_Rᵀ`.
-
-        If there are more columns than the weight has, an SVD of the middle brings them down to that.
-        """
-        B, T_L = torch.linalg.qr(left.double())
-        Q, T_R = torch.linalg.qr(right.flatten(1).T.double())
-        A, core = Q.T, T_L @ T_R.T
-        if core.shape[0] != core.shape[1]:
-            U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-            B, core, A = B @ U, torch.diag(S), Vh @ A
-        A = A.reshape(-1, *right.shape[1:])
-        return {"rank_pattern": len(core)}, {"R": core.float(), "A": A.float(), "B": B.float()}
+        """Take the singular vectors for the bases, and the singular values for `R`."""
+        U, S, Vh = (t.float() for t in product_svd(left, right.flatten(1)))
+        A = Vh.reshape(-1, *right.shape[1:])
+        return {"rank_pattern": len(S)}, {"R": torch.diag(S), "A": A, "B": U}

@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_subspace.core.linalg import complement, orthonormal
 from peft_subspace.core.projection import project
 
 
 @dataclass(frozen=True)
 class Side:
-    """Protected directions on one side of a weight, kept in the narrower of two forms, `(d, min(k, d − k))`.
+    """Directions that are kept in the narrower of two forms, `(d, min(k, d − k))`: they or their complement.
 
     Attributes:
-        size: Dimension `d` of the side.
-        count: Number `k` of protected directions.
+        size: Dimension `d` of the space.
+        count: Number `k` of directions.
         reflects: Whether the kept basis, of the directions or of their complement, is kept as a reflection.
     """
 
@@ -51,13 +52,18 @@ class Side:
         """Vectors `(d, c)` with the given coordinates `(d − k, c)` in the complement."""
         return kept @ coordinates if self.by_complement else lift(kept, coordinates)
 
-    def leading(self, kept: Tensor, matrix: Tensor) -> Tensor:
-        """`P M` in double precision for a matrix `(d, c)`."""
-        kept, matrix = kept.double(), matrix.double()
+    def inside(self, kept: Tensor, matrix: Tensor) -> Tensor:
+        """`P M` for a matrix `(d, c)`, in double precision on the way."""
+        directions = self.directions(kept)
+        return (directions @ (directions.T @ matrix.double())).to(matrix)
+
+    def directions(self, kept: Tensor) -> Tensor:
+        """The directions `(d, k)`, orthonormal in double precision."""
+        kept = kept.double()
         if self.reflects:
-            kept = reflect(kept, torch.eye(len(kept), kept.shape[1], dtype=kept.dtype, device=kept.device))
-        inside = kept @ (kept.T @ matrix)
-        return matrix - inside if self.by_complement else inside
+            kept = reflect(kept, torch.eye(*kept.shape, dtype=kept.dtype, device=kept.device))
+        kept = orthonormal(kept)
+        return complement(kept) if self.by_complement else kept
 
 
 def reflection(leading: Tensor) -> Tensor:
