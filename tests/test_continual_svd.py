@@ -174,6 +174,9 @@ def test_single_precision_does_for_most_weights(monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert len(exact) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        projection.singular_bases(matrix, 150, (True, False))
+    assert len(exact) == 3
 
 
 def test_weight_of_zeros_still_gives_orthonormal_directions():
