@@ -135,7 +135,7 @@ class Update(LeanModule, ABC):
             raise ValueError("the weight has NaN or infinite values; load a sound checkpoint, or exclude it")
 
     def check_values(self, state: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError that names the tensor unless values to be loaded, of right shapes, are possible."""
+        """Raise a ValueError naming the tensor unless values to be loaded, of right shapes, are possible."""
 
     def state_from_gradient(
         self, gradient: Tensor, learning_rate: float, scaling: float

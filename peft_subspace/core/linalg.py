@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -71,9 +69,9 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
 
 def column_basis(matrix: Tensor) -> Tensor:
-    """Orthonormal basis `(m, k)` of the span of a matrix's columns, without what is rounding: one part in 10⁶."""
+    """Orthonormal basis `(m, k)` of the columns of a matrix, without what is rounding, 1e-6 of the largest."""
     U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return U[:, : max(1, int((S > 1e-6 * S[0]).sum()))].to(matrix)
+    return U[:, : max(1, int((S / S[0] > 1e-6).sum()))].to(matrix)
 
 
 def complement(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.linalg import column_basis, mode_product
+from peft_subspace.core.linalg import column_basis
 
 from .config import FLoRAConfig, FLoRASpec
 
@@ -73,7 +73,7 @@ class FLoRADelta(Delta):
 
     @classmethod
     def product(cls, left: Tensor, right: Tensor, deltas: Sequence[FLoRADelta]) -> Combined:
-        """Take `left` for the outputs, a basis of the input axis of `right`, and its coordinates for the core."""
+        """Take `left` for the outputs, a basis of the inputs of `right`, and its coordinates for the core."""
         basis = column_basis(right.transpose(0, 1).flatten(1))
         core = torch.tensordot(basis, right, dims=([0], [1]))
         eyes = [torch.eye(size, dtype=core.dtype, device=core.device) for size in right.shape[2:]]
