@@ -266,6 +266,17 @@ def test_a_closed_task_can_be_opened_again(tmp_path):
     assert trainables(loaded)
 
 
+def test_a_task_that_was_opened_in_inference_mode_trains():
+    model = first()
+    next_task(model, "task2", keep="stack")
+    model.delete_adapter("task2")
+    before = updates(model, "task1")
+    with torch.inference_mode():
+        reopen(model, "task1")
+    train(model)
+    assert all(distance(update, before[name]) > 1e-3 for name, update in updates(model, "task1").items())
+
+
 def test_merged_tasks_cannot_be_opened_again():
     model = three_tasks("merge", 3)
     with pytest.raises(ValueError, match="the update of 'task2' is in the base weights"):

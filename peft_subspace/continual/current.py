@@ -6,6 +6,7 @@ from peft import PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from peft_subspace.core.modes import lasting
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.engines import check_no_engine
@@ -14,6 +15,7 @@ from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 
 
+@lasting()
 def reopen(model: nn.Module, name: str) -> None:
     """Make a closed task the current one again: it trains on from where it was, heads included.
 
