@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+
 import torch
 from torch import Tensor
-
-
-def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Multiply the axis `mode` of `tensor`, of size `rank`, by `matrix` of shape `(dim, rank)`."""
-    matrix = matrix.to(tensor.dtype)  # autocast lowers the dtype of products
-    if matrix.numel() == 1:  # as of the kernel modes of a 1×1 convolution
-        return tensor * matrix.reshape(())
-    return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
 
 
 def local_generator(seed: int | None, module_name: str, part: int | str) -> torch.Generator:
@@ -69,7 +62,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
 
 def column_basis(matrix: Tensor) -> Tensor:
-    """Orthonormal basis `(m, k)` of the columns of a matrix, without what is rounding, 1e-6 of the largest."""
+    """Orthonormal basis `(m, k)` of the columns of a matrix, without rounding: 1e-6 of the largest."""
     U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
     return U[:, : max(1, int((S / S[0] > 1e-6).sum()))].to(matrix)
 
