@@ -66,6 +66,7 @@ engine-%: .venv-%/installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m engine tests/engines/test_$*.py \
 		--features examples/benchmarks/results/features.json
 
+.PRECIOUS: .venv-%/installed
 .venv-%/installed: tests/engines/%.txt $(INSTALLED)
 	$(BIN)/python -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet setuptools wheel
