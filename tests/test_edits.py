@@ -347,7 +347,7 @@ def test_nothing_to_prune_is_said():
 def test_models_with_other_adapters_are_refused(tokenizer):
     model = get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapters that are no edits; merge them first"):
-        insert_facts(model, FACTS, tokenizer, TARGETS)
+        insert_facts(model, FACTS, tokenizer, TARGETS, adapter_name="other")
     model = insert_facts(llama(), FACTS, tokenizer, TARGETS)
     with pytest.raises(ValueError, match="adapter_name='default' exists already"):
         insert_facts(model, FACTS, tokenizer, TARGETS)
@@ -357,7 +357,7 @@ def test_models_with_other_adapters_are_refused(tokenizer):
     ("options", "error", "message"),
     [
         ({"form": "cubic"}, ValueError, "form='cubic' must be one of"),
-        ({"sizes": [3]}, TypeError, "sizes=.* must map modules to numbers"),
+        ({"sizes": [3]}, TypeError, "sizes=.* must map module names"),
         ({"sizes": {"a": 0}}, ValueError, r"sizes\['a'\]=0 must be at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Edits of weights as adapters: nothing trains, and each can be switched off, scaled, stacked, merged and shared."""
+"""Edits of weights as adapters: each can be switched off, scaled, stacked, merged and shared."""
 
 from .adapter import EditConfig, EditDelta, EditModel
 from .contrast import prune_by_contrast

@@ -18,6 +18,7 @@ from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_count, invalid
 from peft_subspace.tuner.config import SubspaceConfig
+from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 from peft_subspace.tuner.target import analyze_module
@@ -44,9 +45,7 @@ class EditConfig(SubspaceConfig):
         super().__post_init__()
         if self.form not in FORMS:
             raise invalid("form", self.form, f"must be one of {FORMS}")
-        if not isinstance(self.sizes, dict):
-            raise invalid("sizes", self.sizes, "must map modules to numbers", TypeError)
-        for name, size in self.sizes.items():
+        for name, size in check_patterned(self, "sizes"):
             check_count(f"sizes[{name!r}]", size)
 
     @property
@@ -74,12 +73,12 @@ class EditDelta(Delta):
     def __init__(self, config: EditConfig, spec: ModuleSpec) -> None:
         super().__init__(config, spec)
         self.form, out, into = config.form, spec.shape.out_features, spec.shape.columns
-        sizes: dict[str, tuple[int, ...]] = {
+        forms: dict[str, dict[str, tuple[int, ...]]] = {
             "chain": {"left": (out, spec.rank), "right": (spec.rank, into)},
             "dense": {"matrix": (out, into)},
             "sparse": {"values": (spec.rank,)},
-        }[config.form]
-        for name, size in sizes.items():
+        }
+        for name, size in forms[config.form].items():
             self.register_buffer(name, torch.empty(size, dtype=torch.float32))
         if config.form == "sparse":
             self.register_buffer("indices", torch.zeros(spec.rank, dtype=torch.int32))
@@ -96,13 +95,10 @@ class EditDelta(Delta):
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start at zero, or at random; the functions that make edits fill them in."""
-        for name, tensor in self.named_buffers():
+        std = self.random_std if init_weights is False else 0.0
+        for tensor in self.buffers():
             if tensor.is_floating_point():
-                std = self.random_std if name != "left" else max(1, self.spec.rank) ** -0.5
-                tensor.normal_(std=std if init_weights is False else 0.0, generator=generator)
-            elif init_weights is False:
-                count = prod(self.shape.dims)
-                tensor.copy_(torch.randperm(count, generator=generator)[: len(tensor)])
+                tensor.normal_(std=std, generator=generator)
 
     def check_values(self, state: Mapping[str, Tensor]) -> None:
         """Raise unless sparse entries lie in the weight.
@@ -168,9 +164,8 @@ def bases(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Modu
     known = dict(base.named_modules())
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"{name!r} is no module of {type(base).__name__}; gather the statistics on the model that is edited"
-            )
+            remedy = "gather the statistics on the model that is edited"
+            raise ValueError(f"{name!r} is no module of {type(base).__name__}; {remedy}")
         yield name, known[name]
 
 
@@ -193,8 +188,8 @@ def checked(name: str, side: str, moment: Any, size: int) -> Any:
         if moment is None:
             raise ValueError(f"the statistics have no {side} of it; gather them with collect(gradients=True)")
         if moment.size != size:
+            remedy = "gather them on the model that is edited"
             raise ValueError(
-                f"the statistics are of {moment.size} {side} and the weight has {size}; gather them on the model "
-                "that is edited"
+                f"the statistics are of {moment.size} {side} and the weight has {size}; {remedy}"
             )
     return moment

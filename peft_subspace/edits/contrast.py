@@ -24,12 +24,13 @@ def prune_by_contrast(
 ) -> PeftModel:
     """Set to zero, as a sparse adapter, what a weight uses for some data and not for other data.
 
-    An entry's score for data is `|W_ij| ‖x_j‖`, with the root mean square of its input. Those entries go that are
-    among the part `share` of the largest of their row for `target`, and score higher there than for `reference`.
+    An entry's score for data is `|W_ij| ‖x_j‖`, with the root mean square of its input. Those entries go that
+    are among the part `share` of the largest of their row for `target`, and score higher there than for
+    `reference`.
 
     Args:
         model: Base model, or a model with edits.
-        target: Statistics of what is to be forgotten, such as `statistics.collect(model, data, inputs="norms")`.
+        target: Statistics of what is to be forgotten, by `statistics.collect(model, data, inputs="norms")`.
         reference: Statistics of other data of the kind that is to be kept.
         targets: Modules to edit; by default all that `target` has.
         share: Largest part of a row that goes, above 0 and at most 1.
@@ -39,7 +40,8 @@ def prune_by_contrast(
         ValueError: If `share` is out of range or leaves nothing to prune, or statistics are of another model.
 
     Reference:
-        Chavhan et al., "Memorized Images in Diffusion Models share a Subspace that can be Located and Deleted" (arXiv 2406.18566).
+        Chavhan et al., "Memorized Images in Diffusion Models share a Subspace that can be Located and
+        Deleted" (arXiv 2406.18566).
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise invalid("share", share, "must be above 0 and at most 1, the part of each row that may go")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from logging import getLogger
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from peft_subspace.core.validation import invalid
 
 from .adapter import add_edit, bases, check_name, checked, read_weight
-
-logger = getLogger("peft_subspace")
 
 
 def edit_by_curvature(
@@ -27,20 +24,20 @@ def edit_by_curvature(
 ) -> PeftModel:
     r"""Take out of each weight what its curvature hardly depends on, where memorized sequences are.
 
-    With `A = E[x xᵀ] = Σ μ_j v_j v_jᵀ` of its inputs and `G = E[g gᵀ] = Σ λ_i u_i u_iᵀ` of gradients of its outputs,
-    the weight is `W = Σ C_ij u_i v_jᵀ`, and the pairs of largest `λ_i μ_j` stay until these sum up to `keep` of
-    all: `ΔW = −U [(1 − M) ⊙ Uᵀ W V] Vᵀ`. The scale of the adapter (`set_scale`) is the strength of the edit.
+    With `A = E[x xᵀ] = Σ μ_j v_j v_jᵀ` of its inputs and `G = E[g gᵀ] = Σ λ_i u_i u_iᵀ` of gradients of its
+    outputs, the weight is `W = Σ C_ij u_i v_jᵀ`, and the pairs of largest `λ_i μ_j` stay until these sum up
+    to `keep` of all: `ΔW = −U [(1 − M) ⊙ Uᵀ W V] Vᵀ`. The scale (`set_scale`) is the strength.
 
     Args:
         model: Base model, or a model with edits.
-        statistics: `statistics.collect(model, data, gradients=True, loss_fn=edits.sampled_loss)`, of data that
-            stands for what is to be kept.
+        statistics: `statistics.collect(model, data, gradients=True, loss_fn=edits.sampled_loss)`, of data
+            that stands for what is to be kept.
         targets: Modules to edit; by default all that the statistics have.
         keep: Part of the curvature that stays, above 0 and at most 1, which changes nothing.
         adapter_name: Name of the new adapter.
 
     Raises:
-        ValueError: If `keep` is out of range, or the statistics are of another model. Nothing is changed then.
+        ValueError: If `keep` is out of range, or the statistics are of another model.
 
     Reference:
         Merullo et al., "From Memorization to Reasoning in the Spectrum of Loss Curvature" (arXiv 2510.24256).
@@ -54,11 +51,11 @@ def edit_by_curvature(
         weight = read_weight(module)
         inputs = checked(name, "inputs", statistics.inputs.get(name), weight.shape[1])
         outputs = checked(name, "output gradients", statistics.output_gradients.get(name), weight.shape[0])
-        states[name] = {"matrix": _edit(weight, inputs.dense(), outputs.dense(), float(keep), name)}
+        states[name] = {"matrix": _edit(weight, inputs.dense(), outputs.dense(), float(keep))}
     return add_edit(model, "dense", states, adapter_name)
 
 
-def _edit(weight: Tensor, inputs: Tensor, outputs: Tensor, keep: float, name: str) -> Tensor:
+def _edit(weight: Tensor, inputs: Tensor, outputs: Tensor, keep: float) -> Tensor:
     """`−U [(1 − M) ⊙ Uᵀ W V] Vᵀ`, in fp32."""
     (mu, v), (lam, u) = (torch.linalg.eigh(m.to(weight.device)) for m in (inputs, outputs))
     curvature = lam.clamp_min(0)[:, None] * mu.clamp_min(0)  # round-off makes some of them negative
@@ -66,12 +63,11 @@ def _edit(weight: Tensor, inputs: Tensor, outputs: Tensor, keep: float, name: st
     mass = values.cumsum(0)
     needed = int((mass < keep * mass[-1]).sum()) + 1 if keep < 1 else len(order)
     dropped = torch.ones_like(values).scatter(0, order[:needed], 0.0).view_as(curvature)
-    logger.info("%s: %d of %d pairs stay, with %.3f of the curvature", name, needed, len(order), keep)
     return -(u @ (dropped * (u.T @ weight.double() @ v)) @ v.T).float()
 
 
 def sampled_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Loss of a language model on tokens that it draws itself, so that gradients are those of the Fisher matrix.
+    """Loss of a language model on tokens that it draws itself: the gradients are those of the Fisher matrix.
 
     The draw is seeded by the tokens, and leaves the global generators alone.
     """

@@ -1,11 +1,10 @@
-"""Facts put into a model in closed form: `ΔWᵀ = P Hᵀ (H P Hᵀ + λ I)⁻¹ V`, a chain of rank at most the edit tokens."""
+"""Facts put into a model in closed form, `ΔWᵀ = P Hᵀ (H P Hᵀ + λ I)⁻¹ V`: its rank is at most that of `H`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from logging import getLogger
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from peft_subspace.layers.base import innermost
 from peft_subspace.tuner.layer import SubspaceLayer
 
 from .adapter import add_edit, bases, check_name, checked
-
-logger = getLogger("peft_subspace")
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,13 @@ def insert_facts(
 ) -> PeftModel:
     r"""Make a model answer prompts as it is told, by a frozen update of low rank that can be taken out again.
 
-    `H (N, n)` are the inputs of a layer at the `N` edit tokens (those before each token of the answers, and the
-    last one of each subject), and `V (N, m)` is what is to be added to its outputs there: it follows the gradients
-    of the answers' loss, round by round, until all answers are the likeliest ones. The update is the smallest one
-    that adds `V`, up to the ridge `λ`; with `P = I` and one round it is UltraEdit's, and AlphaEdit's projector is the
-    complement of the directions that hold `energy` of the inputs that `statistics` have seen. The weights are not
-    read, so that they may be quantized, and the result is an exact LoRA.
+    `H (N, n)` are the inputs of a layer at the `N` edit tokens (those before each token of the answers, and
+    the last one of each subject), and `V (N, m)` is what is to be added to its outputs there: it follows the
+    gradients of the answers' loss, round by round, until all answers are the likeliest ones. The update is
+    the smallest one that adds `V`, up to the ridge `λ`. With `P = I` and one round it is UltraEdit's. `P`,
+    as AlphaEdit has it, leaves alone the directions that hold `energy` of the inputs that `statistics` have
+    seen, and the keys of edits that are there already. The weights are not read, so that they may be
+    quantized, and the result is an exact LoRA.
 
     Args:
         model: Causal language model, or a model with edits.
@@ -71,103 +69,101 @@ def insert_facts(
         adapter_name: Name of the new adapter.
 
     Raises:
-        ValueError: If a subject is not in its prompt, there are more edit tokens than a weight has rank, or the
-            statistics are of another model. Nothing is changed then.
+        ValueError: If a subject is not in its prompt, there are more edit tokens than a weight has rank, or
+            the statistics are of another model. Nothing is changed then.
 
     Reference:
         Gu et al., "UltraEdit" (arXiv 2505.14679); Fang et al., "AlphaEdit" (arXiv 2410.02355).
     """
     check_name(model, adapter_name)
     check_count("rounds", rounds)
-    check_number("energy", energy, minimum=0.0, maximum=1.0)
-    for name, value in (("step", step), ("ridge", ridge)):
-        check_number(name, value, minimum=0.0)
+    for name, value, limit in (("energy", energy, 1.0), ("step", step, 1e6), ("ridge", ridge, 1e6)):
+        check_number(name, value, minimum=0.0, maximum=limit)
     rows = [_encoded(fact, tokenizer) for fact in facts]
     if not rows:
         raise invalid("facts", facts, "must have at least one; give a list of Fact")
     layers = {name: _Edited(module) for name, module in bases(model, targets)}
+    protected, tokens = {}, sum(len(positions) for _, _, positions in rows)
     for name, layer in layers.items():
-        layer.check(name, sum(len(positions) for _, _, positions in rows))
-        if statistics is not None:
-            layer.protect(checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1]), energy)
-    was_training = model.training
-    model.eval()
-    try:
-        with _watched(layers.values()):
-            for number in range(rounds):
-                if _pass(model, rows, layers):
-                    logger.info("all answers are the likeliest ones after %d rounds", number)
-                    break
-                for layer in layers.values():
-                    layer.move(step, ridge)
-    finally:
-        model.train(was_training)
+        if not all(layer.sizes):
+            raise invalid("targets", name, f"is {type(layer.module).__name__}; name linear layers")
+        if tokens > min(layer.sizes):
+            rule = (
+                f"exceed {min(layer.sizes)}, the rank of its weight; insert fewer facts, in several adapters"
+            )
+            raise ValueError(f"{name}: {tokens} edit tokens {rule}")
+        moment = statistics and checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1])
+        protected[name] = layer.basis(moment, energy)
+    with _watched(model, layers.values()):
+        for _ in range(rounds):
+            if _pass(model, rows, layers):
+                break
+            for name, layer in layers.items():
+                layer.move(protected[name], step, ridge)
     states = {name: {"left": layer.left, "right": layer.right} for name, layer in layers.items()}
     return add_edit(model, "chain", states, adapter_name)
 
 
 class _Edited:
-    """A layer: its inputs `H` at the edit tokens, gradients of its outputs there, and the two factors so far."""
+    """A layer: rows `[x, y, g]` of a pass at the edit tokens, and the two factors so far."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, base = module, innermost(module)
         self.sizes = (getattr(base, "out_features", 0), getattr(base, "in_features", 0))
-        self.basis: Tensor | None = None
-        self.positions: tuple[Tensor, Tensor] | None = None
-        self.added = self.left = self.right = self.inputs = torch.empty(0)
         self.seen: list[Tensor] = []
-        self.leaves: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rows: list[Tensor] = []
+        self.leaf = torch.empty(0)
+        self.added = self.left = self.right = torch.empty(0)
 
-    def check(self, name: str, tokens: int) -> None:
-        if not (isinstance(self.module, SubspaceLayer) or all(self.sizes)):
-            raise invalid("targets", name, f"is {type(self.module).__name__}; name linear layers")
-        if tokens > min(self.sizes):
-            raise ValueError(
-                f"{name}: {tokens} edit tokens exceed {min(self.sizes)}, the rank of its weight; insert fewer facts "
-                "at once, in several adapters"
-            )
-
-    def protect(self, moment: Any, energy: float) -> None:
-        values, vectors = torch.linalg.eigh(moment.dense())
-        kept = values.flip(0).cumsum(0) < energy * values.sum()
-        self.basis = vectors.flip(1)[:, : int(kept.sum()) + 1].float()
+    def basis(self, moment: Any, energy: float) -> Tensor:
+        """Orthonormal directions that stay untouched: of inputs that were seen, and of earlier edits."""
+        deltas = self.module.deltas.values() if isinstance(self.module, SubspaceLayer) else ()
+        kept = [d.right.T.double().cpu() for d in deltas if d.form == "chain"]
+        if moment is not None:
+            values, vectors = torch.linalg.eigh(moment.dense().cpu())
+            count = int((values.flip(0).cumsum(0) < energy * values.sum()).sum()) + 1
+            kept.append(vectors.flip(1)[:, :count])
+        if not kept:
+            return torch.zeros(self.sizes[1], 0)
+        vectors, values, _ = torch.linalg.svd(
+            torch.cat([k / k.norm() for k in kept], dim=1), full_matrices=False
+        )
+        return vectors[:, values > 1e-6 * values[0]].float()
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x, leaf = args[0].detach(), torch.zeros_like(output, requires_grad=True)
+        """Add the update, and a leaf whose gradient is that of the output."""
+        x, self.leaf = args[0].detach(), torch.zeros_like(output, requires_grad=True)
         if self.left.numel():
             output = output + (x.float() @ self.right.T @ self.left.T).to(output.dtype)
-        self.leaves.append((x[self.positions].float(), output.detach()[self.positions].float(), leaf))
-        return output + leaf
+        self.rows = [x[0].float(), output[0].detach().float()]
+        return output + self.leaf
 
-    def take(self) -> None:
-        """Gradients and outputs of a pass at its edit tokens."""
-        for x, y, leaf in self.leaves:
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            self.seen.append(torch.cat([x, y, gradient[self.positions].float()], dim=1))
-        self.leaves.clear()
-
-    def move(self, step: float, ridge: float) -> None:
-        """Take a step of `V`, and solve for the factors."""
+    def move(self, basis: Tensor, step: float, ridge: float) -> None:
+        """Take a step of `V`, and solve for the factors; the keys are those of the model before the edit."""
         m, n = self.sizes
         inputs, outputs, gradients = torch.cat(self.seen).split([n, m, m], dim=1)
         self.seen.clear()
-        if not self.left.numel():  # the keys are those of the model before the edit
-            self.inputs, self.added = inputs, torch.zeros_like(gradients)
+        if not self.right.numel():
+            basis = basis.to(inputs)
+            self.right, self.added = inputs - (inputs @ basis) @ basis.T, torch.zeros_like(gradients)
         largest = gradients.norm(dim=1).max().clamp_min(torch.finfo(torch.float32).tiny)
         self.added = self.added - step * outputs.norm(dim=1).mean() * gradients / largest
-        H, P = self.inputs, self.basis  # noqa: N806
-        self.right = H if P is None else H - (H @ P.to(H)) @ P.to(H).T
         gram = (self.right @ self.right.T).double()
         gram += ridge * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram)).to(gram)
         self.left = torch.linalg.solve(gram, self.added.double()).float().T
 
 
 @contextmanager
-def _watched(layers: Iterable[_Edited]) -> Iterator[None]:
-    handles = [layer.module.register_forward_hook(layer.hook) for layer in layers]
+def _watched(model: nn.Module, layers: Iterable[_Edited]) -> Iterator[None]:
+    handles, was_training = (
+        [layer.module.register_forward_hook(layer.hook) for layer in layers],
+        model.training,
+    )
+    model.eval()
     try:
         yield
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
 
@@ -191,16 +187,15 @@ def _encoded(fact: Fact, tokenizer: Any) -> tuple[Tensor, int, list[int]]:
 
 
 def _pass(model: Any, rows: Sequence[tuple[Tensor, int, list[int]]], layers: dict[str, _Edited]) -> bool:
-    """Run all facts, one by one, and note gradients; whether all answers are the likeliest ones."""
-    right, device = True, next(model.parameters()).device
+    """Run all facts, one by one, for their gradients; whether all answers are the likeliest ones."""
+    right, device, edited = True, next(model.parameters()).device, list(layers.values())
     for tokens, begin, positions in rows:
-        for layer in layers.values():
-            layer.positions = (torch.zeros(len(positions), dtype=torch.long), torch.tensor(positions))
+        ids = tokens.to(device)
         with torch.enable_grad():
-            logits = model(input_ids=tokens[None].to(device)).logits[0, begin - 1 : -1].float()
-            loss = nn.functional.cross_entropy(logits, tokens[begin:].to(device), reduction="sum")
-            loss.backward()
-        right = right and bool((logits.argmax(-1).cpu() == tokens[begin:]).all())
-        for layer in layers.values():
-            layer.take()
+            logits = model(input_ids=ids[None]).logits[0, begin - 1 : -1].float()
+            loss = nn.functional.cross_entropy(logits, ids[begin:], reduction="sum")
+        gradients = torch.autograd.grad(loss, [layer.leaf for layer in edited])
+        for layer, gradient in zip(edited, gradients, strict=True):
+            layer.seen.append(torch.cat([*layer.rows, gradient[0].float()], dim=1)[positions])
+        right = right and bool((logits.argmax(-1) == ids[begin:]).all())
     return right
