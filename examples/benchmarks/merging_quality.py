@@ -332,12 +332,13 @@ def _updates(model: nn.Module, adapter: str) -> Updates:
 
 def limits(content: dict[str, Any]) -> str:
     """How much of the data was used, and how long was trained."""
-    rows, schedule = content["settings"]["rows"], content["settings"]["schedule"]
+    about = content["settings"]
+    rows, steps = about["rows"], about["schedule"]
     return (
-        f"{rows['train']} rows of each task to train on, {rows['validation']} to choose by, {rows['test']} to "
-        f"test, of {rows['tokens']} tokens; at most {schedule['steps']} steps of {schedule['batch_size']} rows "
-        f"for an adapter, {schedule['learned_steps']} of {schedule['learned_rows']} rows of each task for a "
-        f"learned merge. Scales {content['settings']['scales']}, densities {content['settings']['densities']}."
+        f"{rows['train']} rows of each task to train on, {rows['validation']} to choose by, {rows['test']} "
+        f"to test, of {rows['tokens']} tokens; at most {steps['steps']} steps of {steps['batch_size']} rows "
+        f"for an adapter, {steps['learned_steps']} of {steps['learned_rows']} rows of each task for a "
+        f"learned merge. Scales {about['scales']}, densities {about['densities']}."
     )
 
 
