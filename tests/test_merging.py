@@ -674,6 +674,16 @@ def test_users_add_methods():
         del METHODS["first_only"]
 
 
+def test_a_merge_is_computed_when_it_is_written_and_not_before(monkeypatch):
+    for method in ("ties", "dare", "task_arithmetic"):
+        with monkeypatch.context() as patch:
+            patch.setattr("peft_subspace.merging.driver.compute", None)
+            made = merge(sources(), method)
+            with pytest.raises(TypeError):
+                made.update("layer")
+        assert made.update("layer").shape == (7, 9)
+
+
 # ----------------------------------------------------------------------------------------- bad input
 
 

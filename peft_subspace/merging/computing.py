@@ -39,6 +39,20 @@ def compute(
     return scale * _by_entries(stack, result, tile_bytes)
 
 
+def check(
+    stack: Stack,
+    method: str,
+    weights: Sequence[float],
+    generators: Sequence[torch.Generator],
+    options: Mapping[str, Any],
+) -> None:
+    """Raise what the options of a method would raise, for functions of entries on one row of the updates."""
+    result = METHODS[method](stack, torch.tensor(weights, dtype=stack.lefts[0].dtype), generators, **options)
+    if isinstance(result, Entries):
+        limit = result.limits(stack.dense(0)) if result.limits else None
+        result.merge(next(stack.tiles(1))[1], [limit] * len(stack))
+
+
 def _by_entries(stack: Stack, entries: Entries, tile_bytes: int) -> Tensor:
     rows, columns = stack.shape
     limits = [entries.limits(stack.dense(source)) if entries.limits else None for source in range(len(stack))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.errors import error_context
@@ -14,7 +15,7 @@ from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.names import in_base
 from peft_subspace.core.validation import invalid
 from peft_subspace.merging.checkpoints import write_merged
-from peft_subspace.merging.computing import TILE_BYTES, compute
+from peft_subspace.merging.computing import TILE_BYTES, check, compute
 from peft_subspace.merging.cutting import ModuleReport, check_cut, cut
 from peft_subspace.merging.output import add_lora, save_lora
 from peft_subspace.merging.source import Source
@@ -78,6 +79,13 @@ class Merge:
         """Updates of all sources on one module."""
         with error_context(module):
             return self._stack(module)[0]
+
+    def check(self) -> None:
+        """Raise if an option does not fit the first module."""
+        for module in self.modules[:1]:
+            stack, (generators, options) = self.stack(module), self._given(module)
+            with error_context(module):
+                check(stack, self.method, self.weights, generators, options)
 
     def update(self, module: str) -> Tensor:
         """The merged update of one module, `(m, n)` without cutting."""
@@ -181,10 +189,15 @@ class Merge:
         return Stack([p[0] for p in known], [p[1].flatten(1) for p in known]), tuple(right.shape[1:])
 
     def _merged(self, stack: Stack, module: str) -> tuple[Tensor, Tensor] | Tensor:
+        generators, options = self._given(module)
+        return compute(
+            stack, self.method, self.weights, generators, self.scale, self.space, self.tile_bytes, options
+        )
+
+    def _given(self, module: str) -> tuple[list[torch.Generator], dict[str, Any]]:
+        """Generators and options of one module."""
         generators = [local_generator(self.seed, module, source.name) for source in self.sources]
         options = {
             key: value[module] if isinstance(value, dict) else value for key, value in self.options.items()
         }
-        return compute(
-            stack, self.method, self.weights, generators, self.scale, self.space, self.tile_bytes, options
-        )
+        return generators, options

@@ -76,6 +76,5 @@ def merge(
         raise ValueError(f"the sources name different base models, {sorted(bases)}; merge adapters of one")
     kept = check_others(opened, others)
     made = Merge(opened, method, weights, scale, space, seed, options, memory, base, kept, rows)
-    if made.modules:
-        made.update(made.modules[0])  # an option that does not fit is an error here, not when half is written
+    made.check()  # an option that does not fit is an error here, not when half is written
     return made
