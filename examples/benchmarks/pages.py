@@ -20,6 +20,7 @@ from typing import Any
 import brief
 import cards
 import claims
+import directions
 import features
 import figures
 import keep_zeros
@@ -429,6 +430,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "keep_zeros": ("keep_zeros.json", lambda: keep_zeros.table(timing.load("keep_zeros"))),
+    "directions": ("directions.json", lambda: directions.table(timing.load("directions"))),
     "learning_rates": (
         "learning_rates.json",
         lambda: learning_rates.table(timing.load("learning_rates"), before=False),
