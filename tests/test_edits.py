@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import peft
 import pytest
 import tokenizers
@@ -17,6 +15,7 @@ import peft_subspace
 from models import llama
 from peft_subspace import edits
 from peft_subspace.edits import Fact, edit_by_curvature, insert_facts, prune_by_contrast, sampled_loss
+from peft_subspace.statistics import collect
 from quantized import KINDS, WARNINGS, quantized_model
 
 IDS = torch.arange(3, 35).view(4, 8)
@@ -24,33 +23,10 @@ NAME = "model.layers.1.mlp.down_proj"
 NAMES = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in ("up", "down")]
 
 
-class Moment(SimpleNamespace):
-    """What statistics have of rows: their number, their second moment, norms of columns."""
-
-    @classmethod
-    def of(cls, rows):
-        rows = rows.double()
-        norms = rows.square().sum(0).sqrt()
-        return cls(rows=len(rows), size=rows.shape[1], column_norms=norms, dense=lambda: rows.T @ rows)
-
-
 def statistics_of(model, ids, names=NAMES, loss_fn=sampled_loss):
-    """Inputs and gradients of outputs of layers, taken one by one."""
-    inputs, gradients, hooks = {n: [] for n in names}, {n: [] for n in names}, []
-    for name in names:
-
-        def look(module, args, output, name=name):
-            inputs[name].append(args[0].detach().flatten(0, 1))
-            output.register_hook(lambda g: gradients[name].append(g.flatten(0, 1)))
-
-        hooks.append(model.get_submodule(name).register_forward_hook(look))
-    loss_fn(model, {"input_ids": ids}).backward()
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad()
-    return SimpleNamespace(
-        inputs={n: Moment.of(torch.cat(rows)) for n, rows in inputs.items()},
-        output_gradients={n: Moment.of(torch.cat(rows)) for n, rows in gradients.items()},
+    batches = [{"input_ids": ids}]
+    return collect(
+        model, batches, gradients=True, target_modules=list(names), loss_fn=loss_fn, progress=False
     )
 
 
