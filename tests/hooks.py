@@ -46,6 +46,7 @@ IMPORTED = [
     Hook("peft.utils.constants.INCLUDE_LINEAR_LAYERS_SHORTHAND", '"all-linear"'),
     Hook("peft.utils.get_quantization_kwargs", "how a model was quantized", ("model",)),
     Hook("peft.utils.other.AuxiliaryTrainingWrapper", "heads (modules_to_save)"),
+    Hook("peft.utils.other.ModulesToSaveWrapper", "heads that a config names take the place of the model's"),
     Hook("peft.utils.quantization_extra_repr", "layers say how they are quantized", ("module",)),
     Hook("peft.utils.quantization_utils.ForwardOnlyQuantizationBackend", "weights that can only be run"),
     Hook("peft.utils.quantization_utils.QuantizationBackend", "quantized weights are read and written"),

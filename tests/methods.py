@@ -64,6 +64,10 @@ class Method:
         """Dtype of the adapter on a base of that setting."""
         return torch.float32 if setting.autocast else setting.dtype
 
+    def is_rounded(self, setting: Any) -> bool:
+        """Whether what is loaded to be run has fewer digits than its file, after it was confined."""
+        return self.is_confined and "r" in self.options and self.adapter_dtype(setting) != torch.float32
+
     def fitting(self, names: list[str]) -> list[str]:
         """Those of the modules that the method adapts."""
         return [n for n in names if "embedding" in self.kinds or n not in EMBEDDINGS]

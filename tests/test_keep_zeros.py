@@ -207,7 +207,7 @@ def test_mixed_batches_give_each_sample_its_adapter(method, case):
         assert distance(result[row : row + 1], expected) < FP32.tolerance
 
 
-@pytest.mark.parametrize("method", [m for m in KEEPING if m.combines], ids=str)
+@pytest.mark.parametrize("method", KEEPING, ids=str)
 def test_weighted_sums_are_exact_and_keep_the_zeros(method):
     case = pruned(WIDE)
     model = adapt(method, case, keep_zeros=True)

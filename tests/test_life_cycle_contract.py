@@ -261,11 +261,15 @@ def test_saved_adapter_gives_the_same_outputs_when_loaded(method, case, setting,
         base = Net(case.layer()).to(setting.dtype)
         again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low, **options)
         states = (get_peft_model_state_dict(adapted) for adapted in (model, again))
-        assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
-        if low:  # tensors lie where they lay in the file, and some kernels round by alignment
-            assert distance(outputs(again, x), outputs(model, x)) < setting.tolerance / 10
+        pairs = list(zip(*(state.values() for state in states), strict=True))
+        if method.is_rounded(setting):
+            assert all(distance(read, saved) < setting.tolerance for saved, read in pairs)
+            assert distance(outputs(again, x), outputs(model, x)) < setting.tolerance
         else:
-            assert torch.equal(outputs(again, x), outputs(model, x))
+            assert all(torch.equal(*pair) for pair in pairs)
+            # some kernels round by alignment, and there the tensors lie where they lay in the file
+            error = distance(outputs(again, x), outputs(model, x))
+            assert error < setting.tolerance / 10 if low else error == 0
         assert not trainables(again)
         assert not any(p.is_meta for p in again.parameters())
 
@@ -291,7 +295,10 @@ def test_own_loader_gives_the_same_outputs(method, case, setting, tmp_path):
     for name in BOTH:
         model.set_adapter(name)
         again.set_adapter(name)
-        assert torch.equal(outputs(again, x), outputs(model, x))
+        if method.is_rounded(setting):
+            assert distance(outputs(again, x), outputs(model, x)) < setting.tolerance
+        else:
+            assert torch.equal(outputs(again, x), outputs(model, x))
 
 
 @pytest.mark.feature("deepcopy and pickle")

@@ -51,6 +51,7 @@ def _single_precision(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | Non
     )
     if matrix.dtype != torch.float32 or products != "highest":
         return None
+    matrix = matrix.clone()  # kernels round by alignment, and weights that are read from a file lie anywhere
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     rest, leading = vectors.tensor_split([len(values) - count], dim=1)
     image, values = matrix.T @ leading, values[: len(values) - count]
