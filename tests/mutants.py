@@ -238,6 +238,13 @@ MUTANTS = [
         "scale-of-a-sum",
         "factors = [weight * layer.scaling[adapter] for",
         "factors = [weight for",
+        "test_sums.py",
+        "scales_of_run_time",
+    ),
+    Mutant(
+        "scale-of-a-product",
+        "lefts = [layer.scaling[adapter] * left for adapter,",
+        "lefts = [left for adapter,",
         CONTRACT,
         "weighted_adapter and flora-linear",
     ),
