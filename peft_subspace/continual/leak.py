@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_subspace.core.projection import singular_vectors
+from peft_subspace.core.projection import project, singular_vectors
 from peft_subspace.core.validation import invalid
 from peft_subspace.methods.continual_svd.delta import ContinualSVDDelta
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
@@ -70,8 +70,7 @@ def _leaks(
     def leading(name: str, matrix: Tensor) -> Tensor:
         side = delta.sides[name]
         basis = side.directions(getattr(delta, name)) if protected is None else protected[name == "V"]
-        basis = basis[:, : side.count].to(matrix.device)
-        return basis @ (basis.T @ matrix)
+        return project(matrix, basis[:, : side.count].to(matrix.device), True)
 
     norm = update.norm().item() or 1.0
     leaks = {}

@@ -54,8 +54,7 @@ class Side:
 
     def inside(self, kept: Tensor, matrix: Tensor) -> Tensor:
         """`P M` for a matrix `(d, c)`, in double precision on the way."""
-        directions = self.directions(kept)
-        return (directions @ (directions.T @ matrix.double())).to(matrix)
+        return project(matrix.double(), self.directions(kept), True).to(matrix)
 
     def directions(self, kept: Tensor) -> Tensor:
         """The directions `(d, k)`, orthonormal in double precision."""

@@ -167,10 +167,9 @@ class Update(LeanModule, ABC):
         return None
 
     @classmethod
-    def has_shared(cls) -> bool:
-        """Whether the method defines `shared`."""
-        defined: Any = cls.shared
-        return defined.__func__ is not vars(Update)["shared"].__func__
+    def defines(cls, name: str) -> bool:
+        """Whether the method has a class method of its own, where `Update` has one that gives nothing."""
+        return getattr(cls, name).__func__ is not vars(Update)[name].__func__
 
     def attach(self, holder: Any, name: str) -> None:
         """Set where the tensors are that this update shares with others: `holder[name]`, now and later."""

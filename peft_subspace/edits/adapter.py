@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
@@ -67,8 +66,6 @@ class EditDelta(Delta):
 
     A convolution's kernel is part of the input axis.
     """
-
-    combinations: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: EditConfig, spec: ModuleSpec) -> None:
         super().__init__(config, spec)
@@ -174,8 +171,7 @@ def read_weight(module: nn.Module) -> Tensor:
     if isinstance(module, SubspaceLayer):
         return module.read_weight().flatten(1)
     target = analyze_module(module)
-    weight = BaseWeight(target, "weight", target.backend).read().detach()
-    return target.kind.from_layout(weight).float().flatten(1)
+    return target.kind.from_layout(target.base_weight.read()).float().flatten(1)
 
 
 def checked(name: str, side: str, moment: Any, size: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_subspace.core.linalg import column_basis
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.layers.base import innermost
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -125,10 +126,7 @@ class _Edited:
             kept.append(vectors.flip(1)[:, :count])
         if not kept:
             return torch.zeros(self.sizes[1], 0)
-        vectors, values, _ = torch.linalg.svd(
-            torch.cat([k / k.norm() for k in kept], dim=1), full_matrices=False
-        )
-        return vectors[:, values > 1e-6 * values[0]].float()
+        return column_basis(torch.cat([k / k.norm() for k in kept], dim=1)).float()
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Add the update, and a leaf whose gradient is that of the output."""

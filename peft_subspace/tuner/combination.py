@@ -97,8 +97,8 @@ def _combined(
     """Config entries and state of what is made of the adapters of one layer."""
     deltas = [layer.deltas[adapter] for adapter in weights]
     update: type[Update] = type(layer).delta_cls
-    form = "average" if kind == "linear" and _defines(update, "average") else "concatenate"
-    if kind in SUMS and _defines(update, form) and not options:
+    form = "average" if kind == "linear" and update.defines("average") else "concatenate"
+    if kind in SUMS and update.defines(form) and not options:
         factors = [weight * layer.scaling[adapter] for adapter, weight in weights.items()]
         made: Combined = getattr(update, form)(deltas, factors)
         return made
@@ -108,11 +108,6 @@ def _combined(
     parts = Parts(lefts, rights, list(weights.values()), list(weights), name, options)
     left, right = COMBINATIONS[kind](parts)
     return update.product(left, right.reshape(-1, *pairs[0][1].shape[1:]), deltas)
-
-
-def _defines(update: type[Update], name: str) -> bool:
-    """Whether a method has a function of its own."""
-    return getattr(update, name).__func__ is not vars(Update)[name].__func__
 
 
 def _config_of_sum(
@@ -156,7 +151,7 @@ def _check(
     export = "export each with peft_subspace.lora_state_dict and combine those"
     if combination_type not in (*SUMS, *COMBINATIONS):
         raise invalid("combination_type", combination_type, f"must be one of {(*SUMS, *COMBINATIONS)}")
-    if not _defines(update, "product") and not (combination_type in SUMS and _defines(update, "concatenate")):
+    if not update.defines("product") and not (combination_type in SUMS and update.defines("concatenate")):
         raise ValueError(
             f"adapters={list(adapters)} of {method} cannot be combined by {combination_type!r}: no adapter "
             f"of this method is their sum; merge them one by one, or {export}"

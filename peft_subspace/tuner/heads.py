@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -78,12 +77,12 @@ def planned_heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     return found
 
 
-def put_heads(model: nn.Module, config: Any, adapter_name: str) -> None:
-    """Put the heads that a config names where PEFT has put copies of the model's own."""
-    for name, planned in planned_heads(model, config).items():
+def put_heads(model: nn.Module, heads: Mapping[str, nn.Module], config: Any, adapter_name: str) -> None:
+    """Put heads that were planned where PEFT has put copies of the model's own."""
+    head: Any
+    for name, head in heads.items():
         wrapper: Any = model.get_submodule(name)
         copied = wrapper.modules_to_save[adapter_name]
-        head: Any = copy.deepcopy(planned)
         first = next(copied.parameters())
         if not first.is_meta:
             head.to_empty(device=first.device)

@@ -44,7 +44,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
             return
         cls.adapter_layer_names = (f"{cls.prefix}delta",)
         cls.other_param_names = (f"{cls.prefix}dropout", "scaling", "initial_scaling")
-        if cls.delta_cls.has_shared():
+        if cls.delta_cls.defines("shared"):
             # By this name PEFT switches, counts and reports shared tensors with the others of the adapter.
             attribute = f"{cls.prefix}{cls.delta_cls.shared_name}"
             cls.adapter_layer_names = (*cls.adapter_layer_names, attribute)

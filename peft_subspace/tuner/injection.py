@@ -10,7 +10,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.quantization import is_readable, unreadable
-from peft_subspace.base_weights.weight import BaseWeight, tied_parameters
+from peft_subspace.base_weights.weight import tied_parameters
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.layers.base import innermost
@@ -53,7 +53,7 @@ class Injection:
         for name in reading:
             with error_context(name):
                 _check_start(plan.modules[name], config)
-        planned_heads(tuner.model, config)
+        self.heads = planned_heads(tuner.model, config)
         note_zeros(plan, config)
         self.starts = WeightStarts(len(reading))
         self.apart = self._read_apart()
@@ -145,7 +145,7 @@ class Injection:
             path, _, name = full_name.rpartition(".")
             parent = self.tuner.model.get_submodule(path)
             self._add(adapter_name, parent.get_submodule(name), name, parent, self.plan.modules[full_name])
-        put_heads(self.tuner.model, self.config, adapter_name)
+        put_heads(self.tuner.model, self.heads, self.config, adapter_name)
         self._add_apart(adapter_name)
 
     def _add(
@@ -218,7 +218,7 @@ def _refuse_tensor_parallel(model: nn.Module) -> None:
 def _check_start(planned: Planned, config: SubspaceConfig) -> None:
     """Look, before anything is replaced, for a weight that no initialization is possible from."""
     target = planned.target
-    weight = BaseWeight(target, target.parameter_name, target.backend)
+    weight = target.base_weight
     if target.backend is None:
         with weight.whole():
             stored = weight.stored.detach()

@@ -99,7 +99,7 @@ def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> 
     weights = {}
     for key, item in planned.items():
         target = item.target
-        weights[key] = BaseWeight(target, target.parameter_name, target.backend), target.kind
+        weights[key] = target.base_weight, target.kind
     check_base(weights, state, plan.prefix)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_subspace.base_weights.computed import computed_weight
 from peft_subspace.base_weights.quantization import quantization_of, quantized_sizes
+from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.layers.choose import kind_of
 from peft_subspace.layers.parameter import parameter_kind
@@ -47,6 +48,11 @@ class Target:
     def get_base_layer(self) -> nn.Module:
         """The module, as a tuner layer gives it."""
         return self.module
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight, to be looked at before there is a tuner layer."""
+        return BaseWeight(self, self.parameter_name, self.backend)
 
 
 def without_adapters(module: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from peft_subspace.base_weights.quantization import is_readable, unreadable
-from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.errors import error_context
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.plan import Plan
@@ -31,11 +30,11 @@ def note_zeros(plan: Plan, config: SubspaceConfig) -> None:
     for name, item in plan.modules.items():
         target = item.target
         with error_context(name):
-            if target.backend is not None and not is_readable(target.backend):
+            if not is_readable(target.backend):
                 raise ValueError(unreadable(target.module))
-        weight = BaseWeight(target, target.parameter_name, target.backend)
+        weight = target.base_weight
         with weight.whole():
-            stored = weight.read().detach()
+            stored = weight.read()
             if stored.is_meta or hasattr(stored, "device_mesh"):
                 return
             weights.append(_pattern(target.kind.from_layout(stored)))
