@@ -15,7 +15,7 @@ help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
-	@echo "make test-slow   run the tests that train for longer, every method on all layers, and the benchmarks' own"
+	@echo "make test-slow   run the tests that train for longer, all methods with everything, and the benchmarks' own"
 	@echo "make features    run all tests, and write the table of features into docs/benchmarks"
 	@echo "make engines     run the adapters in other tools: $(ENGINES)"
 	@echo "make engine-NAME the same in one of them"
@@ -51,11 +51,11 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m "slow and not engine"
 	$(PYTEST) examples/benchmarks/tests
-	$(PYTEST) --dist load --all-layers tests/test_algebra_contract.py tests/test_life_cycle_contract.py
+	$(PYTEST) --dist load --all-layers=rest -m "not slow and not engine"
 
 # A row of the table needs all of its tests, slow or not, from one run.
 features: $(INSTALLED)
-	$(PYTEST) -m "not engine" --features examples/benchmarks/results/features.json
+	$(PYTEST) -m "not engine" --all-layers --features examples/benchmarks/results/features.json
 	$(BIN)/python examples/benchmarks/pages.py
 
 # Tools that are too large for .venv, or too choosy about versions. The environment of each has what .venv has,

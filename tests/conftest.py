@@ -8,15 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-from layers import CASES, SETTINGS
-from methods import METHODS
+from layers import CASES, SETTINGS, LayerCase
+from methods import METHODS, Method
 
 pytest_plugins = ["feature_report"]
 
@@ -32,7 +33,11 @@ for name, examples in {"some": 30, "many": 300}.items():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-layers", action="store_true", help="run typical tests, too, on all layers and settings"
+        "--all-layers",
+        nargs="?",
+        const="all",
+        choices=["all", "rest"],
+        help="run every test with all methods, layers and settings, or only what runs by no other call",
     )
 
 
@@ -50,19 +55,68 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not names:
         return
     qualities = [item for mark in metafunc.definition.iter_markers("where") for item in mark.kwargs.items()]
-    typical = metafunc.definition.get_closest_marker("typical")
-    if metafunc.config.getoption("--all-layers"):
-        typical = None
+    mark = None if metafunc.config.getoption("--all-layers") else metafunc.definition.get_closest_marker("typical")
     rows = []
     for values in product(*(ARGUMENTS[name] for name in names)):
         row = dict(zip(names, values, strict=True))
         if (
             _is_possible(**row)
             and all(getattr(row[name], quality) for name, quality in qualities)
-            and (typical is None or _is_typical(*typical.args, **row))
+            and (mark is None or _is_typical(*mark.args, **row))
         ):
             rows.append(pytest.param(*values, id="-".join(map(str, values))))
     metafunc.parametrize(names, rows)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--all-layers`, leave out what need not run each time."""
+    wanted = config.getoption("--all-layers")
+    if wanted == "all":
+        return
+    typical = set(_typical(items))
+    if wanted == "rest":
+        kept = [item for item in items if item not in typical or item.get_closest_marker("generated")]
+    else:
+        kept = [item for item in items if item in typical]
+    config.hook.pytest_deselected(items=list(set(items).difference(kept)))
+    items[:] = kept
+
+
+def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
+    """What runs each time: the methods take turns where a test has as many other arguments as there are methods.
+
+    Typical methods, and all methods on typical layers, run with every argument, each of the others with the
+    arguments whose turn it is.
+    """
+    tests: dict[Any, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        mark, method = item.get_closest_marker("typical"), _argument(item, "method")
+        if mark and not _is_typical(*mark.args, case=_argument(item, "case"), setting=_argument(item, "setting")):
+            continue
+        if isinstance(method, Method):
+            rest = item.callspec.id.replace(str(method), "", 1)
+            tests.setdefault((item.path, item.originalname), {}).setdefault(rest, []).append(item)
+        else:
+            yield item
+    for rows in tests.values():
+        in_turn = [key for key, row in rows.items() if not _is_typical_layer(row[0])]
+        for key, row in rows.items():
+            others = [item for item in row if not _argument(item, "method").is_typical]
+            if len(in_turn) >= len(METHODS) and key in in_turn and others:
+                turn = others[in_turn.index(key) % len(others)]
+                yield from (item for item in row if item not in others or item is turn)
+            else:
+                yield from row
+
+
+def _is_typical_layer(item: pytest.Item) -> bool:
+    case, setting = _argument(item, "case"), _argument(item, "setting")
+    return isinstance(case, LayerCase) and case.is_typical and setting in (None, SETTINGS[0])
+
+
+def _argument(item: pytest.Item, name: str) -> Any:
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 def _names(argument: str | Sequence[str]) -> list[str]:
@@ -76,11 +130,9 @@ def _is_possible(method=None, case=None, setting=None) -> bool:
     return not (method and setting and method.stays_fp32 and setting.needs_cast)
 
 
-def _is_typical(what, method=None, case=None, setting=None) -> bool:
+def _is_typical(what, case=None, setting=None, **_) -> bool:
     if what == "layers":
         return all(value is None or value.is_typical for value in (case, setting))
-    if what == "layers or methods":  # every route on every kind of layer, but not by every method
-        return case.is_typical or method.is_typical
     return setting == SETTINGS[0] or (case.is_typical and setting.is_typical)
 
 

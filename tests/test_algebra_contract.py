@@ -161,7 +161,6 @@ def test_updates_below_the_steps_of_a_bf16_weight_count(method, case, setting):
     assert distance(model(x), scale * dense(model, method, x)) < 0.1  # a lost update is off by 1
 
 
-@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("torch.compile (no graph breaks)")
 def test_adapted_layer_compiles_without_graph_breaks_and_trains(method, case):
     torch._dynamo.reset()
@@ -240,6 +239,7 @@ def assert_layer_keeps_the_contract(method, case):
     assert distance(outputs(model, x), output) < FP32.tolerance
 
 
+@pytest.mark.generated
 def test_linear_layers_of_any_size_keep_the_contract(method):
     @given(linears())
     def run(case):
@@ -248,6 +248,7 @@ def test_linear_layers_of_any_size_keep_the_contract(method):
     run()
 
 
+@pytest.mark.generated
 @pytest.mark.where(method="adapts_embeddings")
 def test_embeddings_of_any_size_and_padding_keep_the_contract(method):
     @given(embeddings())
@@ -257,6 +258,7 @@ def test_embeddings_of_any_size_and_padding_keep_the_contract(method):
     run()
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_convolutions_of_any_geometry_keep_the_contract(method, kind):
     @given(convolutions(kind))
@@ -322,7 +324,6 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 # ------------------------------------------------------------------------------------------- scaling
 
 
-@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("scaling at run time (`scale_layer`, `set_scale`)")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)

@@ -80,7 +80,6 @@ def train(model, x, steps=3):
 
 
 @pytest.mark.where(method="keeps_zeros")
-@pytest.mark.typical("layers or methods")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_forward_and_gradients_equal_the_masked_oracle(method, case):
     model = adapt(method, pruned(case), keep_zeros=True)

@@ -10,8 +10,6 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("peft_subspace", "tests", "examples", "docs", "model_cards")
 NO_PROSE = re.compile(r"``.*?``|`[^`\n]*`|https?://\S+", re.S)
@@ -107,7 +105,11 @@ def offenses(text: str) -> list[str]:
     return [f"{found[0].strip()!r}: {remedy}" for rule, remedy in RULES for found in rule.finditer(plain)]
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_words_are_those_of_the_field(path):
-    found = [f"{line}: {offense}" for line, text in prose(path) for offense in offenses(text)]
+def test_words_are_those_of_the_field():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {offense}"
+        for path in files()
+        for line, text in prose(path)
+        for offense in offenses(text)
+    ]
     assert not found, "\n".join(found)

@@ -74,7 +74,6 @@ def meta_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
-@pytest.mark.typical("layers or methods")
 @pytest.mark.where(method="alone")
 def test_replicas_use_nothing_of_another_device(method, case, replicate, meta_autocast):
     model = adapt(method, case)
@@ -89,7 +88,6 @@ def test_replicas_of_a_parameter_of_its_own_use_nothing_of_another_device(replic
     assert distance(here(x), model(x)) < 1e-6
 
 
-@pytest.mark.typical("layers or methods")
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_functional_call_gives_the_same_output(method, case, mode):
     model, x = adapt(method, case).train(mode), case.inputs()
@@ -540,20 +538,17 @@ def check_export(model, inputs, has_length=False):
 
 
 @pytest.mark.parametrize("adapters", [1, 2], ids=["one", "two"])
-@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("gradients per sample, by vmap(grad)")
 def test_gradients_per_sample_are_those_of_each_sample_alone(method, case, adapters):
     check_gradients_per_sample(adapted(method, case, adapters), case.inputs)
 
 
-@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("forward-mode differentiation, by jvp")
 def test_forward_mode_is_the_transpose_of_reverse_mode(method, case):
     check_forward_mode(adapt(method, case), case.inputs)
 
 
 @pytest.mark.parametrize(("adapters", "mode"), [(1, True), (2, False)], ids=["training", "two"])
-@pytest.mark.typical("layers or methods")
 @pytest.mark.feature("torch.export with dynamic sizes")
 def test_exported_program_is_right_at_other_sizes(method, case, adapters, mode):
     has_length = case.kind == "embedding" or (case.kind != "conv" and len(case.size) == 2)
