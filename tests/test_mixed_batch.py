@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from layers import BF16, CASES, FP32, Net, adapt, add, dense, distance, outputs, tuner_layer
+from layers import BF16, CASES, FP32, Net, adapt, add, dense, distance, outputs, trainables, tuner_layer
 from methods import METHODS
 from models import llama, t5
 from peft_subspace.layers import costs
@@ -291,27 +291,72 @@ def test_copies_and_files_begin_with_nothing_kept(method, much_room):
     assert not stays(again, method)
 
 
-@pytest.mark.parametrize("name", ["flora", "mos", "lora_sb", "effort", "continual_svd_r"])
-def test_what_is_kept_takes_no_more_than_the_bound(name):
+def many_adapters(name):
+    """Adapters of one rank on a layer, of which all but the first are frozen, after a batch for all."""
     method = BY_NAME[name]
     model = get_peft_model(
         Net(nn.Linear(96, 128)), method.config(init_weights=False, **ranks(method, 8)), "a0"
     )
     for i in range(1, 24):
         add(model, method, f"a{i}", seed=i, **ranks(method, 8))
-    model.eval()
-    names = [f"a{i}" for i in range(24)]
-    with torch.no_grad():
-        model(torch.randn(24, 96), adapter_names=names)
+    outputs(model.eval(), torch.randn(24, 96), adapter_names=[f"a{i}" for i in range(24)])
+    return model
+
+
+def own_tensors(layer):
+    return {t.data_ptr(): t for t in (*layer.deltas.parameters(), *layer.deltas.buffers())}.values()
+
+
+def bytes_in_memory(tensors):
+    """Bytes of all that tensors lie in, parts that they do not use included."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("name", ["flora", "mos", "lora_sb", "effort", "continual_svd_r"])
+def test_what_is_kept_takes_no_more_than_the_bound(name):
+    layer = tuner_layer(many_adapters(name))
+    own = sum(tensor.nbytes for tensor in own_tensors(layer))
+    lora = 24 * {"effort": 16}.get(name, 8) * (96 + 128) * 4
+    base = layer.base_layer.weight.nbytes
+    assert base + bytes_in_memory([*own_tensors(layer), *layer.kept.stacked]) <= 1.2 * (base + max(own, lora))
+    assert len(layer.kept.places) == 24 or name == "effort"
+
+
+@pytest.mark.parametrize("name", ["flora", "lora_sb", "continual_svd_r"])
+def test_frozen_adapters_lie_in_the_stack_and_are_what_they_were(name, tmp_path):
+    trained = many_adapters(name)
+    trained.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(Net(tuner_layer(trained).base_layer), tmp_path / "a0", "a0")
+    for i in range(1, 24):
+        model.load_adapter(tmp_path / f"a{i}", f"a{i}")
+    outputs(model, torch.randn(24, 96), adapter_names=[f"a{i}" for i in range(24)])
     layer = tuner_layer(model)
-    held = sum(tensor.nbytes for tensor in layer.kept.stacked)
-    own = {t.data_ptr(): t.nbytes for t in (*layer.deltas.parameters(), *layer.deltas.buffers())}
-    rank = {"effort": 16}.get(name, 8)
-    lora = 24 * rank * (96 + 128) * 4
-    everything = layer.base_layer.weight.nbytes + sum(own.values()) + held
-    assert everything <= 1.2 * (layer.base_layer.weight.nbytes + max(sum(own.values()), lora))
-    assert len(layer.kept.places) > 0
-    assert name in ("mos", "continual_svd_r") or len(layer.kept.places) < 24
+    storages = {tensor.untyped_storage().data_ptr() for tensor in layer.kept.stacked}
+    inside = [t for t in own_tensors(layer) if t.untyped_storage().data_ptr() in storages]
+    assert not any(tensor.requires_grad for tensor in inside)
+    assert sum(t.nbytes for t in inside) > 0.5 * sum(t.nbytes for t in own_tensors(layer))
+    x = torch.randn(3, 96)
+    model.set_adapter("a5")
+    expected = outputs(model, x)
+    model.save_pretrained(tmp_path, selected_adapters=["a5"])
+    base = Net(copy.deepcopy(layer.base_layer))
+    assert distance(outputs(PeftModel.from_pretrained(base, tmp_path / "a5"), x), expected) < FP32.tolerance
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in trainables(model).values():
+        parameter.data.add_(1.0)  # as an optimizer does, in the stack
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".a5." in name), name
+
+
+def test_memory_of_deleted_adapters_is_given_back():
+    model = many_adapters("flora")
+    before = bytes_in_memory([*own_tensors(tuner_layer(model)), *tuner_layer(model).kept.stacked])
+    for i in range(4, 24):
+        model.delete_adapter(f"a{i}")
+    outputs(model, torch.randn(2, 96), adapter_names=["a1", "a2"])
+    layer = tuner_layer(model)
+    assert bytes_in_memory([*own_tensors(layer), *layer.kept.stacked]) < 0.3 * before
 
 
 # ------------------------------------------------------------------------------------------- threads

@@ -98,6 +98,11 @@ def is_thin(shape: WeightShape, factors: Chain) -> bool:
     return narrowest_rank(factors) * (shape.out_features + shape.columns) < prod(shape.dims)
 
 
+def is_narrow(shape: WeightShape, factors: Chain) -> bool:
+    """Whether a chain is hardly larger than the two factors that `split` makes of it."""
+    return 8 * chain_cost(factors) <= 9 * narrowest_rank(factors) * (shape.out_features + shape.columns)
+
+
 def picks_adapters(device: str) -> bool:
     """Whether adapters that do not follow each other in a stack are copied to go through one product.
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_subspace.core.chain import split
 from peft_subspace.layers.base import Branch, LayerKind
-from peft_subspace.layers.costs import Route
+from peft_subspace.layers.costs import Route, is_thin
 from peft_subspace.layers.linear import TransposedKind, add_chain
 from peft_subspace.layers.stacked import Form, add_product
 
@@ -42,8 +43,10 @@ class EmbeddingKind(TransposedKind):
 
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
         """`(out, r)` and `(tokens, r)`, in which an index is a row."""
-        pair = super().stackable(factors)
-        return pair and (pair[0], pair[1].T)
+        if self.has_custom_forward or not is_thin(self.shape, factors):
+            return None
+        left, right = split(factors)
+        return left, right.T.contiguous()
 
     def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
         """Look the indices up in the adapters' rows, one adapter's after another's."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply, split
 from peft_subspace.layers.base import Branch, LayerKind, sums_exactly
-from peft_subspace.layers.costs import Route, branch_route, is_thin, linear_routes
+from peft_subspace.layers.costs import Route, branch_route, is_narrow, is_thin, linear_routes
 from peft_subspace.layers.kernels.linear import update_linear
 from peft_subspace.layers.stacked import Form, add_product
 
@@ -67,13 +67,17 @@ class LinearKind(LayerKind):
         return torch.cat(sums).view(result.shape)
 
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
-        """`(out, r)` and `(r, in)`, if they are smaller than `ΔW`."""
-        return split(factors) if is_thin(self.shape, factors) and not self.has_custom_forward else None
+        """The chain or, where that is smaller, `(out, r)` and `(r, in)`; None if `ΔW` is smaller still."""
+        if self.has_custom_forward or not is_thin(self.shape, factors):
+            return None
+        return factors if is_narrow(self.shape, factors) else split(factors)
 
     def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:
-        """Multiply each adapter's rows by its two factors."""
-        left, right = stacked
-        hidden = torch.bmm(x.reshape(len(left), -1, x.shape[-1]), right.transpose(1, 2))
+        """Multiply each adapter's rows by its factors."""
+        left, *rest = stacked
+        hidden = x.reshape(len(left), -1, x.shape[-1])
+        for factor in reversed(rest):
+            hidden = torch.bmm(hidden, factor.transpose(1, 2))
         return add_product(result, hidden, left)
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:

@@ -17,10 +17,15 @@ def stack(forms: Sequence[Form]) -> Form:
     return tuple(_stack_tensors(tensors) for tensors in zip(*forms, strict=True))
 
 
-def fitting(forms: Mapping[str, Form], room: float) -> list[str]:
+def fitting(forms: Mapping[str, Form], room: float, owned: Mapping[str, Sequence[bool]]) -> list[str]:
     """Names of those chains, in their order, whose stack takes no more than `room` bytes.
 
     All are of the dtype, the device and the number of axes of the first one.
+
+    Args:
+        forms: The chains.
+        room: Bytes that there are.
+        owned: Which tensors of each chain can move into the stack, as long as nothing is filled up there.
     """
     chosen: list[str] = []
     longest: list[tuple[int, ...]] = []
@@ -31,9 +36,15 @@ def fitting(forms: Mapping[str, Form], room: float) -> list[str]:
         sizes = [tuple(tensor.shape) for tensor in form]
         if chosen:
             sizes = [tuple(map(max, *pair)) for pair in zip(longest, sizes, strict=True)]
-        if (len(chosen) + 1) * sum(prod(size) for size in sizes) * form[0].itemsize <= room:
-            chosen.append(name)
-            longest = sizes
+        names = [*chosen, name]
+        entries = sum(
+            prod(size)
+            for other in names
+            for size, tensor, moves in zip(sizes, forms[other], owned[other], strict=True)
+            if not (moves and size == tuple(tensor.shape))
+        )
+        if entries * form[0].itemsize <= room:
+            chosen, longest = names, sizes
     return chosen
 
 
@@ -72,8 +83,11 @@ def under_each_other(x: Tensor, count: int) -> Tensor:
 
 
 def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    strides = tensors[0].stride()  # whose order of the axes in memory is that of the stack
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
     sizes = _longest(tensors)
-    total = tensors[0].new_zeros(len(tensors), *sizes)
+    total = tensors[0].new_zeros(len(tensors), *(sizes[axis] for axis in order))
+    total = total.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
     for place, tensor in zip(total, tensors, strict=True):
         place[tuple(slice(size) for size in tensor.shape)] = tensor
     return total

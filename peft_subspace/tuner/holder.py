@@ -14,7 +14,7 @@ from peft_subspace.base_weights.quantization import can_compute_in, stored_tenso
 from peft_subspace.base_weights.weight import BaseWeight, offload_hook
 from peft_subspace.core.delta import Update
 from peft_subspace.core.names import in_base
-from peft_subspace.tuner.kept import Kept
+from peft_subspace.tuner.kept import Kept, release
 from peft_subspace.tuner.scaling import ScaledAdapters
 from peft_subspace.tuner.shared import SharedTensors
 
@@ -133,16 +133,16 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdapterHolder:
         """Set the mode of training; what is kept is of adapters that do not train."""
         if mode or self.training:
-            self.kept = Kept()
+            release(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterHolder:
-        self.kept = Kept()
+        release(self)
         return super()._apply(fn, recurse)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter with what it shares: the other layers are about to lose it too."""
-        self.kept = Kept()
+        release(self)
         if self._shared and adapter_name in self._shared[0]:
             del self._shared[0][adapter_name]
         super().delete_adapter(adapter_name)

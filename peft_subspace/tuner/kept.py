@@ -1,13 +1,14 @@
 """What a tuner layer keeps of its adapters from one mixed batch to the next.
 
-An adapter's chain is stacked with those of others, multiplied up into the form that its kind of layer takes
-(`LayerKind.stackable`), as long as memory allows. Else it is kept as it is, if all but a small part of it are
-the adapter's own tensors, and computed in each batch if it is not.
+An adapter's chain is stacked with those of others, in the form that its kind of layer takes
+(`LayerKind.stackable`), as long as memory allows. The adapter's own tensors move into the stack, so that they
+are there once. Else the chain is kept as it is, if all but a small part of it are the adapter's own tensors,
+and computed in each batch if it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +81,21 @@ def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
     kept: Kept = layer.kept
     if all(_unchanged(layer, name, kept.states.get(name), memo) for name in names):
         return kept
-    layer.kept = Kept()  # what was kept is freed before there is more
     known = [name for name in kept.states if name in layer.deltas]
     del kept
+    release(layer)  # what was kept is freed before there is more
     with lasting(), torch.no_grad():
         layer.kept = kept = _renewed(layer, dict.fromkeys([*known, *names]), memo)
     return kept
+
+
+def release(layer: Any) -> None:
+    """Keep nothing; tensors of adapters that lie in the stack get memory of their own again."""
+    stacks = {tensor.untyped_storage().data_ptr() for tensor in layer.kept.stacked}
+    layer.kept = Kept()
+    for tensor in (*layer.deltas.parameters(), *layer.deltas.buffers()) if stacks else ():
+        if tensor.untyped_storage().data_ptr() in stacks:
+            tensor.data = tensor.detach().clone()
 
 
 def _unchanged(layer: Any, name: str, state: State | None, memo: dict[int, Stamps]) -> bool:
@@ -126,23 +136,77 @@ def _renewed(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
         states[name] = state = _state(delta, layer.scaling[name], memo)
         if _can_be_kept(delta, state):
             with torch.autocast(state.held[0].device.type, enabled=False):
-                branch = Branch.scaled(delta(layer.read_weight), state.scaling, None)
+                branch = _branch(layer, delta(layer.read_weight), state.scaling)
                 form = layer.kind.stackable(branch.factors)
             if form is not None:
                 branches[name], forms[name] = branch, form
-    lora = {name: _lora_bytes(layer.kind.shape, branch) for name, branch in branches.items()}
-    extra = {name: _extra_bytes(branch, states[name]) for name, branch in branches.items()}
-    own = sum(tensor.nbytes for name in forms for tensor in layer.deltas[name].state_dict().values())
-    base = nbytes(layer.base_weight.stored)
-    cheap = {name for name in branches if extra[name] <= lora[name] * _SMALL}
-    room = GROWTH * (base + max(own, sum(lora.values()))) - base - own - sum(extra[name] for name in cheap)
-    chosen = fitting(forms, room)
+    movable = _movable(layer, branches)
+    owners = {name: [_owner(tensor, movable) for tensor in form] for name, form in forms.items()}
+    chosen = fitting(
+        forms,
+        _room(layer, branches, states),
+        {name: [owner is not None for owner in found] for name, found in owners.items()},
+    )
+    stacked = stack([forms.pop(name) for name in chosen])
+    for place, name in enumerate(chosen):
+        _move(owners[name], [total[place] for total in stacked])
+        states[name] = _state(layer.deltas[name], layer.scaling[name], memo)
     return Kept(
         states,
         {name: place for place, name in enumerate(chosen)},
-        stack([forms[name] for name in chosen]),
-        {name: branches[name] for name in branches if name in cheap and name not in chosen},
+        stacked,
+        {n: branches[n] for n in forms if _is_cheap(layer, branches[n], states[n])},
     )
+
+
+def _branch(layer: Any, factors: tuple[Tensor, ...], scaling: float) -> Branch:
+    if layer.kind.linear and len(factors) == 2 and scaling != 1:  # which would be scaled by a copy of one
+        left, right = factors
+        factors = left, torch.eye(len(right), dtype=right.dtype, device=right.device), right
+    return Branch.scaled(factors, scaling, None)
+
+
+def _room(layer: Any, branches: Mapping[str, Branch], states: Mapping[str, State]) -> float:
+    """Bytes that a stack may take, beside what the adapters apart from it take."""
+    own = sum(tensor.nbytes for name in branches for tensor in layer.deltas[name].state_dict().values())
+    lora = sum(_lora_bytes(layer.kind.shape, branch) for branch in branches.values())
+    base = nbytes(layer.base_weight.stored)
+    apart = [n for n in branches if _is_cheap(layer, branches[n], states[n])]
+    beside = sum(_extra_bytes(branches[name], states[name]) for name in apart)
+    return GROWTH * (base + max(own, lora)) - base - own - beside
+
+
+def _is_cheap(layer: Any, branch: Branch, state: State) -> bool:
+    return _extra_bytes(branch, state) <= _lora_bytes(layer.kind.shape, branch) * _SMALL
+
+
+def _movable(layer: Any, names: Iterable[str]) -> dict[int, Tensor]:
+    """Frozen tensors of adapters that may lie elsewhere, by address; not those which adapters share."""
+    found: dict[int, list[Tensor]] = {}
+    for name in names:
+        delta = layer.deltas[name]
+        for tensor in (*delta.parameters(), *delta.buffers()):
+            found.setdefault(tensor.data_ptr(), []).append(tensor)
+    return {
+        address: first
+        for address, (first, *others) in found.items()
+        if not (others or first.requires_grad or first.is_shared() or first.is_inference())
+        and first.is_contiguous()
+    }
+
+
+def _owner(tensor: Tensor, movable: Mapping[int, Tensor]) -> Tensor | None:
+    """An adapter's own tensor of which this one is a view, all of it."""
+    owner = movable.get(tensor.data_ptr())
+    same = owner is not None and owner.dtype == tensor.dtype and owner.numel() == tensor.numel()
+    return owner if same else None
+
+
+def _move(owners: Sequence[Tensor | None], slots: Sequence[Tensor]) -> None:
+    """Let tensors lie where their values are in a stack, unless they were filled up there."""
+    for owner, slot in zip(owners, slots, strict=True):
+        if owner is not None and slot.numel() == owner.numel():
+            owner.data = slot.as_strided(owner.shape, owner.stride())
 
 
 def _lora_bytes(shape: WeightShape, branch: Branch) -> int:
