@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 import claims
+import learning_rates
 import timing
 from claims import SMALL_TASKS, TASKS, Entry
 from peft_subspace.continual.metrics import draw_heatmap
@@ -186,6 +187,28 @@ def spectra(content: dict[str, Any]) -> Drawn:
     return figure, alt
 
 
+def rates(content: dict[str, Any]) -> Drawn:
+    """Accuracy against the learning rate, by task and method, with the constants of the authors as dashes."""
+    tasks = list(dict.fromkeys(run["task"] for run in content["runs"].values()))
+    figure, charts = _panels(len(tasks), width=3.9, height=3.1)
+    for chart, task in zip(charts, tasks, strict=True):
+        for name in learning_rates.CONFIGS:
+            color = OURS.get(name.lower().replace(" svd, r=", "-svd-").replace(" ", "-"), "black")
+            for before, style in ((True, "--"), (False, "-")):
+                found = learning_rates.by_rate(content, task, name, before=before)
+                means = [
+                    statistics.fmean(run["test_accuracy"] for run in runs.values()) for runs in found.values()
+                ]
+                label = None if before else name
+                chart.plot(list(found), means, style, marker="o", ms=3, color=color, label=label)
+        chart.set(xscale="log", title=task)
+        chart.grid(alpha=0.25)
+    figure.supxlabel("learning rate", fontsize="medium")
+    figure.supylabel("test accuracy", fontsize="medium")
+    _legend(figure, charts)
+    return figure, f"Test accuracy against the learning rate on {', '.join(tasks)}, by method"
+
+
 def _line(name: str) -> dict[str, Any]:
     if name in OURS:
         return {"color": OURS[name], "lw": 2}
@@ -224,6 +247,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # 
     **{f"accuracy_{kind}_small": ("quality-small", partial(accuracy, kind=kind)) for kind in SMALL_TASKS},
     **{f"{name}_{draw.__name__}": (name, draw) for name in SEQUENCES for draw in (averages, matrices)},
     "spectra": ("spectra", spectra),
+    "learning_rates": ("learning_rates", rates),
 }
 
 

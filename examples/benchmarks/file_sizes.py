@@ -26,6 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import timing
+from claims import markdown
 from peft_subspace import ContinualSVDConfig, LoRASBConfig, save_with_shared_bases
 from peft_subspace.continual import next_task
 
@@ -33,6 +34,16 @@ RANK, TASKS, SB_RANK, CLIENTS = 16, 10, 32, 100
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WEIGHTS = "adapter_model.safetensors"
 MIB = 2**20
+TITLES = {
+    "shapes": f"{TASKS} tasks of rank {RANK} in the form of files, {{shape}} shape",
+    "tasks": f"{TASKS} tasks by next_task, 4 layers of width 512",
+    "shared": f"LoRA-SB of rank {SB_RANK}, {{shape}} shape",
+}
+HEADERS = {
+    "shapes": ["", "disk, MiB", "of LoRA", "memory, MiB", "of LoRA"],
+    "tasks": ["", "disk, MiB", "memory, MiB"],
+    "shared": ["", "disk, MiB"],
+}
 
 
 def decoder(*, quick: bool) -> nn.Module:
@@ -191,13 +202,19 @@ def main() -> None:
     quick = parser.parse_args().quick
     logging.getLogger("peft_subspace").setLevel(logging.ERROR)
     shape = "small" if quick else "1B"
-    header = ["", "disk, MiB", "of LoRA", "memory, MiB", "of LoRA"]
-    rows = stacked_shapes(quick=quick)
-    timing.table(f"{TASKS} tasks of rank {RANK} in the form of files, {shape} shape", header, rows)
-    rows = stacked_for_real()
-    timing.table(f"{TASKS} tasks by next_task, 4 layers of width 512", ["", "disk, MiB", "memory, MiB"], rows)
-    rows = shared_bases(quick=quick)
-    timing.table(f"LoRA-SB of rank {SB_RANK}, {shape} shape", ["", "disk, MiB"], rows)
+    found = {
+        "shapes": stacked_shapes(quick=quick),
+        "tasks": stacked_for_real(),
+        "shared": shared_bases(quick=quick),
+    }
+    timing.save("file_sizes-quick" if quick else "file_sizes", {"shape": shape, **found})
+    for name in found:
+        timing.table(TITLES[name].format(shape=shape), HEADERS[name], found[name])
+
+
+def table(content: dict[str, Any], name: str) -> str:
+    """One of the three tables."""
+    return markdown(HEADERS[name], content[name])
 
 
 if __name__ == "__main__":

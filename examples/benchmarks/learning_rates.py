@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import peft
 import peft_subspace as ps
 import quality
 import timing
-from claims import kind_of, markdown
+from claims import kind_of, markdown, spread
 from support import graded, trial
 from support.contestants import CONTESTANTS, Contestant
 from support.results import Results
@@ -89,25 +90,56 @@ class Rates:
         return {**about, **found}
 
 
+def by_rate(content: dict[str, Any], task: str, name: str, *, before: bool) -> dict[float, dict[int, Any]]:
+    """Runs of a method on a task: by rate, and then by seed."""
+    found: dict[float, dict[int, Any]] = {}
+    for run in content["runs"].values():
+        if (run["task"], run["entry"], run["before"]) == (task, name, before):
+            found.setdefault(run["rate"], {})[run["seed"]] = run
+    return dict(sorted(found.items()))
+
+
+def best_rate(found: dict[float, dict[int, Any]]) -> float:
+    """The rate of the least validation loss, among those that were tried with the most seeds."""
+    most = max(len(runs) for runs in found.values())
+    means = {
+        rate: statistics.fmean(run["validation_loss"] for run in runs.values())
+        for rate, runs in found.items()
+        if len(runs) == most
+    }
+    return min(means, key=means.__getitem__)
+
+
 def table(content: dict[str, Any], *, before: bool) -> str:
     """Test accuracy by rate, and how far LoRA's best rate is from each method's own, by validation loss."""
-    runs = [run for run in content["runs"].values() if run["before"] == before]
-    rates = sorted({run["rate"] for run in runs})
+    every = content["runs"].values()
+    rates = sorted({run["rate"] for run in every if run["before"] == before})
     rows = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        best_of_lora = None
+    for task in dict.fromkeys(run["task"] for run in every):
+        lora = by_rate(content, task, "LoRA", before=before)
         for name in CONFIGS:
-            own = {r["rate"]: r for r in runs if (r["task"], r["entry"], r["seed"]) == (task, name, 0)}
-            if not own:
+            found = by_rate(content, task, name, before=before)
+            if not found:
                 continue
-            best = min(own, key=lambda rate: own[rate]["validation_loss"])
-            best_of_lora = best if name == "LoRA" else best_of_lora
-            at = own.get(best_of_lora)
-            gap = "" if at is None else f"{at['test_accuracy'] - own[best]['test_accuracy']:+.3f}"
-            found = [f"{own[rate]['test_accuracy']:.3f}" if rate in own else "" for rate in rates]
-            rows.append([task, name, *found, f"{best:g}", gap])
-    header = ["task", "method", *(f"{rate:g}" for rate in rates), "best", "LoRA's rate / own best"]
+            best = best_rate(found)
+            scores = [[run["test_accuracy"] for run in found.get(rate, {}).values()] for rate in rates]
+            own, at = found[best], found.get(best_rate(lora), {}) if lora else {}
+            gaps = [at[seed]["test_accuracy"] - own[seed]["test_accuracy"] for seed in own if seed in at]
+            seeds = len(found[best])
+            rows.append([task, name, *map(_cell, scores), f"{best:g}", _cell(gaps), seeds])
+    header = [
+        "task",
+        "method",
+        *(f"{rate:g}" for rate in rates),
+        "best",
+        "LoRA's rate minus own best",
+        "seeds",
+    ]
     return markdown(header, rows)
+
+
+def _cell(values: list[float]) -> str:
+    return spread(values, 3) if values else ""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

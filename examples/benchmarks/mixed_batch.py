@@ -6,9 +6,10 @@
 Decoders of 4 layers, width 512 and 2048, with 1, 8, 32 and 100 adapters of rank 16 on all linear layers, each
 loaded from a file as for serving; 32 requests of 1, 16 and 64 tokens, the adapters in turn. Times are medians
 of interleaved repeats; ratios are taken repeat by repeat, with the smallest and the largest. The peak is that
-of a process which holds the model with its adapters and runs such batches, above its imports. Expected: half
-of LoRA's time where the base model alone takes less, and at most 1.2 of its memory. `--growth` moves the bound
-on memory, up to which adapters are stacked.
+of a process which holds the model with its adapters and runs such batches, above its imports.
+
+Expected: half of LoRA's time where the base model alone takes less, and at most 1.2 of its memory. `--growth`
+moves the bound on memory, up to which adapters are stacked.
 """
 
 from __future__ import annotations

@@ -23,10 +23,12 @@ import claims
 import directions
 import features
 import figures
+import file_sizes
 import keep_zeros
 import learning_rates
 import merging
 import merging_quality
+import mixed_batch
 import timing
 import verdicts
 from claims import kind_of, markdown, spread
@@ -36,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "docs" / "guides" / "choosing_a_method.md",
     ROOT / "docs" / "guides" / "pruned_models.md",
     *sorted((ROOT / "model_cards").glob("*.md")),
 ]
@@ -410,6 +413,11 @@ def growth() -> str:
     return f"{markdown(header, rows)}\n\nMedians, with their range. {measured_with(run)}"
 
 
+def sizes(name: str) -> str:
+    """Disk and memory of adapters."""
+    return file_sizes.table(timing.load("file_sizes"), name)
+
+
 def merged(kind: str) -> str:
     """Accuracy of merged adapters of one kind."""
     return merging_quality.table(timing.load("merging_quality"), kind)
@@ -440,6 +448,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     **{f"merging_{kind}": ("merging_quality.json", partial(merged, kind)) for kind in merging_quality.KINDS},
     "merging_rows": ("merging_quality.json", lambda: merging_quality.limits(timing.load("merging_quality"))),
     "mos": ("mos.json", mos),
+    "mixed_batch": ("mixed_batch.json", lambda: mixed_batch.table(timing.load("mixed_batch"))),
+    **{f"file_sizes_{name}": ("file_sizes.json", partial(sizes, name)) for name in file_sizes.TITLES},
     "methods": ("quality.json", brief.table),
     "spectra": ("spectra.json", spectra),
     "growth": ("speed-growth.json", growth),

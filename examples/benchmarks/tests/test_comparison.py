@@ -395,29 +395,21 @@ def test_directions_are_compared_at_the_rate_that_validates_best():
 
 def test_learning_rates_are_compared_with_loras_best_by_validation_loss():
     runs = {
-        f"{name} {rate}": {
-            "task": "t", "entry": name, "rate": rate, "seed": 0, "before": False, "validation_loss": loss,
+        f"{name} {rate} {seed}": {
+            "task": "t", "entry": name, "rate": rate, "seed": seed, "before": False, "validation_loss": loss,
             "test_accuracy": accuracy,
         }
-        for name, rate, loss, accuracy in (
-            ("LoRA", 1e-3, 0.5, 0.8), ("LoRA", 3e-3, 0.4, 0.7),
-            ("MoS", 1e-3, 0.3, 0.9), ("MoS", 3e-3, 0.6, 0.85),
+        for name, rate, seed, loss, accuracy in (
+            ("LoRA", 1e-3, 0, 0.5, 0.8), ("LoRA", 1e-3, 1, 0.5, 0.9), ("LoRA", 3e-3, 0, 0.4, 0.7),
+            ("LoRA", 3e-3, 1, 0.4, 0.7), ("LoRA", 1e-2, 0, 0.1, 0.1),
+            ("MoS", 1e-3, 0, 0.3, 0.9), ("MoS", 1e-3, 1, 0.3, 0.9), ("MoS", 3e-3, 0, 0.6, 0.85),
+            ("MoS", 3e-3, 1, 0.6, 0.85),
         )
     }  # fmt: skip
     lines = learning_rates.table({"runs": runs}, before=False).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
-        "t",
-        "LoRA",
-        "0.800",
-        "0.700",
-        "0.003",
-        "+0.000",
-    ]
-    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
-        "t",
-        "MoS",
-        "0.900",
-        "0.850",
-        "0.001",
-        "-0.050",
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    best = ["0.850 ± 0.071", "0.700 ± 0.000", "0.100", "0.003", "0.000 ± 0.000", "2"]  # 1e-2 has one seed
+    assert rows == [
+        ["t", "LoRA", *best],
+        ["t", "MoS", "0.900 ± 0.000", "0.850 ± 0.000", "", "0.001", "-0.050 ± 0.000", "2"],
     ]
