@@ -10,31 +10,39 @@ import timing
 import verdicts
 from verdicts import BESIDE, side
 
-ROWS = {  # page: name, equation, what it is for
-    "flora": (
-        "FLoRA",
-        "`ΔW = s · G ×₁ A⁽¹⁾ … ×_N A⁽ᴺ⁾`",
-        "convolutions and stacked experts, whose axes it keeps",
-    ),
-    "mos": ("MoS", "`ΔW_k = (α/r) B_k A_k`, of shared shards", "many adapters of one base, tight budgets"),
-    "lora-sb": (
-        "LoRA-SB",
-        "`ΔW = B R A`, only `R` trains",
-        "r² parameters per layer, set by the first gradient",
-    ),
-    "continual-svd": ("Continual SVD", "`ΔW = U_⊥ Z V_⊥ᵀ`", "one task after another, without the old data"),
-    "effort": ("Effort", "`ΔW = U S V − U₀ S₀ V₀`", "changing a pretrained tower as little as possible"),
+ROWS = {  # page: name, and what it is for
+    "flora": ("FLoRA", "convolutions and stacked experts, whose axes it keeps"),
+    "mos": ("MoS", "many adapters of one base, tight budgets"),
+    "lora-sb": ("LoRA-SB", "r² parameters per layer, set by the first gradient"),
+    "continual-svd": ("Continual SVD", "one task after another, without the old data"),
+    "effort": ("Effort", "changing a pretrained tower as little as possible"),
 }
 
 
 def table() -> str:
-    """Methods with what they are for and what came out."""
+    """Methods with what they are for, what they cost beside LoRA and what came out."""
     found = {"flora": flora, "mos": mos, "lora-sb": lora_sb, "continual-svd": continual_svd, "effort": effort}
-    rows = [
-        [f"[{name}](model_cards/{page}.md)", equation, purpose, found[page]()]
-        for page, (name, equation, purpose) in ROWS.items()
-    ]
-    return claims.markdown(["method", "equation", "made for", "measured"], rows)
+    costs = {row[0]: row[1:] for row in timing.load("file_sizes")["costs"]}
+    rows = [["LoRA", "", *_costs(costs["LoRA"]), "1" if _batches() else "", ""]]
+    for page, (name, purpose) in ROWS.items():
+        batch = _batches().get(page.replace("-", "_"))
+        ratio = f"{batch['median']:.2f}" if batch else ""
+        rows.append([f"[{name}](model_cards/{page}.md)", purpose, *_costs(costs[name]), ratio, found[page]()])
+    header = ["method", "made for", "trains", "disk of 100", "mixed batch", "measured"]
+    return claims.markdown(header, rows)
+
+
+def _costs(row: list[Any]) -> list[str]:
+    rank, trained, _, hundred = row
+    return [f"{trained / 1e6:.1f} M, `{rank}`", f"{hundred / 1024:.1f} GiB"]
+
+
+def _batches() -> dict[str, Any]:
+    """Time of a batch of 32 requests of one token for 32 adapters, to LoRA's, by method."""
+    if not (timing.RESULTS / "mixed_batch.json").exists():
+        return {}
+    times = timing.load("mixed_batch")["widths"]["512"]["32"]["times"]["1"]
+    return {name: time["of_lora"] for name, time in times.items()}
 
 
 def flora() -> str:

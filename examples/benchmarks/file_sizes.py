@@ -3,13 +3,13 @@
     python examples/benchmarks/file_sizes.py            about 5 minutes on 2 cores
     python examples/benchmarks/file_sizes.py --quick    a small decoder instead of the 1B shape
 
-Three tables. Ten stacked tasks of Continual SVD with rank 16, as files and as adapters that are run, on the
-shape of a 1B decoder (that of Llama 3.2 1B, all linear layers): its weights are allocated and never touched,
-and the adapters are made in the form that files have, without an SVD, and written to disk. Beside them what
-the same adapters need to be trained, from shapes alone. The same ten tasks for real, by `next_task`, on a
-decoder of 4 layers and width 512, with what a checkpoint of a Trainer adds. A hundred LoRA-SB adapters of
-rank 32 that share their bases, on the 1B shape, written to disk. Memory is that of all tensors which adapters
-add to the model.
+Four tables. What one adapter trains and takes on disk, from shapes alone. Ten stacked tasks of Continual SVD
+with rank 16, as files and as adapters that are run, on the shape of a 1B decoder (that of Llama 3.2 1B, all
+linear layers): its weights are allocated and never touched, and the adapters are made in the form that files
+have, without an SVD, and written to disk. Beside them what the same adapters need to be trained, from shapes
+alone. The same ten tasks for real, by `next_task`, on a decoder of 4 layers and width 512, with what a
+checkpoint of a Trainer adds. A hundred LoRA-SB adapters of rank 32 that share their bases, on the 1B shape,
+written to disk. Memory is that of all tensors which adapters add to the model.
 """
 
 from __future__ import annotations
@@ -27,19 +27,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import timing
 from claims import markdown
-from peft_subspace import ContinualSVDConfig, LoRASBConfig, save_with_shared_bases
+from peft_subspace import (
+    ContinualSVDConfig,
+    EffortConfig,
+    FLoRAConfig,
+    LoRASBConfig,
+    MoSConfig,
+    estimate,
+    save_with_shared_bases,
+)
 from peft_subspace.continual import next_task
+from peft_subspace.tuner.config import SubspaceConfig
 
 RANK, TASKS, SB_RANK, CLIENTS = 16, 10, 32, 100
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WEIGHTS = "adapter_model.safetensors"
 MIB = 2**20
 TITLES = {
+    "costs": "One adapter and a hundred, {shape} shape",
     "shapes": f"{TASKS} tasks of rank {RANK} in the form of files, {{shape}} shape",
     "tasks": f"{TASKS} tasks by next_task, 4 layers of width 512",
     "shared": f"LoRA-SB of rank {SB_RANK}, {{shape}} shape",
 }
 HEADERS = {
+    "costs": ["", "", "trained parameters", "disk, MiB", f"disk of {CLIENTS}, MiB"],
     "shapes": ["", "disk, MiB", "of LoRA", "memory, MiB", "of LoRA"],
     "tasks": ["", "disk, MiB", "memory, MiB"],
     "shared": ["", "disk, MiB"],
@@ -193,6 +204,36 @@ def shared_bases(*, quick: bool) -> list[list[Any]]:
     ]
 
 
+def costs(*, quick: bool) -> list[list[Any]]:
+    """Trained parameters, and disk for one adapter and for a hundred, from shapes alone."""
+    configs: dict[str, LoraConfig | SubspaceConfig] = {
+        "LoRA": LoraConfig(r=RANK, target_modules=LINEARS),
+        "FLoRA": FLoRAConfig(r=RANK, target_modules=LINEARS),
+        "MoS": MoSConfig(r=RANK, equivalent_r=2, target_modules=LINEARS),
+        "LoRA-SB": LoRASBConfig(r=SB_RANK, target_modules=LINEARS),
+        "Continual SVD": ContinualSVDConfig(r=RANK, target_modules=LINEARS),
+        "Effort": EffortConfig(r=1, target_modules=LINEARS),
+    }
+    rows = []
+    for method, config in configs.items():
+        if isinstance(config, LoraConfig):
+            model = get_peft_model(decoder(quick=quick), config)
+            trained, one = model.get_nb_trainable_parameters()[0], held(model)
+        else:
+            found = estimate(decoder(quick=quick), config)
+            trained, one = found.total.trained, found.file_bytes / MIB
+        hundred = CLIENTS * one
+        if method == "LoRA-SB":  # of one start: the bases once
+            hundred = one + (CLIENTS - 1) * 4 * trained / MIB
+        rows.append([method, _rank(config), trained, one, hundred])
+    return rows
+
+
+def _rank(config: Any) -> str:
+    budget = f", equivalent_r={config.equivalent_r}" if hasattr(config, "equivalent_r") else ""
+    return f"r={config.r}{budget}"
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -203,6 +244,7 @@ def main() -> None:
     logging.getLogger("peft_subspace").setLevel(logging.ERROR)
     shape = "small" if quick else "1B"
     found = {
+        "costs": costs(quick=quick),
         "shapes": stacked_shapes(quick=quick),
         "tasks": stacked_for_real(),
         "shared": shared_bases(quick=quick),
@@ -213,8 +255,14 @@ def main() -> None:
 
 
 def table(content: dict[str, Any], name: str) -> str:
-    """One of the three tables."""
-    return markdown(HEADERS[name], content[name])
+    """One of the tables."""
+    return markdown(HEADERS[name], [[_cell(value) for value in row] for row in content[name]])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
