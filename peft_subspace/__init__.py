@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
     from .methods.composition.compose import compose, entropy_loss
+    from .persistence.exchange import frozen_digest, load_trainable_state_dict, trainable_state_dict
     from .persistence.hub import push_to_hub
     from .persistence.loading import load
     from .persistence.lora_export import export_lora, lora_state_dict
@@ -69,10 +70,12 @@ __all__ = [
     "entropy_loss",
     "estimate",
     "export_lora",
+    "frozen_digest",
     "grow_head",
     "initialize_from_gradient",
     "inspect",
     "load",
+    "load_trainable_state_dict",
     "lora_state_dict",
     "merging",
     "prepare_for_ddp",
@@ -80,6 +83,7 @@ __all__ = [
     "regularization_loss",
     "save_with_shared_bases",
     "statistics",
+    "trainable_state_dict",
 ]
 
 _MODULES = {
@@ -93,15 +97,18 @@ _MODULES = {
     "entropy_loss": "methods.composition.compose",
     "estimate": "tools.estimate",
     "export_lora": "persistence.lora_export",
+    "frozen_digest": "persistence.exchange",
     "grow_head": "tuner.heads",
     "initialize_from_gradient": "initialization.from_gradient",
     "inspect": "tools.report",
     "load": "persistence.loading",
+    "load_trainable_state_dict": "persistence.exchange",
     "lora_state_dict": "persistence.lora_export",
     "prepare_for_ddp": "training.ddp",
     "push_to_hub": "persistence.hub",
     "regularization_loss": "training.penalties",
     "save_with_shared_bases": "persistence.shared_bases",
+    "trainable_state_dict": "persistence.exchange",
 }
 """Modules of the names that are imported late."""
 

@@ -21,7 +21,9 @@ from peft_subspace import (
     NextTaskCallback,
     RegularizationCallback,
     initialize_from_gradient,
+    load_trainable_state_dict,
     regularization_loss,
+    trainable_state_dict,
 )
 from peft_subspace.continual import list_tasks, next_task
 from peft_subspace.core.delta import Update
@@ -260,3 +262,19 @@ def test_split_weights_are_not_merged_into(group):
     model = get_peft_model(partition(network()), EffortConfig(r=2, target_modules=MODULES))
     with pytest.raises(RuntimeError, match="merging needs whole weights, of which DeepSpeed's ZeRO-3 leaves"):
         model.merge_adapter()
+
+
+def test_what_trains_is_handed_over_whole_and_reaches_partitions_and_copies(group):
+    wanted = trainable_state_dict(started())
+    for prepare in (keep_masters, lambda model: split(model, group)):
+        model = started(prepare)
+        state = trainable_state_dict(model)
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+        load_trainable_state_dict(model, {name: tensor + 1 for name, tensor in state.items()})
+        again = trainable_state_dict(model)
+        assert all(torch.equal(again[name], tensor + 1) for name, tensor in wanted.items())
+        for parameter in trained(model):
+            kept = getattr(parameter, "_hp_mapping", getattr(parameter, "_z3_optimizer", None))
+            values = next(t for t in again.values() if torch.equal(t.flatten(), kept.flatten()[: t.numel()]))
+            assert values.any()

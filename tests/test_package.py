@@ -34,10 +34,12 @@ FUNCTIONS = [
     "entropy_loss",
     "estimate",
     "export_lora",
+    "frozen_digest",
     "grow_head",
     "initialize_from_gradient",
     "inspect",
     "load",
+    "load_trainable_state_dict",
     "lora_state_dict",
     "merging",
     "prepare_for_ddp",
@@ -45,6 +47,7 @@ FUNCTIONS = [
     "regularization_loss",
     "save_with_shared_bases",
     "statistics",
+    "trainable_state_dict",
 ]
 
 

@@ -58,14 +58,17 @@ def protect(model: nn.Module, statistics: Statistics | None = None) -> None:
     if tuner._has_update(task):
         raise ValueError(f"task {task!r} has been trained already; protect before, or start one by next_task")
     config = copy.copy(tuner.peft_config[task])
+    layers = adapted_layers(tuner.model, task, SubspaceLayer)
+    if config.freeze_a and any(layer.deltas[task].initialized for layer in layers.values()):
+        raise ValueError(f"the frozen A of task {task!r} is known already; protect before it is initialized")
     if config.directions == "weight":
         raise invalid("directions", config.directions, "are no data's; set directions='inputs', or another")
     directions = gather(tuner, task, config, statistics)
     tuner.peft_config[task] = config
-    for name, layer in adapted_layers(tuner.model, task, SubspaceLayer).items():
+    for name, layer in layers.items():
         layer.update_layer(task, config, config.spec_for(name, layer.kind.shape))
     fill(tuner, task, directions)
-    starts = [layer.deltas[task] for layer in adapted_layers(tuner.model, task, SubspaceLayer).values()]
+    starts = [layer.deltas[task] for layer in layers.values()]
     config.trained = sum(p.numel() for delta in starts for p in delta.parameters())
 
 

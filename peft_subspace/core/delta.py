@@ -49,6 +49,7 @@ class Update(LeanModule, ABC):
 
     Attributes:
         reads_weight: Whether the initialization depends on the base weight; an instance may decide.
+        from_gradient: Names of the tensors that `state_from_gradient` gives, if any; an instance may decide.
         needs_weight: Whether nothing can take the weight's place there, so that a weight that cannot be read
             is an error. Such an adapter belongs to its base weight: it carries a fingerprint of it.
         on_embeddings: Whether embeddings can be adapted.
@@ -65,6 +66,7 @@ class Update(LeanModule, ABC):
     """
 
     reads_weight: bool = False
+    from_gradient: tuple[str, ...] = ()
     needs_weight: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = True
     can_keep_zeros: ClassVar[bool] = True

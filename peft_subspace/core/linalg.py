@@ -56,6 +56,12 @@ def truncated_svd(
     return (Q @ U)[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous()
 
 
+def leading_rows(matrix: Tensor, count: int) -> Tensor:
+    """Leading right singular vectors of a matrix `(m, n)` as rows `(count, n)`; zeros where it has fewer."""
+    rows = truncated_svd(matrix, min(count, *matrix.shape))[2]
+    return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
+
+
 def orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormal columns that span those of `matrix`, `(m, n)` with `m ≥ n`."""
     return torch.linalg.qr(matrix).Q

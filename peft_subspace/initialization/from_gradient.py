@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
-from peft_subspace.core.delta import Delta, Update
+from peft_subspace.core.delta import Update
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.initialization.batches import Batches
 from peft_subspace.initialization.evaluating import device_of
@@ -129,10 +129,12 @@ def _fresh_layers(model: nn.Module, adapter_name: str) -> dict[str, SubspaceLaye
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
     for name, layer in layers.items():
         delta = layer.deltas[adapter_name]
-        if type(delta).state_from_gradient is Delta.state_from_gradient:
+        if not delta.from_gradient:
             raise ValueError(
                 f"adapter_name={adapter_name!r} is of a method that does not start from gradients"
             )
+        if delta.awaits is not None:
+            raise ValueError(f"adapter_name={adapter_name!r} {delta.awaits[0]}; {delta.awaits[1]}")
         if delta.initialized:
             raise ValueError(
                 f"adapter_name={adapter_name!r} was loaded or started from gradients before; delete it with "
@@ -173,10 +175,10 @@ def _states_from(
         if owner == processes.rank():
             states[name] = delta.state_from_gradient(gradient, learning_rate, layer.scaling[adapter_name])
         else:
-            states[name] = {key: _whole_like(delta, key, t) for key, t in delta.state_dict().items()}
+            states[name] = {key: _whole_like(delta, key) for key in delta.from_gradient}
         if processes.world_size() > 1:
-            for tensor in states[name].values():
-                dist.broadcast(tensor, owner)
+            for key in delta.from_gradient:
+                dist.broadcast(states[name][key], owner)
     if not states:
         raise ValueError(f"no sample reached any of {unreached}, so there are no gradients to start from")
     if unreached:
@@ -184,8 +186,9 @@ def _states_from(
     return states
 
 
-def _whole_like(delta: Update, name: str, tensor: Tensor) -> Tensor:
+def _whole_like(delta: Update, name: str) -> Tensor:
     """Empty tensor of the full size of one of an update's, of which an engine may have left a part."""
+    tensor = getattr(delta, name)
     shape = delta.trained_shapes.get(name, tensor.shape)
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 

@@ -106,8 +106,10 @@ class StepSearch:
 
     @torch.no_grad()
     def scaled(self, states: States, *, progress: bool) -> States:
-        """Return the states for the best step; what trains in them is proportional to its length."""
+        """Return the states for the best step; what trains in them is proportional to its length, or zero."""
         deltas: dict[str, Update] = {n: self.layers[n].deltas[self.adapter_name] for n in states}
+        if not _move(states, deltas):
+            return states
         kept = {
             name: {key: read_whole(tensor) for key, tensor in delta.state_dict(keep_vars=True).items()}
             for name, delta in deltas.items()
@@ -144,6 +146,15 @@ class StepSearch:
                 total += self.loss_fn(self.model, send_to_device(batch, device)).detach().to(device) * weight
                 shown.update()
         return float(processes.total(total)) / self.batches.total
+
+
+def _move(states: States, deltas: Mapping[str, Update]) -> bool:
+    """Whether a step has a length: anything that trains is not zero after it."""
+    return any(
+        bool(state[key].any())
+        for name, state in states.items()
+        for key in deltas[name].trained_shapes.keys() & state.keys()
+    )
 
 
 def scale_states(states: States, deltas: Mapping[str, Update], step: float) -> States:

@@ -76,6 +76,9 @@ class ContinualSVDConfig(DropoutConfig):
             `preserve=0` a first task protects nothing.
         energy: Part of the squared norm of the data that their directions hold.
         weight_energy: Part of the weight's squared norm that its directions hold, for `"weight+inputs"`.
+        freeze_a: Whether of `B A` only `B` trains, `r m` numbers. `A` stays at random rows, or, after
+            `peft_subspace.initialize_from_gradient`, at the leading directions of the task's gradient outside
+            what is protected, as in KeepLoRA. Needs `r`, and another constraint than `"core"`.
         dropout: Probability of dropping an entry (a channel, in a convolution) of the branch's input; for a
             given `r` only.
         init_weights: `True`: start at the base model. `False`: start at a random update of the allowed kind.
@@ -101,6 +104,7 @@ class ContinualSVDConfig(DropoutConfig):
     directions: str = field(default="weight")
     energy: float = field(default=0.95)
     weight_energy: float = field(default=0.85)
+    freeze_a: bool = field(default=False, kw_only=True)
     earlier_tasks: dict[str, str] = field(default_factory=dict, kw_only=True, repr=False)
     closed: bool = written_by_library(False)
 
@@ -109,7 +113,8 @@ class ContinualSVDConfig(DropoutConfig):
         check_preserve("preserve", self.preserve)
         for key, preserve in check_patterned(self, "preserve_pattern"):
             check_preserve(f"preserve_pattern[{key!r}]", preserve)
-        check_flag("closed", self.closed)
+        for name in ("closed", "freeze_a"):
+            check_flag(name, getattr(self, name))
         if self.constraint not in PROTECTED:
             raise invalid("constraint", self.constraint, f"must be one of {tuple(PROTECTED)}")
         if self.directions not in SOURCES:
@@ -118,12 +123,13 @@ class ContinualSVDConfig(DropoutConfig):
             check_share(name, getattr(self, name))
         own = {"U": "output", "V": "input"}.get(SOURCES[self.directions], self.constraint)
         if self.constraint not in ("both", own):
-            raise invalid(
-                "constraint", self.constraint, f"must be {own!r} with directions={self.directions!r}"
-            )
+            rule = f"must be {own!r} with directions={self.directions!r}"
+            raise invalid("constraint", self.constraint, rule)
         self.constraint = own
         if self.dropout and self.r is None:
             raise invalid("dropout", self.dropout, "needs a rank; set r, such as r=16, or dropout=0.0")
+        if self.freeze_a and (self.r is None or own == "core"):
+            raise invalid("freeze_a", True, "needs a rank, such as r=16, and another constraint than 'core'")
         for task, history in check_patterned(self, "earlier_tasks"):
             if history not in HISTORIES:
                 raise invalid(f"earlier_tasks[{task!r}]", history, f"must be one of {HISTORIES}")
@@ -165,10 +171,6 @@ class ContinualSVDConfig(DropoutConfig):
         limits = [limit] * 2 if of_weight else [shape.out_features, shape.columns]
         for count, most in zip(counts, limits, strict=True):
             if count >= most:
-                raise invalid(
-                    "preserve",
-                    count,
-                    f"must be below {most}, the smaller dimension of the weight, to leave something to "
-                    "train; lower it, or give a fraction such as preserve=0.5",
-                )
+                rule = f"must be below {most} to leave something to train; lower it, or give a fraction"
+                raise invalid("preserve", count, rule)
         return ContinualSVDSpec(module_name, shape, self.rank_for(module_name) or 0, False, *counts)

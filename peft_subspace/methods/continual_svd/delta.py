@@ -40,7 +40,7 @@ from torch.func import functional_call, vjp
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.complement import Side, reflect
 from peft_subspace.core.delta import Combined, Delta
-from peft_subspace.core.linalg import complement
+from peft_subspace.core.linalg import complement, leading_rows
 from peft_subspace.core.projection import singular_bases
 
 from .config import PROTECTED, ContinualSVDConfig, ContinualSVDSpec
@@ -58,6 +58,7 @@ class ContinualSVDDelta(Delta):
         sides: What is protected of the outputs, `"U"`, and of the inputs, `"V"`.
         free: Numbers of directions that are not protected, by side.
         directions: Largest number `k` of protected directions of the two.
+        names: Names of the factors, of which `freeze_a` leaves `A` frozen.
 
     Reference:
         Nayak et al. (arXiv 2504.07097); Farajtabar et al. (arXiv 1910.07104) for protecting inputs only.
@@ -88,12 +89,17 @@ class ContinualSVDDelta(Delta):
         if self.low_rank:
             shapes = {"B": (m, spec.rank), "A": (spec.rank, n)}
             sizes = {f"{x}{i}": shape for i in ("12" if core else ("",)) for x, shape in shapes.items()}
+        self.names, self.from_gradient = tuple(sizes), ("A", "B") if config.freeze_a else ()
         for name, shape in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+            tensor = torch.empty(shape, dtype=torch.float32)
+            if config.freeze_a and name == "A":
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
 
     def factors(self) -> tuple[Tensor, ...]:
         """Return the chain of the constraint and form, multiplied up where a side is kept as a reflection."""
-        state = {**self.trained, **{name: getattr(self, name) for name in self.sides}}
+        state = {name: getattr(self, name) for name in (*self.names, *self.sides)}
         with torch.autocast(self.fingerprint.device.type, enabled=False):  # in less than fp32 it would leak
             *left, right = (self._low_rank_chain if self.low_rank else self._full_chain)(state)
         return *left, right.unflatten(1, self.shape.dims[1:])
@@ -130,9 +136,9 @@ class ContinualSVDDelta(Delta):
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start at `ΔW = 0` with random `A`, or at random if `init_weights` is False."""
         drawn = self.random_std * (self.shape.columns / self.spec.rank if self.low_rank else 1) ** 0.5
-        for name, parameter in self.named_parameters():
+        for name in self.names:
             std = self.shape.columns**-0.5 if name[0] == "A" else drawn if init_weights is False else 0.0
-            parameter.data.normal_(std=std, generator=generator)
+            getattr(self, name).data.normal_(std=std, generator=generator)
 
     def speed(self) -> float:
         """Return `√p` of the `p` dimensions that the constraint allows; `A` spans `r / n` of them."""
@@ -143,6 +149,15 @@ class ContinualSVDDelta(Delta):
         outside = [name in self.sides and self.sides[name].by_complement for name in "UV"]
         bases = singular_bases(weight.flatten(1), self.directions, (outside[0], outside[1]))
         self._keep({name: basis for name, basis in zip("UV", bases, strict=True) if name in self.sides})
+
+    def state_from_gradient(
+        self, gradient: Tensor, learning_rate: float, scaling: float
+    ) -> dict[str, Tensor]:
+        """Return, for a frozen `A`, leading right singular vectors of the unprotected gradient; `B = 0`."""
+        rest = gradient.flatten(1)
+        for name, side in self.sides.items():
+            rest = side.outside(getattr(self, name), rest, rows=name == "V")
+        return {"A": leading_rows(rest, self.spec.rank), "B": gradient.new_zeros(self.trained_shapes["B"])}
 
     def protect(self, directions: Mapping[str, Tensor]) -> None:
         """Set orthonormal directions `(d, ≥ k)` by side, of which the first `k` are to be protected."""
@@ -163,7 +178,7 @@ class ContinualSVDDelta(Delta):
         """
         first, lean = deltas[0], any(delta.lean for delta in deltas)
         states = [delta.inference_state(s) if lean else s for delta in deltas for s in (delta.state_dict(),)]
-        frozen = {name: states[0][name] for name, _ in first.named_buffers() if name in states[0]}
+        frozen = {n: states[0][n] for n in ("fingerprint", *first.sides) if n in states[0]}
         for other, tensors in zip(deltas, states, strict=True):
             same = other.low_rank == first.low_rank and other.constraint == first.constraint
             if not (same and all(torch.equal(tensors[name], frozen[name]) for name in frozen)):
@@ -172,13 +187,11 @@ class ContinualSVDDelta(Delta):
                     "merge them one by one, or combine what peft_subspace.lora_state_dict makes of each"
                 )
         state: dict[str, Tensor] = {}
-        for name, _ in first.named_parameters():
-            parts = [tensors[name] for tensors in states]
-            if name[0] != "A":
+        for n in first.names:
+            parts = [tensors[n] for tensors in states]
+            if n[0] != "A":
                 parts = [weight * part for weight, part in zip(weights, parts, strict=True)]
-            state[name] = (
-                torch.cat(parts, int(name[0] == "B")) if first.low_rank else torch.stack(parts).sum(0)
-            )
+            state[n] = torch.cat(parts, int(n[0] == "B")) if first.low_rank else torch.stack(parts).sum(0)
         rank = sum(delta.spec.rank for delta in deltas) if first.low_rank else None
         kept = [first.sides[name].count if name in first.sides else 0 for name in "UV"]
         return {"rank_pattern": rank, "preserve_pattern": kept}, {**state, **frozen}

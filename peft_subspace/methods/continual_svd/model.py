@@ -89,11 +89,8 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         """Give the base model back, without the adapters; says so if a task is lost by that."""
         lost = sorted(name for name in self.peft_config if self._has_update(name))
         if lost:
-            warnings.warn(
-                f"unload() drops the updates of the tasks {lost}; keep them with merge_and_unload(), with "
-                "peft_subspace.continual.next_task, or with save_pretrained before",
-                stacklevel=2,
-            )
+            remedy = "keep them with merge_and_unload(), continual.next_task, or with save_pretrained before"
+            warnings.warn(f"unload() drops the updates of the tasks {lost}; {remedy}", stacklevel=2)
         return super().unload()
 
     def _has_update(self, adapter_name: str) -> bool:

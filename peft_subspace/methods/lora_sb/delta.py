@@ -33,6 +33,7 @@ class LoRASBDelta(Delta):
         bases from the weight.
     """
 
+    from_gradient = ("R", "A", "B")
     full_precision: ClassVar[tuple[str, ...]] = ("R",)
 
     R: nn.Parameter

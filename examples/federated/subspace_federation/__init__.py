@@ -1,0 +1,1 @@
+"""A Flower app: clients train parts of an adapter, and a server adds them up."""
