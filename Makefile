@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMOS := .venv/installed-demos
 INSTALLED := .venv/installed
-ENGINES := deepspeed quanto
+ENGINES := deepspeed quanto flower
 # One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from peft_subspace.continual.current import is_merged, tuner_of
+from peft_subspace.tools.plots import draw_maps
 from peft_subspace.tools.tables import aligned
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -30,6 +33,26 @@ class Tasks(dict[str, str]):
         sides = sorted({side for own in self.left.values() for side in own})
         rows = [[name, *("{} of {}".format(*own[side]) for side in sides)] for name, own in self.left.items()]
         return "\n".join([tasks, aligned([["directions left", *sides], *rows])] if sides else [tasks])
+
+    def save_plot(self, path: str | Path) -> None:
+        """Draw the part of all directions that each layer has left, by side, into a file such as `"left.png"`.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: If there are no layers.
+        """
+        sides = sorted({side for own in self.left.values() for side in own})
+        if not sides:
+            raise ValueError(
+                "no layer has directions to be drawn; list the tasks of a model with an open one"
+            )
+        maps = {
+            f"directions left: {side}": {
+                name: own[side][0] / own[side][1] for name, own in self.left.items() if side in own
+            }
+            for side in sides
+        }
+        draw_maps(maps).savefig(path)
 
 
 def list_tasks(model: nn.Module) -> Tasks:

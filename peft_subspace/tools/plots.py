@@ -1,4 +1,4 @@
-"""Pictures of the spectra of an adapter's updates, and of their overlap with another adapter's."""
+"""Pictures of the spectra of an adapter's updates, and maps of what each layer has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_subspace.tools.inspection import LayerUpdate, Overlap
+
+_PARTS = 0.0, 1.0, "viridis"
 
 _SMALLEST = 1e-8
 """Part of the largest singular value below which a value is a rounding error and is left out."""
@@ -24,19 +26,40 @@ def draw_plot(updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap
     Raises:
         ImportError: If matplotlib is missing.
     """
+    maps = ("cosine", "outputs", "inputs") if overlaps else ()
+    figure, axes = _figure(1 + len(maps), 7.0 + 4.5 * len(maps))
+    _draw_spectra(axes[0], updates)
+    for part, chart in zip(maps, axes[1:], strict=True):
+        values = {name: getattr(overlap, part) for name, overlap in (overlaps or {}).items()}
+        limits = (-1.0, 1.0, "coolwarm") if part == "cosine" else _PARTS
+        _draw_map(figure, chart, f"overlap: {part}", values, limits)
+    return figure
+
+
+def draw_maps(maps: Mapping[str, Mapping[str, float]]) -> Any:
+    """Figure of heat maps, each with a row for each kind of module and a column for each block.
+
+    Args:
+        maps: Parts of one, by module name, by the title of their map.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure, axes = _figure(len(maps), 5.5 * len(maps))
+    for (title, values), chart in zip(maps.items(), axes, strict=True):
+        _draw_map(figure, chart, title, values, _PARTS)
+    return figure
+
+
+def _figure(charts: int, width: float) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures are drawn with matplotlib, which is not installed; pip install matplotlib"
         ) from error
-    maps = ("cosine", "outputs", "inputs") if overlaps else ()
-    figure = Figure(figsize=(7.0 + 4.5 * len(maps), 5.0), layout="constrained")
-    axes = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
-    _draw_spectra(axes[0], updates)
-    for part, chart in zip(maps, axes[1:], strict=True):
-        _draw_overlap(figure, chart, part, {name: getattr(o, part) for name, o in (overlaps or {}).items()})
-    return figure
+    figure = Figure(figsize=(width, 5.0), layout="constrained")
+    return figure, figure.subplots(1, charts, squeeze=False)[0]
 
 
 def save_plot(
@@ -62,16 +85,17 @@ def _draw_spectra(chart: Any, updates: Mapping[str, LayerUpdate]) -> None:
     chart.legend(fontsize="small")
 
 
-def _draw_overlap(figure: Any, chart: Any, title: str, values: Mapping[str, float]) -> None:
-    """Draw a heat map of one measure of overlap."""
+def _draw_map(
+    figure: Any, chart: Any, title: str, values: Mapping[str, float], limits: tuple[float, float, str]
+) -> None:
+    """Draw a heat map of one measure."""
     kinds = list(dict.fromkeys(_kind(name) for name in values))
     blocks = list(dict.fromkeys(_block(name) for name in values))
     grid = [[float("nan")] * len(blocks) for _ in kinds]
     for name, value in values.items():
         grid[kinds.index(_kind(name))][blocks.index(_block(name))] = value
-    limits = (-1.0, 1.0, "coolwarm") if title == "cosine" else (0.0, 1.0, "viridis")
     image = chart.imshow(grid, vmin=limits[0], vmax=limits[1], cmap=limits[2], aspect="auto")
-    chart.set(xlabel="block", title=f"overlap: {title}")
+    chart.set(xlabel="block", title=title)
     chart.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize="small")
     chart.set_yticks(range(len(kinds)), kinds, fontsize="small")
     figure.colorbar(image, ax=chart)
