@@ -1,6 +1,7 @@
 """Directions that data tell: against loops over rows, over several tasks, and what is refused."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from transformers import Trainer, TrainingArguments
 import peft_subspace
 from layers import Net, distance
 from models import bert, resnet
-from peft_subspace import ContinualSVDConfig, NextTaskCallback, continual, statistics
+from peft_subspace import (
+    ContinualSVDConfig,
+    NextTaskCallback,
+    continual,
+    initialize_from_gradient,
+    statistics,
+)
 from peft_subspace.continual import list_tasks, next_task, preset, protect, subspace_leak
 from peft_subspace.continual.directions import extended
 from peft_subspace.methods.continual_svd.model import ContinualSVDLayer
@@ -299,6 +306,121 @@ def test_convolutions_are_protected_as_well():
     assert all(layer.get_delta_weight("two").any() for layer in layers(model).values())
 
 
+# ------------------------------------------------------------------------------------------- a frozen A
+
+
+def frozen(**options):
+    options = {"r": 3, "freeze_a": True, "weight_energy": 0.6, **options}
+    model = first("weight+inputs", **options)
+    protect(model, gathered(model))
+    return model
+
+
+def mean_gradients(model, data):
+    """Mean over samples, one by one, of the gradients of the weights."""
+    plain = copy.deepcopy(model).eval()
+    for layer in layers(plain).values():
+        layer.get_base_layer().weight.requires_grad_()
+    count = 0
+    for batch in data:
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
+            plain(input_ids=ids[None], labels=label[None]).loss.backward()
+            count += 1
+    return {n: layer.get_base_layer().weight.grad.double() / count for n, layer in layers(plain).items()}
+
+
+def test_a_is_frozen_at_the_first_gradient_outside_what_is_protected():
+    model = frozen()
+    known, gradients = bases(model, "one"), mean_gradients(model, batches(1))
+    initialize_from_gradient(model, batches(1), adapter_name="one", progress=False)
+    for name, layer in layers(model).items():
+        delta, rest = layer.deltas["one"], gradients[name].clone()
+        for row in rest:
+            for vector in known[name].T:
+                row -= (row @ vector) * vector
+        rank = int((torch.linalg.svdvals(rest) > 1e-6 * rest.norm()).sum().clamp(max=3))
+        assert rank
+        assert same_span(delta.A[:rank].T.double(), torch.linalg.svd(rest).Vh[:rank].T, 1e-3)
+        assert orthonormal(delta.A[:rank].T.double())
+        assert not delta.B.any()
+        assert {n for n, _ in delta.named_parameters()} == {"B"}
+
+
+def test_a_stays_while_b_trains_and_nothing_leaks(tmp_path):
+    model = frozen()
+    initialize_from_gradient(model, batches(1), adapter_name="one", progress=False)
+    train(model, 1)
+    next_task(model, "two", keep="stack", statistics=gathered(model, 1))
+    initialize_from_gradient(model, batches(2), adapter_name="two", progress=False)
+    drawn = {name: layer.deltas["two"].A.clone() for name, layer in layers(model).items()}
+    train(model, 2)
+    assert subspace_leak(model, "two")["max"] < 1e-6
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.deltas["two"].A, drawn[name])
+        assert layer.get_delta_weight("two").any()
+    model.save_pretrained(tmp_path)
+    again = peft_subspace.load(bert_like(model), tmp_path / "one", "one")
+    again = peft_subspace.load(again, tmp_path / "two", "two", is_trainable=True)
+    again.set_adapter("two")
+    ids = batches(5)[0]["input_ids"]
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    train(again, 3)
+    assert subspace_leak(again, "two")["max"] < 1e-6
+
+
+def bert_like(model):
+    fresh, own = bert(), model.get_base_model().state_dict()
+    names = {name.replace(".base_layer", "").replace(".original_module", ""): name for name in own}
+    fresh.load_state_dict({name: own[names[name]] for name in fresh.state_dict()})
+    return fresh
+
+
+def test_random_rows_do_until_a_gradient_is_taken_and_sums_stay_exact():
+    torch.manual_seed(0)
+    model = frozen(seed=0)
+    train(model, steps=1)
+    assert subspace_leak(model, "one")["max"] < 1e-6
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) - 3 * 17 == sum(
+        3 * layer.get_base_layer().weight.shape[0] for layer in layers(model).values()
+    )
+    model.base_model.add_weighted_adapter(["one"], [0.5], "half")
+    for layer in layers(model).values():
+        torch.testing.assert_close(layer.get_delta_weight("half"), 0.5 * layer.get_delta_weight("one"))
+
+
+def test_a_of_two_processes_is_one(tmp_path):
+    run_in_two_processes(_started, tmp_path)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = frozen(modules_to_save=None)
+    initialize_from_gradient(model, [*batches(0), *batches(1)], adapter_name="one", num_batches=None)
+    for name, layer in layers(model).items():
+        assert torch.equal(one[name], two[name])
+        assert same_span(one[name].T, layer.deltas["one"].A.T, 1e-3)
+
+
+def _started(rank, folder):
+    model = frozen(modules_to_save=None)
+    initialize_from_gradient(model, batches(rank), adapter_name="one", num_batches=None)
+    torch.save({name: layer.deltas["one"].A for name, layer in layers(model).items()}, folder / f"{rank}.pt")
+
+
+def test_what_does_not_go_with_a_frozen_a_is_refused():
+    for options in ({}, {"r": 3, "constraint": "core"}):
+        with pytest.raises(ValueError, match="freeze_a=True needs a rank, such as r=16, and another constr"):
+            ContinualSVDConfig(freeze_a=True, **options)
+    with pytest.raises(TypeError, match="freeze_a=1 must be"):
+        ContinualSVDConfig(freeze_a=1, r=3)
+    model = first("weight+inputs", r=3, freeze_a=True)
+    with pytest.raises(ValueError, match=r"old data, which are not known; call .*continual\.protect"):
+        initialize_from_gradient(model, batches(), adapter_name="one")
+    protect(model)
+    initialize_from_gradient(model, batches(), adapter_name="one", progress=False)
+    with pytest.raises(ValueError, match="the frozen A of task 'one' is known already; protect before"):
+        protect(model, gathered(model))
+    with pytest.raises(ValueError, match="of a method that does not start from gradients"):
+        initialize_from_gradient(first(r=3), batches(), adapter_name="one")
+
+
 # ------------------------------------------------------------------------------------------- protect
 
 
@@ -504,9 +626,9 @@ def test_presets_are_the_papers_settings():
         0,
     )
     assert (coso.directions, coso.constraint, coso.energy) == ("gradients", "output", 0.98)
-    assert (keep.directions, keep.constraint, keep.energy, keep.weight_energy) == (
+    assert (keep.directions, keep.constraint, keep.energy, keep.weight_energy, keep.r, keep.freeze_a) == (
         *("weight+inputs", "input"),
-        *(0.99, 0.85),
+        *(0.99, 0.85, 16, True),
     )
     assert preset("fot", energy=0.9).energy == 0.9
     with pytest.raises(ValueError, match="name='gdm' must be one of"):
@@ -515,7 +637,25 @@ def test_presets_are_the_papers_settings():
         train(get_peft_model(bert(), config, "one"), steps=1)
     model = get_peft_model(bert(), keep, "one")
     protect(model)
+    initialize_from_gradient(model, batches(), adapter_name="one", progress=False)
     train(model, steps=1)
+
+
+def test_what_is_left_is_drawn(tmp_path):
+    model = first(r=3)
+    next_task(model, "two", keep="stack", statistics=gathered(model))
+    list_tasks(model).save_plot(tmp_path / "one.svg")
+    merged = get_peft_model(bert(), ContinualSVDConfig(preserve=0.25, target_modules=["query"]), "one")
+    list_tasks(merged).save_plot(tmp_path / "both.svg")
+    sizes = [
+        re.findall(r'width="([\d.]+)pt"', (tmp_path / f"{name}.svg").read_text()) for name in ("both", "one")
+    ]
+    assert float(sizes[0][0]) == 2 * float(sizes[1][0])  # a map for each side
+    tasks = list_tasks(merged)
+    tasks.left = {}
+    with pytest.raises(ValueError, match="no layer has directions to be drawn"):
+        tasks.save_plot(tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_what_is_left_is_listed():

@@ -35,7 +35,7 @@ class Tasks(dict[str, str]):
         return "\n".join([tasks, aligned([["directions left", *sides], *rows])] if sides else [tasks])
 
     def save_plot(self, path: str | Path) -> None:
-        """Draw the part of all directions that each layer has left, by side, into a file such as `"left.png"`.
+        """Draw the part of all directions that each layer has left, by side, into a file, `"left.png"`.
 
         Raises:
             ImportError: If matplotlib is missing.
