@@ -19,16 +19,12 @@ app = ClientApp()
 
 @app.query("start")
 def start(message: Message, context: Context) -> Message:
-    """Keep what a task starts from, and refuse to train in other bases than the server's."""
+    """Keep what a task starts from, and tell whether the frozen tensors made of it are the server's."""
     context.state["start"] = message.content["config"]
     _, model, rows = _own(context)
     told = message.content["config"].get("frozen")
-    if told is not None and frozen_digest(model, _adapter(context)) != told:
-        raise ValueError(
-            "this client's frozen bases are not the server's: use one base model and one kind of machine, or "
-            "have the server send the adapter's files"
-        )
-    return _reply(message, rows)
+    fits = told is None or frozen_digest(model, _adapter(context)) == told
+    return _reply(message, rows, metrics={"fits": float(fits)})
 
 
 @app.train()
@@ -50,7 +46,7 @@ def moments(message: Message, context: Context) -> Message:
     found = statistics.collect(model, list(task.batches(rows, settings)), progress=False)
     sums = {name: moment.matrix[_triangle(moment.size)] for name, moment in found.inputs.items()}
     counts = {name: float(moment.rows) for name, moment in found.inputs.items()}
-    return _reply(message, rows, sums, counts)
+    return _reply(message, rows, sums, metrics=counts)
 
 
 def _triangle(size: int) -> tuple[torch.Tensor, ...]:
@@ -82,6 +78,7 @@ def _reply(
     message: Message,
     rows: list[task.Row],
     state: dict[str, torch.Tensor] | None = None,
+    *,
     metrics: dict[str, float] | None = None,
 ) -> Message:
     content = RecordDict({"metrics": MetricRecord({"num-examples": len(rows), **(metrics or {})})})

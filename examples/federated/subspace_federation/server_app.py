@@ -66,10 +66,10 @@ class Wire:
         )
         return replies
 
-    def ask(self, kind: str, content: RecordDict) -> list[Message]:
-        """Ask all clients one thing."""
+    def ask(self, kind: str, content: RecordDict, nodes: Iterable[int] | None = None) -> list[Message]:
+        """Ask clients one thing, by default all of them."""
         self.kind = kind
-        nodes = self.grid.get_node_ids()
+        nodes = self.grid.get_node_ids() if nodes is None else nodes
         return self.send_and_receive([Message(content, node, f"query.{kind}") for node in nodes])
 
 
@@ -81,7 +81,7 @@ def federate(grid: Grid, settings: Settings) -> Federation:
     heads = [_head(trainable_state_dict(model, task.adapter_of(settings, 0)))]
     for number, labels in enumerate(tasks):
         name = task.adapter_of(settings, number)
-        wire.ask("start", RecordDict({"config": _start(settings, model, number, labels)}))
+        _start(wire, settings, model, number, labels)
         wire.kind = "rounds"
         arrays = ArrayRecord(trainable_state_dict(model, name))
         strategy = FedAvg(fraction_evaluate=0.0)
@@ -99,14 +99,22 @@ def federate(grid: Grid, settings: Settings) -> Federation:
     return result
 
 
-def _start(settings: Settings, model: Any, number: int, labels: tuple[str, ...]) -> ConfigRecord:
-    """What a client needs to have the server's model, but for what trains in it."""
+def _start(wire: Wire, settings: Settings, model: Any, number: int, labels: tuple[str, ...]) -> None:
+    """Tell clients what they need to have the server's model, but for what trains in it.
+
+    Bases from the weights alone each client takes itself. Where its own are others in the last digit, as on
+    another kind of machine, it gets the server's; and so do all where directions are from data.
+    """
     told: dict[str, Any] = {**settings.told(), "task": number, "labels": ",".join(labels)}
-    if settings.method == "keep-lora":
-        told["files"] = task.packed(model)  # directions of data, and earlier tasks, cannot be made again
-    elif settings.method == "lora-sb":
-        told["frozen"] = frozen_digest(model)  # bases that each client takes from the weights itself
-    return ConfigRecord(told)
+    nodes = list(wire.grid.get_node_ids())
+    if settings.method == "lora-sb":
+        told["frozen"] = frozen_digest(model)
+        replies = wire.ask("start", RecordDict({"config": ConfigRecord(told)}))
+        nodes = [one.metadata.src_node_id for one in replies if not one.content["metrics"]["fits"]]
+    if settings.method in ("lora-sb", "keep-lora"):
+        told["files"] = task.packed(model)
+    if nodes:
+        wire.ask("start", RecordDict({"config": ConfigRecord(told)}), nodes)
 
 
 def _head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -193,7 +193,7 @@ def packed(model: Any) -> bytes:
     stream = io.BytesIO()
     with TemporaryDirectory() as folder, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         model.save_pretrained(folder)
-        for path in sorted(Path(folder).glob("*/adapter_*")):
+        for path in sorted(Path(folder).rglob("adapter_*")):
             archive.write(path, path.relative_to(folder))
     return stream.getvalue()
 
@@ -202,8 +202,9 @@ def unpacked(model: torch.nn.Module, files: bytes) -> torch.nn.Module:
     """A model with adapters of such files, checked as those of strangers; the last one trains."""
     with TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(files)) as archive:
         archive.extractall(folder)
-        names = sorted(path.name for path in Path(folder).iterdir())
-        for name in names:
-            model = peft_subspace.load(model, Path(folder) / name, name, is_trainable=name == names[-1])
-    model.set_adapter(names[-1])
+        places = sorted(path.parent for path in Path(folder).rglob("adapter_config.json"))
+        for place in places:
+            name = "default" if place == Path(folder) else place.name
+            model = peft_subspace.load(model, place, name, is_trainable=place == places[-1])
+        model.set_adapter(name)
     return model
