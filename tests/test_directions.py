@@ -376,16 +376,15 @@ def bert_like(model):
 
 
 def test_random_rows_do_until_a_gradient_is_taken_and_sums_stay_exact():
-    torch.manual_seed(0)
-    model = frozen(seed=0)
+    model = frozen(modules_to_save=None)
     train(model, steps=1)
     assert subspace_leak(model, "one")["max"] < 1e-6
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) - 3 * 17 == sum(
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
         3 * layer.get_base_layer().weight.shape[0] for layer in layers(model).values()
     )
-    model.base_model.add_weighted_adapter(["one"], [0.5], "half")
+    model.base_model.add_weighted_adapter(["one"], [0.5], "scaled")
     for layer in layers(model).values():
-        torch.testing.assert_close(layer.get_delta_weight("half"), 0.5 * layer.get_delta_weight("one"))
+        torch.testing.assert_close(layer.get_delta_weight("scaled"), 0.5 * layer.get_delta_weight("one"))
 
 
 def test_a_of_two_processes_is_one(tmp_path):

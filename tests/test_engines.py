@@ -152,6 +152,7 @@ def split(model, group):
         part = nn.functional.pad(parameter.detach().flatten(), (0, 1))
         parameter.ds_tensor, parameter._z3_optimizer, parameter.ds_process_group = part, part.clone(), group
         parameter.whole, parameter.ds_id = parameter.data.clone(), next(NUMBER)
+        parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
 
 

@@ -13,6 +13,7 @@ import peft_subspace
 from methods import METHODS
 from peft_subspace import (
     ContinualSVDConfig,
+    EffortConfig,
     LoRASBConfig,
     frozen_digest,
     load_trainable_state_dict,
@@ -67,10 +68,6 @@ def test_state_is_all_that_trains_whatever_the_name(method):
     )
     for number, parameter in enumerate(trained(one)):
         parameter.data.normal_(generator=torch.Generator().manual_seed(number), std=0.1)
-    two.base_model.model.load_state_dict(
-        {n: t for n, t in one.base_model.model.state_dict().items() if n.endswith("base_layer.weight")},
-        strict=False,
-    )
     state = trainable_state_dict(one, "blocks")
     assert numbers(state) == sum(parameter.numel() for parameter in trained(one))
     assert state.keys() == trainable_state_dict(two, "other").keys()
@@ -194,9 +191,13 @@ def test_adapters_that_do_not_train_are_named():
     with pytest.raises(ValueError, match=r"nothing of .*'default' trains; activate it"):
         trainable_state_dict(model)
     with torch.device("meta"):
-        base = models.bert()
-    with pytest.raises(ValueError, match=r"R has no values yet; load the base model's weights first"):
-        trainable_state_dict(get_peft_model(base, heads()))
+        plain, base = models.bert(), models.bert()
+    with pytest.raises(ValueError, match="weight has no values yet; load the base model's weights first"):
+        trainable_state_dict(plain)
+    model = get_peft_model(base, heads(EffortConfig, modules_to_save=None))
+    for call in (trainable_state_dict, frozen_digest):
+        with pytest.raises(RuntimeError, match="starts from the base weight, which is on the meta device"):
+            call(model)
 
 
 # ------------------------------------------------------------------------------------- clients and a server

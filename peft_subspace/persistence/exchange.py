@@ -38,7 +38,7 @@ def trainable_state_dict(model: nn.Module, adapter_name: str = "default") -> dic
 
     Raises:
         ValueError: If the model has no such adapter, or nothing of it trains.
-        RuntimeError: If FSDP1 has taken the parameters over.
+        RuntimeError: If FSDP1 has taken the parameters over, or the base weights are not loaded yet.
     """
     own = _trained(model, adapter_name)
     return {name: read_whole(parameter).contiguous() for name, parameter in own.items()}
@@ -59,7 +59,7 @@ def load_trainable_state_dict(
         TypeError: If a value is no tensor of floating-point numbers.
         ValueError: If names or shapes are others than what trains, values are not finite, or the adapter is
             merged. Nothing has been changed then.
-        RuntimeError: If FSDP1 has taken the parameters over.
+        RuntimeError: If FSDP1 has taken the parameters over, or the base weights are not loaded yet.
     """
     own = _trained(model, adapter_name)
     if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
@@ -92,7 +92,7 @@ def frozen_digest(model: nn.Module, adapter_name: str = "default") -> str:
         {
             f"{name.replace(_COMPILED, '')}.{key}": tensor
             for name, layer in layers.items()
-            for key, tensor in layer.deltas[adapter_name].named_buffers()
+            for key, tensor in layer.initialized_delta(adapter_name).named_buffers()
             if key != "fingerprint"
         }
     )
@@ -103,7 +103,7 @@ def _trained(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
 
     Raises:
         ValueError: If there are none, or they have no values yet.
-        RuntimeError: If FSDP1 has them.
+        RuntimeError: If FSDP1 has them, or they wait for a base weight that is not loaded yet.
     """
     model = unwrap(model)
     places = dict(_places(model))
@@ -124,6 +124,8 @@ def _trained(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
             f"nothing of adapter_name={adapter_name!r} trains; activate it with model.set_adapter(…), or "
             "load it with is_trainable=True"
         )
+    for layer in adapted_layers(model, adapter_name, SubspaceLayer).values():
+        layer.initialized_delta(adapter_name)  # what a weight that came late gives would replace these values
     check_writable(found.values(), "handing over what trains")
     for name, parameter in found.items():
         if parameter.is_meta:
