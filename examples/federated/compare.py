@@ -1,7 +1,7 @@
 """Compare what federations send and learn: LoRA-SB, LoRA, all weights; or sequences of tasks.
 
     python examples/federated/compare.py
-    python examples/federated/compare.py --methods keep-lora lora --tasks "business,sport;politics,tech"
+    python examples/federated/compare.py --methods keep-lora lora --tasks "business,sports;politics,tech"
     python examples/federated/compare.py --data rows.csv --model FacebookAI/roberta-base
 
 Flower simulates the clients on this machine; `pip install "flwr[simulation]"`. MiniLM and BBC News come out

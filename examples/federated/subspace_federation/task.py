@@ -67,10 +67,10 @@ class Settings:
         return asdict(self)
 
 
-RATES = {"lora-sb": 1e-3, "lora": 1e-3, "keep-lora": 1e-3, "full": 5e-5}
+RATES = {"lora-sb": 2e-3, "lora": 2e-3, "keep-lora": 2e-3, "full": 1e-4}
 """Learning rates of AdamW."""
 
-HEAD_RATE = 5e-3
+HEAD_RATE = 1e-2
 """Heads train best at higher rates than updates do."""
 
 
@@ -156,12 +156,12 @@ def model_for(settings: Settings, classes: int, files: bytes | None = None) -> t
 def batches(
     rows: list[Row], settings: Settings, seed: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of 16 rows, shuffled where there is a seed."""
+    """Batches of 8 rows, shuffled where there is a seed."""
     order = list(rows)
     if seed is not None:
         random.Random(seed).shuffle(order)
-    for start in range(0, len(order), 16):
-        yield {**tokenizer_of(settings).pad(order[start : start + 16], return_tensors="pt")}
+    for start in range(0, len(order), 8):
+        yield {**tokenizer_of(settings).pad(order[start : start + 8], return_tensors="pt")}
 
 
 def fit(model: torch.nn.Module, rows: list[Row], settings: Settings, epochs: int, seed: int) -> None:
