@@ -51,7 +51,7 @@ def without_clients(settings: Settings) -> float:
 @application.main()
 def main(grid: Grid, context: Context) -> None:
     """One federation after the other, with the same clients."""
-    lines = []
+    lines = ["method     accuracy forgotten    MB start   MB rounds  MB moments" + "  no clients" * together]
     for method in methods:
         settings = Settings(method=method, **options)
         found = server_app.federate(grid, settings)
@@ -61,8 +61,7 @@ def main(grid: Grid, context: Context) -> None:
             f"{found.sent[kind] / 1e6:12.3f}" for kind in ("start", "rounds", "moments")
         )
         lines.append(row + (f"{without_clients(settings):12.3f}" if together else ""))
-    print(f"{'method':10} accuracy forgotten    MB start   MB rounds  MB moments", end="")
-    print("   no clients" if together else "", *lines, sep="\n")
+        print(*lines, sep="\n", flush=True)
 
 
 run_simulation(
