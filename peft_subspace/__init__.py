@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .initialization.callback import GradientInitCallback
     from .initialization.from_gradient import initialize_from_gradient
     from .methods.composition.compose import compose, entropy_loss
+    from .methods.composition.learn import learn_masks
     from .persistence.exchange import frozen_digest, load_trainable_state_dict, trainable_state_dict
     from .persistence.hub import push_to_hub
     from .persistence.loading import load
@@ -74,6 +75,7 @@ __all__ = [
     "grow_head",
     "initialize_from_gradient",
     "inspect",
+    "learn_masks",
     "load",
     "load_trainable_state_dict",
     "lora_state_dict",
@@ -101,6 +103,7 @@ _MODULES = {
     "grow_head": "tuner.heads",
     "initialize_from_gradient": "initialization.from_gradient",
     "inspect": "tools.report",
+    "learn_masks": "methods.composition.learn",
     "load": "persistence.loading",
     "load_trainable_state_dict": "persistence.exchange",
     "lora_state_dict": "persistence.lora_export",

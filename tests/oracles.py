@@ -82,14 +82,30 @@ def as_fast_as_lora(config, out: int, squared_speed: float) -> float:
 
 
 def composition(delta: nn.Module, config) -> Tensor:
-    """`Σ_t c_t L_t R_t`, component by component."""
+    """`Σ_t c_t L_t R_t`, component by component, and masks of rows, components and columns, or of entries."""
     total, start = torch.zeros(delta.shape.dims, dtype=torch.float64), 0
+    tensors = dict(delta.named_parameters())
+    masks = {name: relaxed(x, config.temperature) for name, x in tensors.items() if name != "coefficients"}
+    components = masks.pop("mask_rank", torch.ones(delta.spec.rank, dtype=torch.float64))
     for c, rank in zip(delta.coefficients.double(), delta.ranks, strict=True):
         for j in range(start, start + rank):
             outer = torch.outer(delta.left[:, j].double(), delta.right[j].double().flatten())
-            total = total + c * outer.reshape(delta.shape.dims)
+            total = total + c * components[j] * outer.reshape(delta.shape.dims)
         start += rank
+    if "mask_out" in masks:
+        rows = [m * row for m, row in zip(masks.pop("mask_out"), total, strict=True)]
+        total = torch.stack(rows) * masks.pop("mask_in")
+    total = total * masks.pop("mask_entries", 1.0)
+    assert not masks, f"tensors that are not in the equation: {sorted(masks)}"
     return total
+
+
+def relaxed(logits: Tensor, temperature: float, u: Tensor | None = None) -> Tensor:
+    """`1 / (1 + exp(−(x + log(u / (1 − u))) / temperature))`, divided by its mean; `u = 1/2` if not given."""
+    x = logits.double()
+    u = torch.full_like(x, 0.5) if u is None else u.double()
+    values = 1 / (1 + (-(x + (u / (1 - u)).log()) / temperature).exp())
+    return values * values.numel() / values.sum()
 
 
 def continual_svd(delta: nn.Module, config) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -718,9 +719,6 @@ def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither an adapter_config\.json nor model\.safetensors"):
         merge([tmp_path / "a", tmp_path / "empty"])
-    lora(tmp_path / "dora", use_dora=True)
-    with pytest.raises(ValueError, match="use_dora is set, and DoRA rescales the weight"):
-        merge([tmp_path / "a", tmp_path / "dora"])
     lora(tmp_path / "wide", base=models.build(type(models.llama()), _wider()))
     with pytest.raises(ValueError, match=r"is for a weight of shape .*different base models"):
         merge([tmp_path / "a", tmp_path / "wide"])
@@ -753,13 +751,58 @@ def _wider():
     return hf.LlamaConfig(**models.TEXT, **{**models.LLAMA, "hidden_size": 24})
 
 
-def test_different_named_bases_are_refused(tmp_path):
-    for name, base in (("a", "one"), ("bb", "two")):
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("base_model_name_or_path", r"different base models, \['one', 'two'\]"),
+        ("revision", r"different revisions of the base model, \['one', 'two'\]"),
+    ],
+)
+def test_different_named_bases_are_refused(named, message, tmp_path):
+    for name, base in (("a", "one"), ("bb", "two"), ("ccc", None)):
         model = lora(tmp_path / name)
-        model.peft_config["default"].base_model_name_or_path = base
+        setattr(model.peft_config["default"], named, base)
         model.peft_config["default"].save_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match=r"different base models, \['one', 'two'\]"):
+    with pytest.raises(ValueError, match=message):
         merge([tmp_path / "a", tmp_path / "bb"])
+    merge([tmp_path / "ccc", tmp_path / "a"]).to_lora(tmp_path / "merged")
+    assert getattr(PeftConfig.from_pretrained(str(tmp_path / "merged")), named) == "one"
+
+
+@pytest.mark.parametrize("name", ["effort", "continual_svd"])
+def test_adapters_of_other_base_weights_are_refused(name, tmp_path):
+    method = next(m for m in methods.METHODS if m.name == name)
+    base = models.llama()
+    for number, folder in enumerate((tmp_path / "one", tmp_path / "two", tmp_path / "other")):
+        if folder.name == "other":
+            base.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1
+        config = method.config(target_modules=TARGETS, init_weights=True, seed=number)
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
+    assert merge([tmp_path / "one", tmp_path / "two"], base=models.llama()).modules
+    message = r"layers\.1\.self_attn\.q_proj: .*one and .*other were trained on different base weights"
+    with pytest.raises(ValueError, match=message):
+        merge([tmp_path / "one", tmp_path / "other"], base=models.llama())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora is set, and DoRA rescales the weight"),
+        ({"lora_bias": True}, "lora_bias is set, and it trains biases of its factors"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "it acts on some tokens only"),
+        ({"target_parameters": ["q_proj.weight"]}, "its factors belong to parameters of modules"),
+        ({"layer_replication": [[0, 2]]}, "its base has layers twice"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is set, and that start changes the base"),
+    ],
+)
+def test_loras_whose_update_is_not_their_factors_are_refused(options, message, tmp_path):
+    lora(tmp_path / "a")
+    config = PeftConfig.from_pretrained(str(tmp_path / "a"))
+    for field, value in options.items():
+        setattr(config, field, value)
+    config.save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=message):
+        merge([tmp_path / "a"])
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -38,6 +38,7 @@ FUNCTIONS = [
     "grow_head",
     "initialize_from_gradient",
     "inspect",
+    "learn_masks",
     "load",
     "load_trainable_state_dict",
     "lora_state_dict",

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/merging_quality.py --data FOLDER            about two hours on a core
     python examples/benchmarks/merging_quality.py --data FOLDER --adapters lora flora lora-sb full --seeds 3
+    python examples/benchmarks/merging_quality.py --data FOLDER --counts 2 4     also of fewer tasks
 
 A head for each task is fitted on the frozen MiniLM, and then frozen. An adapter for each task trains until
 validation stops improving. Merges are measured without cutting, as dense updates of the encoder: what a
@@ -64,10 +65,12 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {  # method and options; those w
     "EMR, unmasked": ("emr", {}),
 }
 PEFT = ("ties", "ties_svd")
-LEARNED: dict[str, tuple[str, float, bool]] = {  # granularity, start, labeled
-    "AdaMerging, task": ("task", 0.3, False),
-    "AdaMerging, module": ("module", 0.3, False),
-    "aTLAS, module": ("module", 0.0, True),
+LEARNED: dict[str, tuple[str, float, bool, str | None]] = {  # granularity, start, labeled, mask
+    "AdaMerging, task": ("task", 0.3, False, None),
+    "AdaMerging, module": ("module", 0.3, False, None),
+    "aTLAS, module": ("module", 0.0, True, None),
+    "Concrete, structured": ("module", 0.3, False, "structured"),
+    "Concrete, by entry": ("module", 0.3, False, "entries"),
 }
 
 
@@ -101,6 +104,10 @@ class Quality:
             jobs |= own
             if all(key in runs for key in own):
                 jobs |= {f"{kind} {seed} {entry}": (kind, seed, entry, "") for entry in self.entries(kind)}
+                jobs |= {
+                    f"{kind} {seed} {entry} of {count}": (kind, seed, entry, "", count)
+                    for count, entry in itertools.product(self.options.counts, self.entries(kind))
+                }
         return jobs
 
     def entries(self, kind: str) -> list[str]:
@@ -109,17 +116,22 @@ class Quality:
         joint = ["trained on all"] if kind in ("lora", "full") else []
         return ["pretrained", "average", *MERGES, "RegMean", *LEARNED, *joint, *theirs]
 
-    def measure(self, kind: str, seed: int, entry: str, task: str) -> dict[str, Any]:
-        """Train an adapter, or make a merge and test it."""
+    def measure(
+        self, kind: str, seed: int, entry: str, task: str, count: int | None = None
+    ) -> dict[str, Any]:
+        """Train an adapter, or make a merge, of all tasks or of the first ones, and test it."""
         started = time.perf_counter()
-        about = {"adapters": kind, "seed": seed, "entry": entry, "task": task}
+        about: dict[str, Any] = {"adapters": kind, "seed": seed, "entry": entry, "task": task}
         if entry == "own":
             (one,) = (t for t in self.tasks if t.name == task)
             model, steps = self.trained(kind, seed, [one])
             _save(model, kind, self.folder(kind, seed, task))
             scores = {f"{split}_accuracy": one.accuracy(model, split) for split in ("validation", "test")}
             return {**about, **scores, "steps": steps, "seconds": time.perf_counter() - started}
-        found = self.chosen(kind, seed, entry)
+        part = copy.copy(self)
+        if count is not None:
+            about["count"], part.tasks = count, self.tasks[:count]
+        found = part.chosen(kind, seed, entry)
         return {**about, **found, "seconds": time.perf_counter() - started}
 
     def folder(self, kind: str, seed: int, task: str) -> Path:
@@ -267,20 +279,26 @@ class Quality:
         by_module = {name: [grams[name] for grams in own] for name in own[0]}
         return self.merged(kind, sources, "regmean", {"grams": by_module})
 
-    def learned(self, kind: str, seed: int, per: str, start: float, labeled: bool) -> Updates:
-        """A composition, trained on rows of all tasks at once."""
+    def learned(
+        self, kind: str, seed: int, per: str, start: float, labeled: bool, mask: str | None
+    ) -> Updates:
+        """A composition, whose coefficients or masks are trained on rows of all tasks at once."""
         torch.manual_seed(seed)
         base = self.base(kind)
+        options: dict[str, Any] = {"per": per, "start": start, "mask": mask}
         model: Any = ps.compose(
-            encoder(), self.sources(kind, seed), per=per, start=start, base=base if kind == "full" else None
+            encoder(), self.sources(kind, seed), base=base if kind == "full" else None, **options
         )
+        few, steps = self.schedule["learned_rows"], self.schedule["learned_steps"]
+        rounds = shared_encoder.rounds(self.tasks, few, seed, steps)
+        if mask is not None:
+            ps.learn_masks(model, rounds, shared_encoder.predict, learning_rate=1e-1, seed=seed)
+            return _updates(model, "default")
         own = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(own, lr=1e-2)
-        streams = [task.batches(self.schedule["learned_rows"], seed) for task in self.tasks]
-        for _ in range(self.schedule["learned_steps"]):
+        for batches in rounds:
             optimizer.zero_grad()
-            for task, stream in zip(self.tasks, streams, strict=True):
-                rows = next(stream)
+            for task, rows in batches.values():
                 loss = task.loss(model, rows) if labeled else ps.entropy_loss(task.logits(model, rows))
                 (loss / len(self.tasks)).backward()
             optimizer.step()
@@ -344,7 +362,7 @@ def limits(content: dict[str, Any]) -> str:
 
 def table(content: dict[str, Any], kind: str) -> str:
     """Accuracy by task, normalized accuracy over seeds, and on which side of averaging an entry is."""
-    runs = [run for run in content["runs"].values() if run["adapters"] == kind]
+    runs = [run for run in content["runs"].values() if run["adapters"] == kind and "count" not in run]
     if not runs:
         return "not measured yet"
     tasks, own = content["settings"]["tasks"], _own(runs)
@@ -381,6 +399,25 @@ def table(content: dict[str, Any], kind: str) -> str:
     return f"{markdown(header, rows)}\n\n{seeds_said}. {said}"
 
 
+def by_count(content: dict[str, Any], kind: str) -> str:
+    """Normalized accuracy, over seeds, of merges of the first tasks and of all."""
+    runs = [run for run in content["runs"].values() if run["adapters"] == kind]
+    own, tasks = _own(runs), content["settings"]["tasks"]
+    merges = [run for run in runs if run["entry"] != "own"]
+    counts = sorted({run["count"] for run in merges if "count" in run})
+    if not counts:
+        return "not measured yet"
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in merges:
+        score = statistics.fmean(value / own[run["seed"]][task] for task, value in run["accuracies"].items())
+        found.setdefault(run["entry"], {}).setdefault(run.get("count", len(tasks)), []).append(score)
+    rows = [
+        [entry, *(spread(scores[count], 3) if count in scores else "" for count in (*counts, len(tasks)))]
+        for entry, scores in found.items()
+    ]
+    return markdown([KINDS[kind], *(f"{count} tasks" for count in (*counts, len(tasks)))], rows)
+
+
 def _own(runs: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     own: dict[int, dict[str, float]] = {}
     for run in runs:
@@ -405,6 +442,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="folder with the texts")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks to merge")
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=list(KINDS), help="what is merged")
+    parser.add_argument("--counts", nargs="+", type=int, default=[], help="merges of so many first tasks")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
     parser.add_argument("--small", action="store_true", help="few rows and steps, to try the script")
     parser.add_argument("--work", type=Path, default=Path("outputs/merging_quality"), help="adapters")
@@ -418,7 +456,7 @@ def main() -> None:
     quality = Quality(parse_arguments())
     quality.results.complete(quality, 1)
     for kind in quality.options.adapters:
-        print(f"\n{table(quality.results.content, kind)}")
+        print(f"\n{table(quality.results.content, kind)}\n\n{by_count(quality.results.content, kind)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import file_sizes
 import keep_zeros
 import learning_rates
 import merging
+import merging_backdoor
 import merging_quality
 import mixed_batch
 import timing
@@ -445,7 +446,15 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     ),
     "lora_sb": ("lora_sb.json", lora_sb),
     "merging": ("merging.json", lambda: merging.table(timing.load("merging"))),
+    "merging_backdoor": (
+        "merging_backdoor.json",
+        lambda: merging_backdoor.table(timing.load("merging_backdoor")),
+    ),
     **{f"merging_{kind}": ("merging_quality.json", partial(merged, kind)) for kind in merging_quality.KINDS},
+    "merging_counts": (
+        "merging_quality.json",
+        lambda: merging_quality.by_count(timing.load("merging_quality"), "lora"),
+    ),
     "merging_rows": ("merging_quality.json", lambda: merging_quality.limits(timing.load("merging_quality"))),
     "mos": ("mos.json", mos),
     "mixed_batch": ("mixed_batch.json", lambda: mixed_batch.table(timing.load("mixed_batch"))),

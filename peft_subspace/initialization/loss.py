@@ -27,7 +27,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def check_loss(loss: Any, number: int) -> None:
+def check_loss(loss: Any, number: int | str) -> None:
     """Raise unless the loss of batch `number` is one finite number with a gradient.
 
     Raises:

@@ -82,6 +82,7 @@ def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
         target_modules=sorted(module for module, _, _ in pairs),
         **(merge.kept.loads if merge.kept is not None else {}),
         base_model_name_or_path=next((s.base for s in merge.sources if s.base), None),
+        revision=next((s.revision for s in merge.sources if s.revision), None),
         fan_in_fan_out=any(merge.transposed(module) for module, _, _ in pairs),
         inference_mode=True,
     )

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from peft_subspace.base_weights.fingerprint import is_same
 from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.merging.computing import TILE_BYTES
 from peft_subspace.merging.driver import Merge
 from peft_subspace.merging.methods import METHODS
 from peft_subspace.merging.output import check_others
+from peft_subspace.merging.source import Source
 from peft_subspace.merging.sources import open_source
 
 SPACES, ROWS = ("weight", "aligned"), ("error", "common")
@@ -71,10 +73,29 @@ def merge(
         raise invalid("weights", weights, f"must have one entry for each of the {len(opened)} sources")
     for weight in weights:
         check_number("weights", weight)
-    bases = {source.base for source in opened if source.base is not None}
-    if len(bases) > 1:
-        raise ValueError(f"the sources name different base models, {sorted(bases)}; merge adapters of one")
+    check_base(opened)
     kept = check_others(opened, others)
     made = Merge(opened, method, weights, scale, space, seed, options, memory, base, kept, rows)
     made.check()  # an option that does not fit is an error here, not when half is written
     return made
+
+
+def check_base(sources: Sequence[Source]) -> None:
+    """Raise if sources say that they belong to different base models, or to different weights.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    for what, named in (("base models", "base"), ("revisions of the base model", "revision")):
+        found = {getattr(source, named) for source in sources} - {None}
+        if len(found) > 1:
+            raise ValueError(f"the sources name different {what}, {sorted(found)}; merge adapters of one")
+    known: dict[str, tuple[str, Tensor]] = {}
+    for source in sources:
+        for module, fingerprint in source.fingerprints.items():
+            first, expected = known.setdefault(module, (source.name, fingerprint))
+            if not is_same(fingerprint, expected):
+                raise ValueError(
+                    f"{module}: {first} and {source.name} were trained on different base weights; merge "
+                    "adapters of one base model"
+                )

@@ -19,6 +19,8 @@ from peft_subspace.merging.checkpoints import Checkpoint, read_tensor
 from peft_subspace.merging.source import Source
 from peft_subspace.persistence.lora_export import lora_state_dict
 from peft_subspace.tools.read_adapter import read_adapter
+from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.patterns import look_up
 from peft_subspace.tuner.source import opened
 
@@ -76,13 +78,13 @@ def open_source(
     if isinstance(source, nn.Module):
         source = (source, "default")
     if isinstance(source, tuple):
-        return _of_lora(source[1], *_on_model(*source))
+        return _on_model(source[1], *source)
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
         return Checkpoint.open(folder, base, common_rows=common_rows)
     declared = json.loads((folder / CONFIG_NAME).read_text())
     if declared.get("peft_type") != "LORA":
-        return _of_lora(str(folder), *_on_model(read_adapter(folder, base), "default"))
+        return _on_model(str(folder), read_adapter(folder, base), "default")
     config = PeftConfig.from_pretrained(str(folder))
     _check_equation(str(folder), config)
     path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -93,15 +95,22 @@ def open_source(
     return _of_lora(str(folder), config, {key: partial(read_tensor, path, key) for key in keys})
 
 
-def _on_model(model: nn.Module, name: str) -> tuple[Any, dict[str, Read]]:
-    """Config of an adapter as a LoRA, and functions that return its tensors."""
-    config = getattr(model, "peft_config", {}).get(name)
+def _on_model(name: str, model: nn.Module, adapter_name: str) -> LoRASource:
+    """An adapter on a model, as a LoRA."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None and config.peft_type == PeftType.LORA:
-        _check_equation(name, config)
-        state = get_peft_model_state_dict(model, adapter_name=name)
+        _check_equation(adapter_name, config)
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     else:
-        config, state = lora_state_dict(model, name)
-    return config, {key: partial(_same, tensor.detach()) for key, tensor in state.items()}
+        config, state = lora_state_dict(model, adapter_name)
+    made = _of_lora(name, config, {key: partial(_same, tensor.detach()) for key, tensor in state.items()})
+    deltas = {
+        m: la.deltas[adapter_name] for m, la in adapted_layers(model, adapter_name, SubspaceLayer).items()
+    }
+    made.fingerprints = {
+        m: d.fingerprint for m, d in deltas.items() if d.needs_weight and d.fingerprint.any()
+    }
+    return made
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -130,6 +139,7 @@ def _of_lora(name: str, config: Any, state: Mapping[str, Read]) -> LoRASource:
         frozenset(embeddings),
         loads,
         fan_in_fan_out=bool(config.fan_in_fan_out),
+        revision=config.revision,
         config=config,
         readers=readers,
     )

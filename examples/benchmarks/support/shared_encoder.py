@@ -79,6 +79,22 @@ class HeadedTask:
             yield from (rows[i : i + size] for i in range(0, len(rows) - size + 1, size))
 
 
+Batch = tuple[HeadedTask, Rows]
+"""A task and some of its rows."""
+
+
+def rounds(tasks: list[HeadedTask], size: int, seed: int, count: int) -> list[dict[str, Batch]]:
+    """Batches of all tasks, by name, as often as asked for."""
+    streams = {task.name: task.batches(size, seed) for task in tasks}
+    return [{task.name: (task, next(streams[task.name])) for task in tasks} for _ in range(count)]
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """What a task's head says of its rows."""
+    task, rows = batch
+    return task.logits(model, rows)
+
+
 def load(names: list[str], folder: Path, sizes: Sizes) -> list[HeadedTask]:
     """Tasks with their heads."""
     tokenizer = AutoTokenizer.from_pretrained(demos.minilm_folder())

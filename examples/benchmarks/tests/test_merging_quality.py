@@ -54,16 +54,38 @@ def test_one_seed_calls_nothing_above_and_a_part_says_what_is_missing():
     assert merging_quality.table(runs(), "full") == "not measured yet"
 
 
+def test_accuracy_against_the_number_of_tasks():
+    content = runs(1)
+    about = {"adapters": "lora", "seed": 0, "entry": "TIES", "task": "", "options": {}}
+    content["runs"]["lora 0 TIES of 1"] = {**about, "count": 1, "accuracies": {"one": 0.6}}
+    rows = merging_quality.by_count(content, "lora").splitlines()
+    assert rows[0] == "| LoRA | 1 tasks | 2 tasks |"
+    assert rows[2:] == [
+        f"| average |  | {(0.4 / 0.8 + 0.4 / 0.5) / 2:.3f} |",
+        f"| TIES | 0.750 | {(0.5 / 0.8 + 0.5 / 0.5) / 2:.3f} |",
+    ]
+    assert merging_quality.table(content, "lora") == merging_quality.table(runs(1), "lora")
+    assert merging_quality.by_count(runs(1), "lora") == "not measured yet"
+
+
+def test_merges_of_the_first_tasks_know_no_others(monkeypatch):
+    quality = merging_quality.Quality.__new__(merging_quality.Quality)
+    quality.tasks = TASKS
+    monkeypatch.setattr(merging_quality.Quality, "chosen", lambda self, *job: {"of": self.tasks})
+    found = quality.measure("lora", 0, "TIES", "", 1)
+    assert (found["of"], found["count"]) == (["one"], 1)
+    assert quality.measure("lora", 0, "TIES", "")["of"] == quality.tasks == TASKS
+
+
 def test_merges_are_wanted_once_all_adapters_are_there(tmp_path):
     quality = merging_quality.Quality.__new__(merging_quality.Quality)
-    quality.options = merging_quality.parse_arguments(["--data", str(tmp_path)])
+    quality.options = merging_quality.parse_arguments(["--data", str(tmp_path), "--counts", "1"])
     quality.tasks = [shared_encoder.HeadedTask(name, {}, 2, torch.zeros(2, 3)) for name in TASKS]
     quality.results = merging_quality.Results(tmp_path / "results.json", {})
     assert set(quality.wanted()) == {"lora 0 own one", "lora 0 own two"}
     quality.results.content["runs"] = {key: {} for key in quality.wanted()}
-    assert {"lora 0 average", "lora 0 TIES", "lora 0 PEFT's ties_svd", "lora 0 trained on all"} <= set(
-        quality.wanted()
-    )
+    wanted = {"average", "TIES", "PEFT's ties_svd", "trained on all", "Concrete, structured", "TIES of 1"}
+    assert {f"lora 0 {entry}" for entry in wanted} <= set(quality.wanted())
 
 
 def installed():

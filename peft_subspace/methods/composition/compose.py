@@ -38,7 +38,7 @@ def compose(
         start: Value of all coefficients at first: 0 is the base model, 0.3 is AdaMerging's.
         base: Folder of the base model; needed for checkpoints, and where `model` has adapters already.
         adapter_name: Name of the new adapter.
-        options: Further fields of `CompositionConfig`, such as `modules_to_save`.
+        options: Further fields of `CompositionConfig`, such as `mask` or `modules_to_save`.
 
     Raises:
         ValueError: If the sources do not fit each other or the model.
@@ -82,9 +82,14 @@ def entropy_loss(outputs: Any, labels: Any = None, num_items_in_batch: Any = Non
     Reference:
         Yang et al. (arXiv 2310.02575), the objective of AdaMerging.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs
-    logits = logits.float()
+    logits = logits_of(outputs)
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Logits `(…, classes)` of a model's outputs, in fp32."""
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs
+    return logits.float()
 
 
 __all__ = ["compose", "entropy_loss"]

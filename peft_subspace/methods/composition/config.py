@@ -11,6 +11,7 @@ from peft_subspace.core.validation import check_count, check_number, invalid
 from peft_subspace.tuner.config import SubspaceConfig
 
 GRANULARITIES = ("task", "module", "component")
+MASKS = (None, "structured", "entries")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class CompositionConfig(SubspaceConfig):
         per: What has a coefficient of its own: `"task"`, each adapter; `"module"`, each adapter in each
             module; `"component"`, each component, a rank-one term, of each adapter.
         start: Value of all coefficients at first: 0 is the base model (aTLAS), 0.3 is AdaMerging's.
+        mask: What has a trained mask, which all adapters share: `"structured"`, rows, columns and components,
+            so that the update keeps its rank; `"entries"`, each entry of the weight, for small models.
+        temperature: Below 1, the lower the nearer are trained masks to zero and one.
         init_weights: `False` starts at random coefficients.
         adapters: Written by the library: what the adapters that are composed were called.
         ranks: Written by the library: components of each adapter, by module.
@@ -43,13 +47,16 @@ class CompositionConfig(SubspaceConfig):
 
     Reference:
         Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling" (arXiv
-        2407.02880); Yang et al., "AdaMerging" (arXiv 2310.02575).
+        2407.02880); Yang et al., "AdaMerging" (arXiv 2310.02575); Tang et al., "Concrete Subspace Learning
+        based Interference Elimination for Multi-task Model Fusion" (arXiv 2312.06173) for masks.
     """
 
     peft_type_name: ClassVar[str] = "COMPOSITION"
 
     per: str = field(default="module")
     start: float = field(default=0.0)
+    mask: str | None = field(default=None, kw_only=True)
+    temperature: float = field(default=0.5, kw_only=True)
     adapters: list[str] = field(default_factory=list, kw_only=True, repr=False)
     ranks: dict[str, list[int]] = field(default_factory=dict, kw_only=True, repr=False)
 
@@ -57,13 +64,16 @@ class CompositionConfig(SubspaceConfig):
         super().__post_init__()
         check_number("start", self.start)
         check_entries(self.adapters, self.ranks)
-        if self.per not in GRANULARITIES:
-            raise invalid("per", self.per, f"must be one of {GRANULARITIES}")
+        check_number("temperature", self.temperature, minimum=1e-3)
+        for name, known in (("per", GRANULARITIES), ("mask", MASKS)):
+            if getattr(self, name) not in known:
+                raise invalid(name, getattr(self, name), f"must be one of {known}")
 
     def of_sum(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """One adapter with a coefficient for each component."""
+        """One adapter with a coefficient for each component, and no masks."""
         ranks = {module: values["ranks"] for module, values in entries.items()}
-        return {**self.values_of_sums, "per": "component", "adapters": ["sum"], "ranks": ranks}
+        changes = {"per": "component", "mask": None, "adapters": ["sum"], "ranks": ranks}
+        return {**self.values_of_sums, **changes}
 
     def spec_for(self, module_name: str, shape: WeightShape) -> CompositionSpec:
         """Components of one module."""
