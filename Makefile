@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMOS := .venv/installed-demos
 INSTALLED := .venv/installed
-ENGINES := deepspeed quanto flower
+ENGINES := deepspeed flower lm-eval quanto
 # One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help .venv demo demo-text test test-slow features engines benchmark docs dist lint format clean
+.PHONY: help .venv demo demo-text test test-slow features engines versions benchmark docs dist lint format clean
 
 help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
@@ -19,6 +19,7 @@ help:
 	@echo "make features    run all tests, and write the table of features into docs/benchmarks"
 	@echo "make engines     run the adapters in other tools: $(ENGINES)"
 	@echo "make engine-NAME the same in one of them"
+	@echo "make versions    run some tests with the oldest and the newest versions that we accept, and each Python"
 	@echo "make benchmark   compare with PEFT's own methods, small: about 20 minutes"
 	@echo "make docs        build the documentation into outputs/site, with warnings as errors"
 	@echo "make dist        build wheel and sdist, and run README's quick start in an environment that has no more"
@@ -63,7 +64,7 @@ features: $(INSTALLED)
 engines: $(addprefix engine-,$(ENGINES))
 
 engine-%: .venv-%/installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m engine tests/engines/test_$*.py \
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m engine tests/engines/test_$(subst -,_,$*).py \
 		--features examples/benchmarks/results/features.json
 
 .PRECIOUS: .venv-%/installed
@@ -74,6 +75,10 @@ engine-%: .venv-%/installed
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))")')" \
 		> $$(.venv-$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/zz_shared.pth
 	touch $@
+
+# Gigabytes where PyTorch comes with CUDA. One of them: `make versions ENVIRONMENTS=oldest-3.10`.
+versions: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/versions.py $(ENVIRONMENTS)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/speed.py --quick

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import nn
 
 TEXT = {"vocab_size": 37, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -92,6 +94,21 @@ def build(model_cls: type, config) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return model_cls(config).eval()
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Words `w3`, `w4`, … are the tokens 3, 4, … of the text models."""
+    ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 37)}
+    plain = Tokenizer(WordLevel(ids, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def words(*numbers: int) -> str:
+    """Text of these tokens."""
+    return " ".join(f"w{number}" for number in numbers)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -16,9 +20,11 @@ import models
 from methods import METHODS
 from peft_subspace import GradientInitCallback, prepare_for_ddp, regularization_loss
 from peft_subspace.core.delta import Delta
+from peft_subspace.runtime.engines import read_whole
 from processes import losses_of, run_in_two_processes, sharded
 
 STEPS = 4
+FSDP2 = Path(__file__).parents[1] / "examples/launch/fsdp2.yaml"
 
 
 def launch(rank):
@@ -27,6 +33,16 @@ def launch(rank):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0",
         ACCELERATE_USE_CPU="true",
     )  # fmt: skip
+
+
+def launch_fsdp2(rank):
+    """The same with a file for FSDP2, in fp32; two functions of Accelerate allow it on accelerators only."""
+    launch(rank)
+    settings = yaml.safe_load(FSDP2.read_text())["fsdp_config"]
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+    os.environ.update(ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="false")
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
 class Network(nn.Module):
@@ -178,7 +194,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer(method, folder, batch_size):
+def trainer(method, folder, batch_size, use_cpu=True):
     """A run whose steps take 8 rows, whatever the number of processes."""
     options = {"orthogonality_weight": 0.1, "energy_weight": 0.1} if method.name == "effort" else {}
     callbacks = (
@@ -187,7 +203,7 @@ def trainer(method, folder, batch_size):
     torch.manual_seed(0)
     config = method.config(target_modules=["q_proj", "v_proj", "down_proj"], seed=0, **options)
     arguments = TrainingArguments(
-        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=STEPS, learning_rate=1e-2,
+        str(folder), report_to=[], use_cpu=use_cpu, disable_tqdm=True, max_steps=STEPS, learning_rate=1e-2,
         per_device_train_batch_size=batch_size, save_steps=2, logging_steps=1, seed=5,
         gradient_checkpointing=True,
     )  # fmt: skip
@@ -196,34 +212,52 @@ def trainer(method, folder, batch_size):
 
 
 def parameters(run):
-    return {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    return {name: read_whole(p) for name, p in run.model.named_parameters() if p.requires_grad}
 
 
 def logged(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-def through_trainer(rank, folder):
-    launch(rank)
+def through_trainer(rank, folder, kind, use_cpu=True):
     for method in METHODS:
         for name, start in (("whole", None), ("resumed", "checkpoint-2")):
-            run = trainer(method, folder / method.name / name, 4)
+            run = trainer(method, folder / method.name / name, 4, use_cpu)
             prepare_for_ddp(run.model)
             run.train(resume_from_checkpoint=start and str(folder / method.name / "whole" / start))
-            assert isinstance(run.model_wrapped, DistributedDataParallel)
+            assert isinstance(run.model_wrapped, kind)
+            found = logged(run), parameters(run)
             if rank == 0:
-                torch.save((logged(run), parameters(run)), folder / method.name / f"{name}.pt")
+                torch.save(found, folder / method.name / f"{name}.pt")
 
 
-@pytest.fixture(scope="module")
-def trained_by_trainer(tmp_path_factory):
+def replicated_by_trainer(rank, folder):
+    launch(rank)
+    through_trainer(rank, folder, DistributedDataParallel)
+
+
+def sharded_by_trainer(rank, folder):
+    launch_fsdp2(rank)
+    through_trainer(rank, folder, FSDPModule, use_cpu=False)
+
+
+TRAINERS = [
+    pytest.param(replicated_by_trainer, marks=pytest.mark.feature("DDP through Trainer")),
+    pytest.param(
+        sharded_by_trainer,
+        marks=pytest.mark.feature("FSDP2 through Accelerate and Trainer, two functions of Accelerate replaced"),
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=TRAINERS)
+def trained_by_trainer(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
-    run_in_two_processes(through_trainer, folder)
+    run_in_two_processes(request.param, folder)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.feature("DDP through Trainer")
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # torch says that there is no accelerator
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_trainer_in_two_processes_trains_as_in_one(method, trained_by_trainer, tmp_path):
@@ -291,11 +325,5 @@ def test_one_process_needs_no_preparation(method):
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
 
 
-@pytest.mark.feature("FSDP2 through Accelerate")
-def test_accelerate_has_no_fsdp_on_cpus(method, seen, record_property):
+def test_accelerate_has_no_fsdp_on_cpus_of_its_own(seen):
     assert torch.load(seen / "fsdp0.pt") == "MULTI_CPU"
-    record_property(
-        "not run",
-        "accelerate/state.py reads ACCELERATE_USE_FSDP on accelerators only and wraps by DDP on CPUs; tested "
-        "through torch's fully_shard and accelerate's way to gather the weights",
-    )

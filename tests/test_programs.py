@@ -59,11 +59,7 @@ def test_axolotl_plugin(method, plugin, tmp_path, record_property):
     assert ours.load_adapter(model, SimpleNamespace(adapter="lora")) is None
 
 
-@pytest.mark.feature("lm-eval")
-def test_lm_eval_by_one_line(method, tmp_path, monkeypatch, record_property):
-    record_property(
-        "not run", "lm-eval is none of the packages that tests install; a stand-in loads adapters alike"
-    )
+def test_lm_eval_by_one_line(method, tmp_path, monkeypatch):
     adapted = get_peft_model(
         models.llama(), method.config(init_weights=False, target_modules=["q_proj"])
     ).eval()

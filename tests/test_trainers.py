@@ -11,13 +11,10 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from transformers import (
     BertModel,
     BitsAndBytesConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -26,6 +23,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 import models
 import peft_subspace
 from methods import METHODS
+from models import tokenizer, words
 from peft_subspace import GradientInitCallback, RegularizationCallback
 
 EFFORT = next(method for method in METHODS if method.name == "effort")
@@ -37,20 +35,6 @@ pytestmark = [
     # TRL uses names that transformers has changed.
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
-
-
-def tokenizer():
-    """Words `w3`, `w4`, … are the tokens 3, 4, … of the tiny text models."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 37)}
-    plain = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def text(*numbers):
-    return " ".join(f"w{number}" for number in numbers)
 
 
 def config(method, **options):
@@ -114,7 +98,7 @@ def test_trainer(method, tmp_path):
     check_saved(trainer, tmp_path / "adapter")
 
 
-TEXTS = Dataset.from_list([{"text": text(*range(3 + i, 13 + i))} for i in range(8)])
+TEXTS = Dataset.from_list([{"text": words(*range(3 + i, 13 + i))} for i in range(8)])
 
 
 def sft(model, folder, peft_config, **options):
@@ -136,7 +120,7 @@ def test_sft(method, tmp_path):
 
 
 PREFERENCES = Dataset.from_list(
-    [{"prompt": text(5, 6 + i), "chosen": text(7 + i, 8), "rejected": text(20, 30 - i)} for i in range(4)]
+    [{"prompt": words(5, 6 + i), "chosen": words(7 + i, 8), "rejected": words(20, 30 - i)} for i in range(4)]
 )
 
 
@@ -224,7 +208,7 @@ def test_grpo(method, trained, tmp_path):
         "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4, "beta": 0.1,
         "max_steps": 2, "bf16": False,
     }  # fmt: skip
-    prompts = Dataset.from_list([{"prompt": text(5, 6 + i)} for i in range(4)])
+    prompts = Dataset.from_list([{"prompt": words(5, 6 + i)} for i in range(4)])
     start = {"init_weights": "svd"} if method.name == "lora_sb" else {}
     trainer = GRPOTrainer(
         model, reward, arguments(GRPOConfig, tmp_path, **options), train_dataset=prompts,
@@ -277,9 +261,9 @@ def sentence_model(folder):
 @pytest.mark.feature("sentence-transformers")
 def test_sentence_transformers(method, tmp_path):
     model = sentence_model(tmp_path / "base")
-    base = model.encode([text(5, 9, 12)], convert_to_tensor=True)
+    base = model.encode([words(5, 9, 12)], convert_to_tensor=True)
     model.add_adapter(method.config(target_modules=["query", "value"], seed=0))
-    rows = Dataset.from_list([{"anchor": text(5, 6 + i), "positive": text(6 + i, 20)} for i in range(4)])
+    rows = Dataset.from_list([{"anchor": words(5, 6 + i), "positive": words(6 + i, 20)} for i in range(4)])
     options = {"per_device_train_batch_size": 4, "max_steps": 4}
     trainer = SentenceTransformerTrainer(
         model, arguments(SentenceTransformerTrainingArguments, tmp_path / "run", **options),
@@ -287,14 +271,14 @@ def test_sentence_transformers(method, tmp_path):
     )  # fmt: skip
     assert run(method, trainer, loss_fn=trainer.compute_loss)
     assert losses(trainer)[-1] < losses(trainer)[0]
-    trained = model.encode([text(5, 9, 12)], convert_to_tensor=True)
+    trained = model.encode([words(5, 9, 12)], convert_to_tensor=True)
     assert not torch.allclose(trained, base, atol=1e-4)
     model.save_pretrained(str(tmp_path / "saved"))
     loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    again = loaded.encode([text(5, 9, 12)], convert_to_tensor=True)
+    again = loaded.encode([words(5, 9, 12)], convert_to_tensor=True)
     torch.testing.assert_close(again, trained, atol=1e-6, rtol=1e-5)
     loaded.disable_adapters()
-    assert torch.equal(loaded.encode([text(5, 9, 12)], convert_to_tensor=True), base)
+    assert torch.equal(loaded.encode([words(5, 9, 12)], convert_to_tensor=True), base)
 
 
 @pytest.mark.feature("PeftMixedModel")

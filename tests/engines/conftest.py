@@ -19,4 +19,5 @@ def _skip_without_package(item: pytest.Item) -> None:
     engine = item.path.stem.removeprefix("test_")
     package = getattr(item.module, "PACKAGE", engine)
     if find_spec(package) is None:
-        item.add_marker(pytest.mark.skip(reason=f"{package} is not installed; run `make engine-{engine}`"))
+        target = f"make engine-{engine.replace('_', '-')}"
+        item.add_marker(pytest.mark.skip(reason=f"{package} is not installed; run `{target}`"))
