@@ -245,7 +245,9 @@ TRAINERS = [
     pytest.param(replicated_by_trainer, marks=pytest.mark.feature("DDP through Trainer")),
     pytest.param(
         sharded_by_trainer,
-        marks=pytest.mark.feature("FSDP2 through Accelerate and Trainer, two functions of Accelerate replaced"),
+        marks=pytest.mark.feature(
+            "FSDP2 through Accelerate and Trainer, two functions of Accelerate replaced"
+        ),
     ),
 ]
 

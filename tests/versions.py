@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import requires
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,14 +30,18 @@ def interpreter(minor: int) -> Path | None:
     """A Python of that version that starts, on the path or among those of pyenv."""
     name = f"python3.{minor}"
     found = [shutil.which(name), *sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/{name}"))]
-    works = (path for path in found if path and not subprocess.run([path, "-c", ""], check=False).returncode)
+    works = (
+        path
+        for path in found
+        if path and not subprocess.run([path, "-c", ""], check=False, stderr=subprocess.DEVNULL).returncode
+    )
     return next(map(Path, works), None)
 
 
 def floors() -> list[str]:
     """The oldest version of each dependency, as constraints."""
-    needed = [line for line in requires("peft_subspace") or [] if "extra ==" not in line]
-    return [f"{name}=={floor}" for name, floor in re.findall(r"([\w-]+)[^;]*?>=([\d.]+)", "\n".join(needed))]
+    (needed,) = re.findall(r"^dependencies = \[(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    return [f"{name}=={floor}" for name, floor in re.findall(r'"([\w-]+)>=([\d.]+)', needed)]
 
 
 def prepare(kind: str, python: Path, folder: Path) -> Path:
