@@ -1,9 +1,10 @@
 """Run the tests of every method's life with the oldest and the newest versions that pyproject.toml accepts.
 
-    python tests/versions.py [KIND-PYTHON ...]     # oldest-3.10 newest-3.13; all that the machine can, by default
+    python tests/versions.py [KIND-PYTHON ...]
 
-The oldest are the floors in pyproject.toml, with the first Python that it accepts; the newest are what pip takes
-without constraints, with each Python. Every environment is a folder `.venv-KIND-PYTHON`, which stays.
+Environments are `oldest-3.10`, the floors in pyproject.toml with the first Python that it accepts, and
+`newest-3.10` to `newest-3.13`, what pip takes without constraints; by default all whose Python is there. Each
+is a folder, `.venv-oldest-3.10`, which stays.
 """
 
 from __future__ import annotations
