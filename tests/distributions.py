@@ -7,6 +7,7 @@ The folder has the wheel and the source distribution, as `make dist` builds them
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -15,12 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-WHEEL_BYTES = 300_000
+WHEEL_BYTES = 350_000
+CONTENTS = re.compile(r"peft_subspace/(.*\.py|py\.typed)|peft_subspace-[^/]*\.dist-info/.*")
 ENTRY_POINTS = "[axolotl.plugins]\npeft_subspace = peft_subspace.axolotl:SubspacePlugin\n"
 
 
 def main(folder: Path) -> None:
-    """Check the size and the entry points of the wheel, install it and run the quick start."""
+    """Check the wheel's size, contents and entry points, install it and run the quick start."""
     (wheel,) = folder.glob("*.whl")
     (sources,) = folder.glob("*.tar.gz")
     size = wheel.stat().st_size
@@ -28,6 +30,8 @@ def main(folder: Path) -> None:
     if size >= WHEEL_BYTES:
         sys.exit(f"the wheel has {size:,} bytes, and must have less than {WHEEL_BYTES:,}")
     with zipfile.ZipFile(wheel) as archive:
+        if other := [name for name in archive.namelist() if not CONTENTS.fullmatch(name)]:
+            sys.exit(f"the wheel should have the package alone, and has {', '.join(other)}")
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         if archive.read(points).decode() != ENTRY_POINTS:
             sys.exit(f"{points} should say {ENTRY_POINTS!r}")

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
+# PyTorch before 2.7 does not tell exports from what else is compiled, which is as right, and slower.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 @contextmanager
 def lasting() -> Iterator[None]:
@@ -21,7 +24,7 @@ def lasting() -> Iterator[None]:
 
 def must_be_plain() -> bool:
     """Whether no autograd function may run (transforms do not know them), and no choice by size (exports)."""
-    return torch.compiler.is_exporting() or is_transformed()
+    return _is_exporting() or is_transformed()
 
 
 def is_transformed() -> bool:
