@@ -54,7 +54,7 @@ def adapted(method, folder):
 
 @torch.no_grad()
 def log_likelihoods(model):
-    """Of each choice behind its context."""
+    """Log-probabilities of each choice behind its context."""
     encode = tokenizer().encode
     found = []
     for row in ROWS:
