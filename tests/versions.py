@@ -60,7 +60,7 @@ def prepare(kind: str, python: Path, folder: Path) -> Path:
 
 
 def passes(python: Path) -> bool:
-    """Whether README's quick start runs, and the tests, which may warn of other things with other versions."""
+    """Whether README's quick start runs, and the tests; other versions may warn of other things."""
     start = [python, ROOT / "tests" / "quick_start.py", ROOT / "README.md"]
     tests = [python, "-m", "pytest", "-q", "-W", "ignore", *(f"tests/{test}.py" for test in TESTS)]
     with TemporaryDirectory() as place:
