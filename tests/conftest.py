@@ -55,7 +55,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not names:
         return
     qualities = [item for mark in metafunc.definition.iter_markers("where") for item in mark.kwargs.items()]
-    mark = None if metafunc.config.getoption("--all-layers") else metafunc.definition.get_closest_marker("typical")
+    mark = (
+        None
+        if metafunc.config.getoption("--all-layers")
+        else metafunc.definition.get_closest_marker("typical")
+    )
     rows = []
     for values in product(*(ARGUMENTS[name] for name in names)):
         row = dict(zip(names, values, strict=True))
@@ -92,7 +96,9 @@ def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
     tests: dict[Any, dict[str, list[pytest.Item]]] = {}
     for item in items:
         mark, method = item.get_closest_marker("typical"), _argument(item, "method")
-        if mark and not _is_typical(*mark.args, case=_argument(item, "case"), setting=_argument(item, "setting")):
+        if mark and not _is_typical(
+            *mark.args, case=_argument(item, "case"), setting=_argument(item, "setting")
+        ):
             continue
         if isinstance(method, Method):
             rest = item.callspec.id.replace(str(method), "", 1)
