@@ -32,6 +32,13 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("size", [1, 511, 513, 1100])
+def test_products_in_blocks_are_whole(size):
+    rows = torch.randn(7, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    product = Rows(rows).product
+    torch.testing.assert_close(product, sum(torch.outer(row, row) for row in rows))
+
+
 class Model(nn.Module):
     """A layer after another, with a loss."""
 

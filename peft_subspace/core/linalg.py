@@ -7,6 +7,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+_BLOCKS_FROM = 512
+"""Columns from which a product in blocks is faster than one that computes everything twice."""
+
 
 def local_generator(seed: int | None, module_name: str, part: int | str) -> torch.Generator:
     """Generator for a part of what a module gets: reads the global seed where none is set, draws nothing."""
@@ -54,6 +57,15 @@ def truncated_svd(
     Q = orthonormal(matrix @ Q)
     U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     return (Q @ U)[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous()
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """`XᵀX (d, d)` of `X (N, d)`; of two blocks off the diagonal, which are equal, one is multiplied."""
+    if matrix.shape[1] < _BLOCKS_FROM:
+        return matrix.T @ matrix
+    left, right = matrix.tensor_split(2, 1)
+    cross = left.T @ right
+    return torch.cat([torch.cat([gram(left), cross], 1), torch.cat([cross.T, gram(right)], 1)])
 
 
 def leading_rows(matrix: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peft_subspace.core.linalg import gram
 from peft_subspace.runtime import distributed as processes
 
 
@@ -21,7 +22,7 @@ class Rows:
     @cached_property
     def product(self) -> Tensor:
         """`XᵀX (d, d)`."""
-        return self.matrix.T @ self.matrix
+        return gram(self.matrix)
 
     @cached_property
     def squares(self) -> Tensor:
