@@ -92,14 +92,15 @@ class CompositionDelta(Delta):
         """`σ((x + logit u) / temperature)`, by its mean."""
         logits = self.logits(name)
         if name in self.noise:
-            logits = logits + self.noise[name].to(logits)
+            logits = logits + self.noise[name]
         values = (logits / self.temperature).sigmoid()
         return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
 
     def draw(self, generator: torch.Generator) -> None:
         """Sample the masks, until `noise` is cleared."""
-        drawn = {name: torch.rand(self.logits(name).shape, generator=generator) for name in self.masks}
-        self.noise = {name: u.logit(eps=1e-6) for name, u in drawn.items()}
+        for name in self.masks:
+            u = torch.rand(self.logits(name).shape, generator=generator)
+            self.noise[name] = u.logit(eps=1e-6).to(self.logits(name))
 
     def reset_parameters(self, init_weights: bool | str, generator: torch.Generator) -> None:
         """Start the coefficients; the factors are random until those of adapters take their place."""

@@ -60,7 +60,7 @@ def learn_masks(
         loss: Function of outputs and batch; by default the entropy, which needs no labels.
         learning_rate: Step size of the masks' logits.
         inner_steps: Steps of the coefficients in each step; 0 learns masks for the coefficients as they are.
-        inner_learning_rate: Their size.
+        inner_learning_rate: Their size; Adam moves all coefficients by it in its first step.
         perturbed: Weight of the loss of perturbed inputs, 0.1 in the paper; 0 for none.
         radius: Largest norm of a perturbation, as a part of an embedding's.
         seed: Seed of the samples.
