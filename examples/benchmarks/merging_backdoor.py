@@ -43,6 +43,9 @@ ENTRIES: dict[str, tuple[str | None, dict[str, Any]]] = {  # mask, options of le
     "DAM, structured, ten times the weight": ("structured", {"perturbed": 1.0}),
     "Concrete, by entry": ("entries", {}),
     "DAM, by entry": ("entries", {"perturbed": 0.1}),
+    "Concrete, structured, a tenth of the rate": ("structured", {"learning_rate": 0.01}),
+    "Concrete, by entry, a tenth of the rate": ("entries", {"learning_rate": 0.01}),
+    "DAM, by entry, a tenth of the rate": ("entries", {"learning_rate": 0.01, "perturbed": 0.1}),
 }
 
 
@@ -87,9 +90,10 @@ class Backdoor:
         mask, options = ENTRIES[entry]
         model: Any = ps.compose(encoder(), sources, start=0.3, mask=mask)
         if mask:
-            rows, count, rate = (self.schedule[f"mask_{name}"] for name in ("rows", "steps", "rate"))
-            steps = shared_encoder.rounds(self.tasks, int(rows), seed + 1, int(count))
-            ps.learn_masks(model, steps, shared_encoder.predict, learning_rate=rate, seed=seed, **options)
+            options = {"learning_rate": self.schedule["mask_rate"], "seed": seed, **options}
+            rows, count = self.schedule["mask_rows"], self.schedule["mask_steps"]
+            steps = shared_encoder.rounds(self.tasks, rows, seed + 1, count)
+            ps.learn_masks(model, steps, shared_encoder.predict, **options)
         return model
 
     def adapter(self, seed: int, task: HeadedTask, *, poisoned: bool) -> Path:
