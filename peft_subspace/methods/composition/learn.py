@@ -58,7 +58,8 @@ def learn_masks(
         batches: For each step a batch by the name of its task.
         predict: Function of model and batch that returns the model's outputs.
         loss: Function of outputs and batch; by default the entropy, which needs no labels.
-        learning_rate: Step size of the masks' logits.
+        learning_rate: Step size of the masks' logits, which begin at 0: with Adam, the number of steps times
+            it is how far they get, about 2 in the paper.
         inner_steps: Steps of the coefficients in each step; 0 learns masks for the coefficients as they are.
         inner_learning_rate: Their size; Adam moves all coefficients by it in its first step.
         perturbed: Weight of the loss of perturbed inputs, 0.1 in the paper; 0 for none.
