@@ -112,9 +112,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-@pytest.mark.parametrize("labels", [False, True])
-def test_trainer_lowers_the_entropy_without_labels_and_the_loss_with_them(labels, sources, tmp_path):
-    model = composed(sources, per="module", start=0.3)
+@pytest.mark.parametrize(("labels", "mask"), [(False, None), (True, None), (False, "structured")])
+def test_trainer_lowers_the_entropy_without_labels_and_the_loss_with_them(labels, mask, sources, tmp_path):
+    model = composed(sources, per="module", start=0.3, mask=mask)
+    at_first = {name: p.detach().clone() for name, p in coefficients(model).items()}
 
     @torch.no_grad()
     def value():
@@ -130,6 +131,7 @@ def test_trainer_lowers_the_entropy_without_labels_and_the_loss_with_them(labels
     options = {} if labels else {"compute_loss_func": peft_subspace.entropy_loss}
     Trainer(model, arguments, train_dataset=Rows(labels), **options).train()
     assert value() < before
+    assert not any(torch.equal(p, at_first[name]) for name, p in coefficients(model).items())
 
 
 def test_entropy_is_that_of_the_predictions():
