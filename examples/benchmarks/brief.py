@@ -14,7 +14,10 @@ ROWS = {  # page: name, and what it is for
     "flora": ("FLoRA", "convolutions and stacked experts, whose axes it keeps"),
     "mos": ("MoS", "many adapters of one base, tight budgets"),
     "lora-sb": ("LoRA-SB", "r² parameters per layer, set by the first gradient"),
-    "continual-svd": ("Continual SVD", "one task after another, without the old data"),
+    "continual-svd": (
+        "Continual SVD",
+        "one task after another, without the old data; FOT, GPM, CoSO and KeepLoRA as presets",
+    ),
     "effort": ("Effort", "changing a pretrained tower as little as possible"),
 }
 
