@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMOS := .venv/installed-demos
 INSTALLED := .venv/installed
-ENGINES := deepspeed flower lm-eval quanto
+ENGINES := deepspeed flower gptqmodel lm-eval quanto
 # One thread per worker: two workers with two threads each would slow each other down. One worker per file: its
 # tests share what takes long to prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -70,10 +70,10 @@ engine-%: .venv-%/installed
 .PRECIOUS: .venv-%/installed
 .venv-%/installed: tests/engines/%.txt $(INSTALLED)
 	$(BIN)/python -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet setuptools wheel
-	DS_BUILD_OPS=0 BUILD_CUDA_EXT=0 .venv-$*/bin/python -m pip install --no-deps --no-build-isolation -r $<
+	.venv-$*/bin/python -m pip install --quiet --upgrade setuptools wheel
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))")')" \
 		> $$(.venv-$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/zz_shared.pth
+	DS_BUILD_OPS=0 BUILD_CUDA_EXT=0 .venv-$*/bin/python -m pip install --no-deps --no-build-isolation -r $<
 	touch $@
 
 # Gigabytes where PyTorch comes with CUDA. One of them: `make versions ENVIRONMENTS=oldest-3.10`.

@@ -1,7 +1,8 @@
 """What every method promises on layers whose weights can only be run: GPTQ, AWQ, AQLM, EETQ and unknown ones.
 
-Their libraries have no kernels for CPUs. The classes here stand in for theirs: they have the names and the
-attributes by which PEFT knows them, and pack their weight.
+The classes here stand in for those of the libraries: they have the names and the attributes by which PEFT
+knows them, and pack their weight. `tests/engines/test_gptqmodel.py` runs the real ones for GPTQ and AWQ; AQLM
+has no backward pass on CPUs, and EETQ no kernels.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch, record_property):
     """Class of a kind of layer, with PEFT believing that the libraries are there."""
-    record_property("not run", "the libraries have no CPU kernels; classes with their attributes stood in")
+    record_property("not run", "no backward or no kernels on CPUs; classes with their attributes stood in")
     modules = {
         "gptqmodel.nn_modules.qlinear": SimpleNamespace(BaseQuantLinear=BaseQuantLinear),
         "aqlm": SimpleNamespace(QuantizedLinear=QuantizedLinear),
@@ -130,7 +131,7 @@ def kind(request, monkeypatch, record_property):
     return KINDS[request.param]
 
 
-pytestmark = pytest.mark.feature("GPTQ, AWQ, AQLM, EETQ (forward only)")
+pytestmark = pytest.mark.feature("AQLM, EETQ (forward only)")
 
 
 class Net(nn.Module):
@@ -139,7 +140,7 @@ class Net(nn.Module):
     def __init__(self, kind=None):
         super().__init__()
         torch.manual_seed(2)
-        self.first, self.layer, self.last = nn.Linear(16, 16), nn.Linear(16, 24), nn.Linear(24, 4)
+        self.first, self.layer, self.last = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 4)
         if kind is not None:
             self.layer = kind(self.layer)
 
@@ -147,7 +148,7 @@ class Net(nn.Module):
         return self.last(self.layer(self.first(x)))
 
 
-X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+X = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
 
 
 def config(method, **options):
@@ -346,8 +347,8 @@ class ScaledLinear(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.in_features, self.out_features = 16, 24
-        self.matrix = nn.Parameter(torch.randn(24, 16))
+        self.in_features, self.out_features = 32, 64
+        self.matrix = nn.Parameter(torch.randn(64, 32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
