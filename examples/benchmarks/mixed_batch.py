@@ -122,7 +122,9 @@ def main() -> None:
     if options.quick:
         widths, counts, repeats = [256], [1, 8], 3
     methods = ["lora", *(name for name in options.methods if name != "lora")]
-    results: dict[str, Any] = {}
+    name = options.name or ("mixed_batch-quick" if options.quick else "mixed_batch")
+    measured = (timing.RESULTS / f"{name}.json").exists()
+    results: dict[str, Any] = timing.load(name)["widths"] if measured else {}  # of other widths and counts
     with tempfile.TemporaryDirectory() as folder:
         for width, count in itertools.product(widths, counts):
             found = measure(methods, count, width, repeats, Path(folder))
@@ -130,7 +132,6 @@ def main() -> None:
             peaks = {name: timing.peak_mib(__file__, name, *arguments) for name in methods}
             results.setdefault(str(width), {})[str(count)] = {"times": found, "peak_mib": peaks}
             print_results(f"width {width}, {count} adapters", found, peaks)
-            name = options.name or ("mixed_batch-quick" if options.quick else "mixed_batch")
             timing.save(name, {"growth": options.growth, "widths": results})
 
 
