@@ -161,6 +161,7 @@ def test_updates_below_the_steps_of_a_bf16_weight_count(method, case, setting):
     assert distance(model(x), scale * dense(model, method, x)) < 0.1  # a lost update is off by 1
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.feature("torch.compile (no graph breaks)")
 def test_adapted_layer_compiles_without_graph_breaks_and_trains(method, case):
     torch._dynamo.reset()

@@ -548,6 +548,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(method, case):
     check_forward_mode(adapt(method, case), case.inputs)
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.parametrize(("adapters", "mode"), [(1, True), (2, False)], ids=["training", "two"])
 @pytest.mark.feature("torch.export with dynamic sizes")
 def test_exported_program_is_right_at_other_sizes(method, case, adapters, mode):
