@@ -37,7 +37,8 @@ def table() -> str:
 
 def _costs(row: list[Any]) -> list[str]:
     rank, trained, _, hundred = row
-    return [f"{trained / 1e6:.1f} M, `{rank}`", f"{hundred / 1024:.1f} GiB"]
+    count = f"{trained / 1e6:.1f} M" if trained >= 1e6 else f"{trained / 1e3:.0f} k"
+    return [f"{count}, `{rank}`", f"{hundred:,.0f} MiB"]
 
 
 def _batches() -> dict[str, Any]:
