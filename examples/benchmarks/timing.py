@@ -54,7 +54,7 @@ def peak_mib(script: str, *arguments: str) -> float:
     Tensors have pages of their own there, or the peak would be that of the heap's holes between them.
     """
     command = [sys.executable, script, "--peak", *arguments]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**14)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.strip().splitlines()[-1])
 
