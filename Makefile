@@ -15,8 +15,8 @@ help:
 	@echo "make demo        fine-tune MobileNetV2 on handwritten digits"
 	@echo "make demo-text   fine-tune MiniLM on BBC News"
 	@echo "make test        run the tests that are not marked slow"
-	@echo "make test-slow   run the tests that train for longer, all methods with everything, and the benchmarks' own"
-	@echo "make features    run all tests, and write the table of features into docs/benchmarks"
+	@echo "make test-slow   run the tests that train for longer, every method on all layers, and the benchmarks' own"
+	@echo "make features    run the whole product of tests, and write the table of features into docs/benchmarks"
 	@echo "make engines     run the adapters in other tools: $(ENGINES)"
 	@echo "make engine-NAME the same in one of them"
 	@echo "make versions    run some tests with the oldest and the newest versions that we accept, and each Python"
@@ -52,7 +52,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m "slow and not engine"
 	$(PYTEST) examples/benchmarks/tests
-	$(PYTEST) --dist load --all-layers=rest -m "not slow and not engine"
+	$(PYTEST) --dist load --all-layers=rest tests/test_algebra_contract.py tests/test_life_cycle_contract.py
 
 # A row of the table needs all of its tests, slow or not, from one run.
 features: $(INSTALLED)
