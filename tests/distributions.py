@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-WHEEL_BYTES = 350_000
+WHEEL_BYTES = 300_000
 CONTENTS = re.compile(r"peft_subspace/(.*\.py|py\.typed)|peft_subspace-[^/]*\.dist-info/.*")
 ENTRY_POINTS = "[axolotl.plugins]\npeft_subspace = peft_subspace.axolotl:SubspacePlugin\n"
 
