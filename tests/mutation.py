@@ -49,7 +49,9 @@ def mutate(mutant: Mutant, package: Path) -> str | None:
 
 def run_tests(folder: Path, files: str, k: str) -> tuple[str, str]:
     """Run a selection of the tests on the package in a folder; return the outcome, and by what it came."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    # with the methods, too, that wait for their turn in `make test`
+    options = "-x -q -p no:cacheprovider --tb=no --all-layers"
+    command = [sys.executable, "-m", "pytest", *options.split()]
     command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-k", k]
     command += [str(ROOT / "tests" / name) for name in files.split()]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(folder)}
