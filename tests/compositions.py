@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
 import peft_subspace
+from layers import distance
 from peft_subspace.merging import merge
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
@@ -51,6 +52,17 @@ def summed(sources, weights):
         key = f"{module}.weight"
         state[key] = state[key] + merged.update(module).reshape(state[key].shape)
     return functional_call(Network(), state, (X,))["logits"]
+
+
+def saved_and_exported(model, folder):
+    """The composition loaded from its file, and its LoRA in PEFT, which give its outputs."""
+    model.save_pretrained(folder / "composed")
+    again = peft_subspace.load(Network(), folder / "composed")
+    assert torch.equal(logits(again), logits(model))
+    peft_subspace.export_lora(model, folder / "exported")
+    lora = PeftModel.from_pretrained(Network(), folder / "exported")
+    assert distance(logits(lora), logits(model)) < 1e-5
+    return again, lora
 
 
 def logits(model):

@@ -106,12 +106,13 @@ def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
         else:
             yield item
     for rows in tests.values():
-        in_turn = [key for key, row in rows.items() if not _is_typical_layer(row[0])]
-        for key, row in rows.items():
+        in_turn = [row for row in rows.values() if not _is_typical_layer(row[0])]
+        yield from (item for row in rows.values() if _is_typical_layer(row[0]) for item in row)
+        for turn, row in enumerate(in_turn):
             others = [item for item in row if not _argument(item, "method").is_typical]
-            if len(in_turn) >= len(METHODS) and key in in_turn and others:
-                turn = others[in_turn.index(key) % len(others)]
-                yield from (item for item in row if item not in others or item is turn)
+            if others and len(in_turn) >= len(METHODS):
+                others.pop(turn % len(others))  # whose turn it is
+                yield from (item for item in row if item not in others)
             else:
                 yield from row
 

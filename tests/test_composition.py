@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch.func import functional_call
 from transformers import Trainer, TrainingArguments
 
 import peft_subspace
-from compositions import Network, X, logits, saved_sources, summed
+from compositions import Network, X, logits, saved_and_exported, saved_sources, summed
 from layers import distance
 from methods import METHODS
 from peft_subspace.merging import merge
@@ -79,12 +79,7 @@ def test_composition_trains_is_saved_loaded_and_exported(per, sources, tmp_path)
         model(X, labels=torch.arange(5) % 4)["loss"].backward()
         optimizer.step()
     assert distance(logits(model), Network()(X)["logits"]) > 1e-3
-    model.save_pretrained(tmp_path / "composed")
-    again = peft_subspace.load(Network(), tmp_path / "composed")
-    assert torch.equal(logits(again), logits(model))
-    peft_subspace.export_lora(model, tmp_path / "exported")
-    lora = PeftModel.from_pretrained(Network(), tmp_path / "exported")
-    assert distance(logits(lora), logits(model)) < 1e-5
+    again, _ = saved_and_exported(model, tmp_path)
     assert distance(logits(model.merge_and_unload()), logits(again)) < 1e-5
 
 

@@ -7,13 +7,13 @@ from itertools import product
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call
 
 import oracles
 import peft_subspace
-from compositions import Network, X, logits, saved_sources, summed
+from compositions import Network, X, logits, saved_and_exported, saved_sources, summed
 from layers import BF16, FP32, adapt, dense, distance, outputs
 from methods import Method
 from peft_subspace.methods.composition.delta import CompositionDelta
@@ -124,12 +124,7 @@ def test_masked_composition_is_saved_loaded_exported_and_merged(mask, per, sourc
     model = composed(sources, mask, per=per)
     scatter(model)
     assert distance(logits(model), summed(sources, [0.3] * 3)) > 1e-3
-    model.save_pretrained(tmp_path / "composed")
-    again = peft_subspace.load(Network(), tmp_path / "composed")
-    assert torch.equal(logits(again), logits(model))
-    peft_subspace.export_lora(model, tmp_path / "exported")
-    lora = PeftModel.from_pretrained(Network(), tmp_path / "exported")
-    assert distance(logits(lora), logits(model)) < 1e-5
+    again, lora = saved_and_exported(model, tmp_path)
     rank = max(sum(delta.spec.ranks) for delta in deltas(model).values())
     assert mask == "entries" or lora.peft_config["default"].r == rank
     model.add_weighted_adapter(["default"], [0.5], "two", combination_type="cat")

@@ -26,9 +26,10 @@ def table() -> str:
     """Methods with what they are for, what they cost beside LoRA and what came out."""
     found = {"flora": flora, "mos": mos, "lora-sb": lora_sb, "continual-svd": continual_svd, "effort": effort}
     costs = {row[0]: row[1:] for row in timing.load("file_sizes")["costs"]}
-    rows = [["LoRA", "", *_costs(costs["LoRA"]), "1" if _batches() else "", ""]]
+    batches = _batches()
+    rows = [["LoRA", "", *_costs(costs["LoRA"]), "1" if batches else "", ""]]
     for page, (name, purpose) in ROWS.items():
-        batch = _batches().get(page.replace("-", "_"))
+        batch = batches.get(page.replace("-", "_"))
         ratio = f"{batch['median']:.2f}" if batch else ""
         rows.append([f"[{name}](model_cards/{page}.md)", purpose, *_costs(costs[name]), ratio, found[page]()])
     header = ["method", "made for", "trains", "disk of 100", "mixed batch", "measured"]

@@ -193,7 +193,7 @@ def rates(content: dict[str, Any]) -> Drawn:
     figure, charts = _panels(len(tasks), width=3.9, height=3.1)
     for chart, task in zip(charts, tasks, strict=True):
         for name in learning_rates.CONFIGS:
-            color = OURS.get(name.lower().replace(" svd, r=", "-svd-").replace(" ", "-"), "black")
+            color = OURS.get(name.lower().replace(", r=", "-").replace(" ", "-"), "black")
             for before, style in ((True, "--"), (False, "-")):
                 found = learning_rates.by_rate(content, task, name, before=before)
                 means = [

@@ -25,7 +25,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import peft_subspace as ps
-import timing
 from claims import markdown, spread
 from support import demos, shared_encoder
 from support.results import Results
@@ -149,16 +148,7 @@ def table(content: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="folder with the texts")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks, of which the first is poisoned")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
-    parser.add_argument("--small", action="store_true", help="few rows and steps, to try the script")
-    parser.add_argument("--work", type=Path, default=Path("outputs/merging_backdoor"), help="adapters")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS / "merging_backdoor.json")
-    return parser.parse_args(arguments)
+    return shared_encoder.parser(__doc__, TASKS, "merging_backdoor").parse_args(arguments)
 
 
 def main() -> None:

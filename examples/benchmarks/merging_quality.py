@@ -34,7 +34,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import peft_subspace as ps
-import timing
 from claims import markdown, spread
 from peft_subspace.merging import merge
 from support import shared_encoder
@@ -436,17 +435,9 @@ def _options(runs: list[dict[str, Any]], entry: str) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="folder with the texts")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks to merge")
+    parser = shared_encoder.parser(__doc__, TASKS, "merging_quality")
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=list(KINDS), help="what is merged")
     parser.add_argument("--counts", nargs="+", type=int, default=[], help="merges of so many first tasks")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
-    parser.add_argument("--small", action="store_true", help="few rows and steps, to try the script")
-    parser.add_argument("--work", type=Path, default=Path("outputs/merging_quality"), help="adapters")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS / "merging_quality.json")
     return parser.parse_args(arguments)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import split
 from peft_subspace.layers.base import Branch, LayerKind
-from peft_subspace.layers.costs import Route, is_thin
+from peft_subspace.layers.costs import Route
 from peft_subspace.layers.linear import TransposedKind, add_chain
 from peft_subspace.layers.stacked import Form, add_product
 
@@ -43,9 +43,10 @@ class EmbeddingKind(TransposedKind):
 
     def stackable(self, factors: tuple[Tensor, ...]) -> Form | None:
         """`(out, r)` and `(tokens, r)`, in which an index is a row."""
-        if self.has_custom_forward or not is_thin(self.shape, factors):
+        form = super().stackable(factors)
+        if form is None:
             return None
-        left, right = split(factors)
+        left, right = split(form)
         return left, right.T.contiguous()
 
     def add_stacked(self, result: Tensor, base: nn.Module, stacked: Form, x: Tensor) -> Tensor:

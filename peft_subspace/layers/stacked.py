@@ -29,6 +29,7 @@ def fitting(forms: Mapping[str, Form], room: float, owned: Mapping[str, Sequence
     """
     chosen: list[str] = []
     longest: list[tuple[int, ...]] = []
+    entries = 0
     for name, form in forms.items():
         like = forms[chosen[0]] if chosen else form
         if [_kind(tensor) for tensor in form] != [_kind(tensor) for tensor in like]:
@@ -36,16 +37,23 @@ def fitting(forms: Mapping[str, Form], room: float, owned: Mapping[str, Sequence
         sizes = [tuple(tensor.shape) for tensor in form]
         if chosen:
             sizes = [tuple(map(max, *pair)) for pair in zip(longest, sizes, strict=True)]
-        names = [*chosen, name]
-        entries = sum(
-            prod(size)
-            for other in names
-            for size, tensor, moves in zip(sizes, forms[other], owned[other], strict=True)
-            if not (moves and size == tuple(tensor.shape))
-        )
-        if entries * form[0].itemsize <= room:
-            chosen, longest = names, sizes
+        if sizes == longest:
+            total = entries + _copied(form, owned[name], sizes)
+        else:  # what was chosen before is filled up, too
+            total = sum(_copied(forms[other], owned[other], sizes) for other in [*chosen, name])
+        if total * form[0].itemsize <= room:
+            chosen.append(name)
+            longest, entries = sizes, total
     return chosen
+
+
+def _copied(form: Form, owned: Sequence[bool], sizes: Sequence[tuple[int, ...]]) -> int:
+    """Entries of a stack of such sizes that one chain takes, and does not bring along."""
+    return sum(
+        prod(size)
+        for size, tensor, moves in zip(sizes, form, owned, strict=True)
+        if not (moves and size == tuple(tensor.shape))
+    )
 
 
 def select(stacked: Form, places: Sequence[int]) -> Form:

@@ -140,13 +140,16 @@ def _renewed(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
                 form = layer.kind.stackable(branch.factors)
             if form is not None:
                 branches[name], forms[name] = branch, form
+    extra = {name: _extra_bytes(branch, states[name]) for name, branch in branches.items()}
+    lora = {name: _lora_bytes(layer.kind.shape, branch) for name, branch in branches.items()}
+    own = sum(tensor.nbytes for name in branches for tensor in layer.deltas[name].state_dict().values())
+    base = nbytes(layer.base_weight.stored)
+    cheap = {name for name in branches if extra[name] <= lora[name] * _SMALL}
+    room = GROWTH * (base + max(own, sum(lora.values()))) - base - own - sum(extra[name] for name in cheap)
     movable = _movable(layer, branches)
     owners = {name: [_owner(tensor, movable) for tensor in form] for name, form in forms.items()}
-    chosen = fitting(
-        forms,
-        _room(layer, branches, states),
-        {name: [owner is not None for owner in found] for name, found in owners.items()},
-    )
+    owned = {name: [owner is not None for owner in found] for name, found in owners.items()}
+    chosen = fitting(forms, room, owned)
     stacked = stack([forms.pop(name) for name in chosen])
     for place, name in enumerate(chosen):
         _move(owners[name], [total[place] for total in stacked])
@@ -155,7 +158,7 @@ def _renewed(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
         states,
         {name: place for place, name in enumerate(chosen)},
         stacked,
-        {n: branches[n] for n in forms if _is_cheap(layer, branches[n], states[n])},
+        {name: branches[name] for name in forms if name in cheap},
     )
 
 
@@ -164,20 +167,6 @@ def _branch(layer: Any, factors: tuple[Tensor, ...], scaling: float) -> Branch:
         left, right = factors
         factors = left, torch.eye(len(right), dtype=right.dtype, device=right.device), right
     return Branch.scaled(factors, scaling, None)
-
-
-def _room(layer: Any, branches: Mapping[str, Branch], states: Mapping[str, State]) -> float:
-    """Bytes that a stack may take, beside what the adapters apart from it take."""
-    own = sum(tensor.nbytes for name in branches for tensor in layer.deltas[name].state_dict().values())
-    lora = sum(_lora_bytes(layer.kind.shape, branch) for branch in branches.values())
-    base = nbytes(layer.base_weight.stored)
-    apart = [n for n in branches if _is_cheap(layer, branches[n], states[n])]
-    beside = sum(_extra_bytes(branches[name], states[name]) for name in apart)
-    return GROWTH * (base + max(own, lora)) - base - own - beside
-
-
-def _is_cheap(layer: Any, branch: Branch, state: State) -> bool:
-    return _extra_bytes(branch, state) <= _lora_bytes(layer.kind.shape, branch) * _SMALL
 
 
 def _movable(layer: Any, names: Iterable[str]) -> dict[int, Tensor]:

