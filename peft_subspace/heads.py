@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.validation import check_choice, check_count, check_number, invalid
 
 _STEPS = 300
 """Steps by which vectors are pushed apart where there are more than dimensions."""
@@ -152,8 +152,7 @@ def check_heads(heads: Any) -> None:
         raise invalid("heads", heads, f"must map names of modules to kinds and sizes, {example}", TypeError)
     for name, entry in heads.items():
         kind = entry.get("kind")
-        if kind not in HEADS:
-            raise invalid(f"heads[{name!r}]['kind']", kind, f"must be one of {sorted(HEADS)}")
+        check_choice(f"heads[{name!r}]['kind']", kind, sorted(HEADS))
         sizes = ("classes", *HEADS[kind][1])
         unknown = sorted(map(str, set(entry) - {"kind", "scale", *sizes}))
         if unknown or "classes" not in entry:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 PACKAGE = "peft_subspace"
 METHODS = ("flora", "lora_sb", "effort", "mos", "continual_svd")
-CODE_LINES = {"flora": 80, "lora_sb": 90, "effort": 150, "mos": 205, "continual_svd": 260, "all five": 750}
+CODE_LINES = {"flora": 80, "lora_sb": 90, "effort": 150, "mos": 190, "continual_svd": 240, "all five": 750}
 FILE_LINES = 250
 FUNCTION_LINES = 40
 

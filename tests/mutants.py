@@ -780,8 +780,8 @@ MUTANTS = [
     ),
     Mutant(
         "heads-of-a-task",
-        'c.earlier_tasks.get(task) == "merge"',
-        'c.earlier_tasks.get(task) == "stack"',
+        'config.earlier.get(name) == "merge"',
+        'config.earlier.get(name) == "stack"',
         "test_continual_tasks.py",
         "heads_are_kept",
     ),

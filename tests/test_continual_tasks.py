@@ -379,7 +379,7 @@ def test_finished_tasks_stay_frozen_whatever_peft_enables():
 def test_one_adapter_per_sample_refuses_tasks_that_build_on_others():
     model = three_tasks("stack", 3)
     ids = inputs()["input_ids"]
-    with pytest.raises(ValueError, match=r"'task2' the tasks that it builds on, \['task1', 'task2'\]"):
+    with pytest.raises(ValueError, match=r"'task2' the adapters that it builds on, \['task1', 'task2'\]"):
         model(input_ids=ids, adapter_names=["task1", "task2", "task1", "__base__"])
     result = model(input_ids=ids, adapter_names=["task1", "__base__", "task1", "__base__"]).logits
     model.set_adapter("task1")

@@ -222,6 +222,7 @@ def test_heads_of_vision_models_are_named_by_suffix():
     [
         (["classifier"], TypeError, r"heads=\['classifier'\] must map names of modules"),
         ({"classifier": {"kind": "linear", "classes": 3}}, ValueError, r"\['kind'\]='linear' must be one of"),
+        ({"classifier": {"kind": ["x"], "classes": 3}}, ValueError, r"\['kind'\]=\['x'\] must be one of"),
         ({"classifier": {"kind": "grassmann"}}, ValueError, "must have 'classes'"),
         ({"classifier": {"kind": "grassmann", "classes": 3, "dimension": 4}}, ValueError, "may have 'scale'"),
         (

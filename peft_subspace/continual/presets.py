@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.validation import check_choice
 from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,6 +44,5 @@ def preset(name: str, **options: Any) -> ContinualSVDConfig:
         Saha et al. (GPM, arXiv 2103.09762), Bakman et al. (FOT, arXiv 2309.01289), Cheng et al. (CoSO, arXiv
         2505.11816), KeepLoRA (arXiv 2601.19659).
     """
-    if name not in PRESETS:
-        raise invalid("name", name, f"must be one of {tuple(PRESETS)}")
+    check_choice("name", name, PRESETS)
     return ContinualSVDConfig(**{**PRESETS[name], **options})

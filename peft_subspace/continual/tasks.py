@@ -17,11 +17,12 @@ from peft_subspace.continual.directions import fill, gather
 from peft_subspace.continual.restart import parameter_names, restart_optimizer, restart_scheduler
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.modes import lasting
-from peft_subspace.core.validation import invalid
-from peft_subspace.methods.continual_svd.config import HISTORIES, ContinualSVDConfig
+from peft_subspace.core.validation import check_choice, invalid
+from peft_subspace.methods.continual_svd.config import ContinualSVDConfig
 from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
 from peft_subspace.statistics import Statistics
+from peft_subspace.tuner.history import HISTORIES
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.merging import check_finite, merge_permanently
@@ -156,8 +157,7 @@ def _check_name(tuner: ContinualSVDModel, name: str) -> None:
 
 
 def _check_keep(tuner: ContinualSVDModel, task: str, keep: str) -> None:
-    if keep not in HISTORIES:
-        raise invalid("keep", keep, f"must be one of {HISTORIES}")
+    check_choice("keep", keep, HISTORIES)
     config = tuner.peft_config[task]
     stacked = [name for name in config.lower_adapters if name in tuner.peft_config]
     if keep == "merge" and stacked:

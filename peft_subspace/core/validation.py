@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 _LARGEST = 2.0**127  # fp32 holds it
@@ -28,6 +29,13 @@ def check_count(name: str, value: Any, *, minimum: int = 1, maximum: int = 2**31
         raise invalid(name, value, f"must be at least {minimum}; try {name}={max(minimum, 8)}")
     if value > maximum:
         raise ValueError(f"{name} must be at most {maximum}; try {name}={max(minimum, 8)}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    known = tuple(choices)  # in which, unlike in a set or dict, anything may be looked for
+    if value not in known:
+        raise invalid(name, value, f"must be one of {known}")
 
 
 def check_counts(name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, invalid
+from peft_subspace.core.validation import check_choice, check_count, invalid
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.config_checks import check_patterned
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -42,8 +42,7 @@ class EditConfig(SubspaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in FORMS:
-            raise invalid("form", self.form, f"must be one of {FORMS}")
+        check_choice("form", self.form, FORMS)
         for name, size in check_patterned(self, "sizes"):
             check_count(f"sizes[{name!r}]", size)
 

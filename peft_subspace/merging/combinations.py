@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from peft_subspace.core.linalg import local_generator
-from peft_subspace.core.validation import check_count, invalid
+from peft_subspace.core.validation import check_choice, check_count, invalid
 from peft_subspace.merging.computing import TILE_BYTES, compute
 from peft_subspace.merging.cutting import cut
 from peft_subspace.merging.entries import ELECTIONS
@@ -46,8 +46,7 @@ def _combine(kind: str, parts: Parts) -> tuple[Tensor, Tensor]:
     space = "weight" if cuts else "aligned"
     if "majority_sign_method" in given:
         given["elect"] = given.pop("majority_sign_method")
-        if given["elect"] not in ELECTIONS:
-            raise invalid("majority_sign_method", given["elect"], f"must be one of {ELECTIONS}")
+        check_choice("majority_sign_method", given["elect"], ELECTIONS)
     stack = Stack(parts.lefts, parts.rights)
     merged = compute(stack, method, parts.weights, generators, 1.0, space, TILE_BYTES, given)
     full = min(stack.shape)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_subspace.core.names import in_base
-from peft_subspace.core.validation import check_number, invalid
+from peft_subspace.core.validation import check_choice, check_number, invalid
 from peft_subspace.merging.checkpoints import write_merged
 from peft_subspace.merging.driver import Merge
 from peft_subspace.merging.prepare import merge
@@ -53,8 +53,7 @@ def compress(
     Reference:
         Wang et al. (arXiv 2405.07813) for TALL-masks; Huang et al. (arXiv 2405.17461) for EMR.
     """
-    if method not in _SHARED:
-        raise invalid("method", method, f"must be one of {tuple(_SHARED)}")
+    check_choice("method", method, _SHARED)
     check_number("threshold", threshold, minimum=0.0)
     folder = Path(directory).absolute()
     if folder.exists():
@@ -138,8 +137,7 @@ class Compressed:
         write_merged(Path(self.base), Path(directory), update, others, recipe)
 
     def _number(self, source: str) -> int:
-        if source not in self.sources:
-            raise invalid("source", source, f"must be one of {list(self.sources)}")
+        check_choice("source", source, self.sources)
         return list(self.sources).index(source)
 
 

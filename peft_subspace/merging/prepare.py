@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peft_subspace.base_weights.fingerprint import is_same
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.validation import check_choice, check_count, check_number, invalid
 from peft_subspace.merging.computing import TILE_BYTES
 from peft_subspace.merging.driver import Merge
 from peft_subspace.merging.methods import METHODS
@@ -56,10 +56,9 @@ def merge(
         TypeError: If an argument or option has the wrong type.
         ValueError: If the sources do not fit each other, or the method.
     """
-    choices = {"method": (method, tuple(METHODS)), "space": (space, SPACES), "rows": (rows, ROWS)}
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise invalid(name, value, f"must be one of {known}")
+    check_choice("method", method, METHODS)
+    check_choice("space", space, SPACES)
+    check_choice("rows", rows, ROWS)
     check_number("scale", scale)
     check_count("memory", memory, maximum=2**62)
     opened = [open_source(source, base, common_rows=rows == "common") for source in sources]

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_subspace.core.chain import split
 from peft_subspace.core.delta import Combined, Update
 from peft_subspace.core.errors import error_context
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.validation import check_choice
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import FORMAT_VERSION, SubspaceConfig
 from peft_subspace.tuner.targets import weight_name
@@ -149,8 +149,7 @@ def _check(
         )
     method, update = type(tuner).__name__, tuner.tuner_layer_cls.delta_cls
     export = "export each with peft_subspace.lora_state_dict and combine those"
-    if combination_type not in (*SUMS, *COMBINATIONS):
-        raise invalid("combination_type", combination_type, f"must be one of {(*SUMS, *COMBINATIONS)}")
+    check_choice("combination_type", combination_type, (*SUMS, *COMBINATIONS))
     if not update.defines("product") and not (combination_type in SUMS and update.defines("concatenate")):
         raise ValueError(
             f"adapters={list(adapters)} of {method} cannot be combined by {combination_type!r}: no adapter "

@@ -155,9 +155,14 @@ class SubspaceConfig(PeftConfig):
         return {}
 
     @property
+    def earlier(self) -> dict[str, str]:
+        """Adapters that this one follows, with how each was kept, which is one of `HISTORIES`."""
+        return {}
+
+    @property
     def lower_adapters(self) -> list[str]:
         """Adapters whose updates are a part of the weight that this one starts from."""
-        return []
+        return [name for name, kept in self.earlier.items() if kept == "stack"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, but for those that only files have."""

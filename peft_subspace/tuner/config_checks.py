@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from peft_subspace.core.validation import check_count, check_flag, check_number, invalid
+from peft_subspace.core.validation import check_choice, check_count, check_flag, check_number, invalid
 from peft_subspace.tuner.frozen_file import is_digest
 from peft_subspace.tuner.patterns import MOST_ENTRIES, check_patterns
 
@@ -120,9 +120,7 @@ def _check_parameters(config: Any) -> None:
 
 
 def _check_choices(config: Any) -> None:
-    biases = ("none", "all", f"{config.peft_type_name.lower()}_only")
-    if config.bias not in biases:
-        raise invalid("bias", config.bias, f"must be one of {biases}")
+    check_choice("bias", config.bias, ("none", "all", f"{config.peft_type_name.lower()}_only"))
     if isinstance(config.scaling, str) and config.scaling not in ("auto", "paper"):
         raise invalid("scaling", config.scaling, 'must be "auto", "paper", or a number')
     if not isinstance(config.scaling, str):

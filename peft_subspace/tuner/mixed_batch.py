@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_subspace.tuner.history import with_history
 from peft_subspace.tuner.kept import Stamps
 
 
@@ -75,8 +76,8 @@ def batch_for(module: nn.Module) -> MixedBatch | None:
     return batch if batch is not None and module in batch.modules else None
 
 
-def check_adapter_names(adapter_names: Any, known: Collection[str], *, training: bool) -> None:
-    """Raise unless `adapter_names` can be one adapter for each sample."""
+def check_adapter_names(adapter_names: Any, known: Mapping[str, Any], *, training: bool) -> None:
+    """Raise unless `adapter_names` can be one adapter for each sample, of those that have a config."""
     if training:
         raise ValueError("adapter_names cannot be used in training mode; call eval() first")
     if not isinstance(adapter_names, list | tuple):
@@ -87,6 +88,12 @@ def check_adapter_names(adapter_names: Any, known: Collection[str], *, training:
             f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)}, and '__base__' "
             "for none"
         )
+    for name in set(adapter_names) & set(known):
+        if (needed := with_history(known, name)) != [name]:
+            raise ValueError(
+                f"adapter_names cannot give {name!r} the adapters that it builds on, {needed}; use "
+                f"set_adapter({name!r}), one of them per batch"
+            )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.validation import check_choice, check_count, check_number, invalid
 from peft_subspace.tuner.config import SubspaceConfig
 
 GRANULARITIES = ("task", "module", "component")
@@ -65,9 +65,8 @@ class CompositionConfig(SubspaceConfig):
         check_number("start", self.start)
         check_entries(self.adapters, self.ranks)
         check_number("temperature", self.temperature, minimum=1e-3)
-        for name, known in (("per", GRANULARITIES), ("mask", MASKS)):
-            if getattr(self, name) not in known:
-                raise invalid(name, getattr(self, name), f"must be one of {known}")
+        check_choice("per", self.per, GRANULARITIES)
+        check_choice("mask", self.mask, MASKS)
 
     def of_sum(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """One adapter with a coefficient for each component, and no masks."""

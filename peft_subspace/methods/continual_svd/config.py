@@ -6,10 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
-from peft_subspace.core.validation import check_count, check_flag, check_number, check_share, invalid
+from peft_subspace.core.validation import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_share,
+    invalid,
+)
 from peft_subspace.tuner.branch_config import DropoutConfig
 from peft_subspace.tuner.config import written_by_library
 from peft_subspace.tuner.config_checks import check_patterned
+from peft_subspace.tuner.history import HISTORIES
 from peft_subspace.tuner.patterns import look_up
 
 PROTECTED = {"both": "UV", "core": "UV", "input": "V", "output": "U"}
@@ -17,8 +25,6 @@ PROTECTED = {"both": "UV", "core": "UV", "input": "V", "output": "U"}
 
 SOURCES = {"weight": "UV", "inputs": "V", "gradients": "U", "weight+inputs": "V"}
 """Sides of which there are directions, by where they come from."""
-
-HISTORIES = ("merge", "stack")
 
 
 @dataclass(frozen=True)
@@ -115,10 +121,8 @@ class ContinualSVDConfig(DropoutConfig):
             check_preserve(f"preserve_pattern[{key!r}]", preserve)
         for name in ("closed", "freeze_a"):
             check_flag(name, getattr(self, name))
-        if self.constraint not in PROTECTED:
-            raise invalid("constraint", self.constraint, f"must be one of {tuple(PROTECTED)}")
-        if self.directions not in SOURCES:
-            raise invalid("directions", self.directions, f"must be one of {tuple(SOURCES)}")
+        check_choice("constraint", self.constraint, PROTECTED)
+        check_choice("directions", self.directions, SOURCES)
         for name in ("energy", "weight_energy"):
             check_share(name, getattr(self, name))
         own = {"U": "output", "V": "input"}.get(SOURCES[self.directions], self.constraint)
@@ -131,8 +135,7 @@ class ContinualSVDConfig(DropoutConfig):
         if self.freeze_a and (self.r is None or own == "core"):
             raise invalid("freeze_a", True, "needs a rank, such as r=16, and another constraint than 'core'")
         for task, history in check_patterned(self, "earlier_tasks"):
-            if history not in HISTORIES:
-                raise invalid(f"earlier_tasks[{task!r}]", history, f"must be one of {HISTORIES}")
+            check_choice(f"earlier_tasks[{task!r}]", history, HISTORIES)
 
     def check_rank(self, name: str, rank: Any) -> None:
         """Raise unless `rank` is None or a positive whole number."""
@@ -154,9 +157,9 @@ class ContinualSVDConfig(DropoutConfig):
         return self.closed
 
     @property
-    def lower_adapters(self) -> list[str]:
-        """Earlier tasks whose adapters lie below this one."""
-        return [task for task, history in self.earlier_tasks.items() if history == "stack"]
+    def earlier(self) -> dict[str, str]:
+        """Tasks that this one follows."""
+        return self.earlier_tasks
 
     def spec_for(self, module_name: str, shape: WeightShape) -> ContinualSVDSpec:
         """Rank and protected directions of one module.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.heads import set_heads
+from peft_subspace.tuner.history import with_history
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 
@@ -37,9 +35,10 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
         Raises:
             ValueError: If tasks of a list that do not follow each other have heads in one module.
         """
-        names = self._with_history(adapter_name) if isinstance(adapter_name, str) else adapter_name
-        frozen = [name for name, config in self.peft_config.items() if inference_mode or config.frozen]
-        earlier = {name: config.earlier_tasks for name, config in self.peft_config.items()}
+        configs = self.peft_config
+        names = with_history(configs, adapter_name) if isinstance(adapter_name, str) else adapter_name
+        frozen = [name for name, config in configs.items() if inference_mode or config.frozen]
+        earlier = {name: config.earlier for name, config in configs.items()}
         set_heads(self.model, names[-1:] if isinstance(adapter_name, str) else names, earlier, frozen)
         for layer in self._layers():
             if layer.merged:
@@ -47,26 +46,6 @@ class ContinualSVDModel(SubspaceModel, config=ContinualSVDConfig, update=Continu
                 layer.unmerge()
             layer.set_adapter(names, inference_mode)
         self.active_adapter = names
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse one adapter per sample where that would leave out tasks that an adapter is stacked on."""
-        for name in kwargs.get("adapter_names") or ():
-            if name in self.peft_config and len(self._with_history(name)) > 1:
-                raise ValueError(
-                    f"adapter_names cannot give {name!r} the tasks that it builds on, "
-                    f"{self._with_history(name)}; use set_adapter({name!r}), one task per batch"
-                )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
-
-    def _with_history(self, task: str) -> list[str]:
-        config = self.peft_config[task]
-        below = [name for name in config.lower_adapters if name in self.peft_config]
-        followers = [n for n, c in self.peft_config.items() if c.earlier_tasks.get(task) == "merge"]
-        if followers:
-            return [*(name for name in self._with_history(followers[-1]) if name != task), task]
-        return [*below, task]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; other active ones stay so, which PEFT alone refuses where there are heads."""

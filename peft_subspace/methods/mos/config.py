@@ -97,8 +97,5 @@ class MoSConfig(ScaledConfig):
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
         for name, limit in {"equivalent_r": self.equivalent_r, **ranks}.items():
             if self.private_r > limit:
-                raise invalid(
-                    "private_r",
-                    self.private_r,
-                    f"must be at most {name}={limit}; lower private_r to {limit}, or raise {name}",
-                )
+                rule = f"must be at most {name}={limit}; lower private_r to {limit}, or raise {name}"
+                raise invalid("private_r", self.private_r, rule)

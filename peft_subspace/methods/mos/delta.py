@@ -88,10 +88,8 @@ class MoSDelta(Delta):
         for side, (rows, _) in zip("AB", self.spec.pool_shapes, strict=True):
             index = state.get(f"index_{side}", self.get_buffer(f"index_{side}"))
             if index.is_floating_point() or index.min() < 0 or index.max() >= rows:
-                raise ValueError(
-                    f"index_{side} points outside its pool of {rows} rows; the adapter is broken, or made "
-                    "for another base model"
-                )
+                remedy = "the adapter is broken, or made for another base model"
+                raise ValueError(f"index_{side} points outside its pool of {rows} rows; {remedy}")
 
     def extra_repr(self) -> str:
         """Group of the module and shapes of the indices."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -54,14 +55,10 @@ def assign_slices(config: Any, shapes: Mapping[str, WeightShape]) -> dict[str, M
         ValueError: If a module's width cannot be cut as the config asks for, or its group is too small for
             the rank. The message names the module.
     """
-    groups: dict[str, list[str]] = {}
-    for name, group in _groups(config, shapes).items():
-        groups.setdefault(group, []).append(name)
-    return {
-        name: _slice(config, name, shapes[name], group, members)
-        for group, members in groups.items()
-        for name in members
-    }
+    group_of, members = _groups(config, shapes), defaultdict[str, list[str]](list)
+    for name, group in group_of.items():
+        members[group].append(name)
+    return {n: _slice(config, n, shapes[n], group, members[group]) for n, group in group_of.items()}
 
 
 def _groups(config: Any, shapes: Mapping[str, WeightShape]) -> dict[str, str]:
@@ -86,9 +83,9 @@ def _label(kind: Kind, kinds: Collection[Kind]) -> str:
 
 
 def _slice(config: Any, name: str, shape: WeightShape, group: str, members: list[str]) -> MoSSpec:
-    rank, private_r, lowered = _ranks(config, name, group, len(members))
-    shards = _shards(config, name, (shape.columns, shape.out_features))
-    place = (group, len(members), members.index(name))
+    count, shards = len(members), _shards(config, name, (shape.columns, shape.out_features))
+    rank, private_r, lowered = _ranks(config, name, group, count)
+    place = (group, count, members.index(name))
     return MoSSpec(name, shape, rank, lowered, *place, config.equivalent_r, private_r, shards)
 
 
@@ -103,13 +100,12 @@ def _ranks(config: Any, name: str, group: str, members: int) -> tuple[int, int, 
     most = p + (e - p) * members
     named = is_named(config.rank_pattern, name)
     if (wanted > most and named) or (given and wanted < most and not config.subset_selection):
-        raise invalid(
-            "r",
-            wanted,
+        rule = (
             f"must be {'at most' if config.subset_selection else 'all of'} the {most} vectors that "
             f"equivalent_r={e} and private_r={p} offer {name!r}, one of {members} modules in group "
-            f"{group!r}; set r, or its rank_pattern, to {most}, or change equivalent_r",
+            f"{group!r}; set r, or its rank_pattern, to {most}, or change equivalent_r"
         )
+        raise invalid("r", wanted, rule)
     return (min(wanted, most) if config.subset_selection else most), p, wanted > most
 
 
@@ -122,12 +118,8 @@ def _shards(config: Any, name: str, widths: tuple[int, int]) -> tuple[int, int]:
     shards = config.shards_per_vector
     if common % shards:
         fitting = [str(n) for n in range(1, min(common, 64) + 1) if common % n == 0]
-        raise invalid(
-            "shards_per_vector",
-            shards,
-            f"must divide the input width {widths[0]} and the output width {widths[1]} of {name!r}; try "
-            f"{', '.join(fitting)}, or None",
-        )
+        rule = f"must divide the input width {widths[0]} and the output width {widths[1]} of {name!r}"
+        raise invalid("shards_per_vector", shards, f"{rule}; try {', '.join(fitting)}, or None")
     return shards, shards
 
 
