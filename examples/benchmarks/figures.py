@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 import claims
 import learning_rates
+import pareto as parameters
 import timing
 from claims import SMALL_TASKS, TASKS, Entry
 from peft_subspace.continual.metrics import draw_heatmap
@@ -209,6 +210,30 @@ def rates(content: dict[str, Any]) -> Drawn:
     return figure, f"Test accuracy against the learning rate on {', '.join(tasks)}, by method"
 
 
+def converged(content: dict[str, Any]) -> Drawn:
+    """Accuracy against trained parameters without the head, untuned, one line for each method."""
+    tasks = list(dict.fromkeys(run["task"] for run in content["runs"].values()))
+    figure, charts = _panels(len(tasks), width=3.9, height=3.1)
+    for chart, task in zip(charts, tasks, strict=True):
+        points = parameters.points(content, task)
+        for (title, found), (marker, color) in zip(sorted(points.items()), LOOKS, strict=False):
+            counts, scores = zip(*sorted(found.items()), strict=True)
+            means, spreads = zip(*(_mean(values) for values in scores), strict=True)
+            color = OURS.get(title.lower(), color)
+            chart.errorbar(counts, means, spreads, marker=marker, ms=4, color=color, label=title, capsize=2)
+        chart.set(xscale="log", title=task)
+        chart.xaxis.set_major_formatter(EngFormatter(sep=""))
+        chart.grid(alpha=0.25)
+    figure.supxlabel("trained parameters, without the head", fontsize="medium")
+    figure.supylabel("test accuracy", fontsize="medium")
+    _legend(figure, charts)
+    return figure, f"Test accuracy against trained parameters on {', '.join(tasks)}, by method"
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def _line(name: str) -> dict[str, Any]:
     if name in OURS:
         return {"color": OURS[name], "lw": 2}
@@ -248,6 +273,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # 
     **{f"{name}_{draw.__name__}": (name, draw) for name in SEQUENCES for draw in (averages, matrices)},
     "spectra": ("spectra", spectra),
     "learning_rates": ("learning_rates", rates),
+    "converged": ("pareto", converged),
 }
 
 

@@ -30,6 +30,7 @@ import merging
 import merging_backdoor
 import merging_quality
 import mixed_batch
+import pareto
 import timing
 import verdicts
 from claims import kind_of, markdown, spread
@@ -457,6 +458,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     ),
     "merging_rows": ("merging_quality.json", lambda: merging_quality.limits(timing.load("merging_quality"))),
     "mos": ("mos.json", mos),
+    "pareto": ("pareto.json", lambda: pareto.table(timing.load("pareto"))),
     "mixed_batch": ("mixed_batch.json", lambda: mixed_batch.table(timing.load("mixed_batch"))),
     **{f"file_sizes_{name}": ("file_sizes.json", partial(sizes, name)) for name in file_sizes.TITLES},
     "methods": ("quality.json", brief.table),

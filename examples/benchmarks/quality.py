@@ -84,7 +84,7 @@ class Grid:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.options = options
-        self.settings = settings(options)
+        self.settings = self.settings_for(options)
         self.results = Results(options.results, self.settings)
         self.results.content["seeds"] = options.seeds
         versions = (f"{package} {version(package)}" for package in PACKAGES)
@@ -92,13 +92,23 @@ class Grid:
         self.tasks: dict[str, Any] = {}
         self.sizes_found: dict[tuple[str, Entry], int] = {}
 
+    @staticmethod
+    def settings_for(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+        """Rows and schedules by kind of task."""
+        return settings(options)
+
+    @staticmethod
+    def kind(task: str) -> str:
+        """Kind of a task, which decides on network, rows and schedule."""
+        return kind_of(task)
+
     def task(self, name: str) -> Any:
         """A task, loaded once."""
         from support import graded
         from support.task import Sizes
 
         if name not in self.tasks:
-            sizes = Sizes(**self.settings[kind_of(name)]["rows"])
+            sizes = Sizes(**self.settings[self.kind(name)]["rows"])
             self.tasks[name] = graded.load(name, self.options.data, self.options.decoder, sizes)
         return self.tasks[name]
 
@@ -106,7 +116,7 @@ class Grid:
         """How long every method trains on a task."""
         from support import trial
 
-        return trial.Schedule(**self.settings[kind_of(task)]["schedule"])
+        return trial.Schedule(**self.settings[self.kind(task)]["schedule"])
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Tasks and entries of all claims that were asked for, each once."""
@@ -140,7 +150,7 @@ class Grid:
         jobs: list[tuple[str, Entry, float, int, float | None]] = []
         for task, entry in self.entries():
             head = None
-            if kind_of(task) in WITH_HEAD and entry != PROBE:
+            if self.kind(task) in WITH_HEAD and entry != PROBE:
                 _, head = self.rates(task, PROBE)
                 if head is None:
                     continue

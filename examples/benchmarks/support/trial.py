@@ -34,6 +34,7 @@ class Schedule:
         batch_size: Rows of a step.
         checks: How often validation rows are looked at.
         patience: Looks without improvement after which training stops.
+        least: Steps before it may stop.
         start_batches: Batches that starts from data read.
         bf16: Whether to compute with bfloat16 autocast.
     """
@@ -42,6 +43,7 @@ class Schedule:
     batch_size: int = 16
     checks: int = 6
     patience: int = 2
+    least: int = 0
     start_batches: int = 4
     bf16: bool = False
 
@@ -59,7 +61,7 @@ def run(
 
     Returns:
         `trainable` (head included), `validation_loss`, `validation_accuracy`, `test_loss`, `test_accuracy`,
-        `steps` taken to the best weights, and `seconds`.
+        `steps` taken to the best weights, `curve` of steps and validation losses, and `seconds`.
     """
     started = time.perf_counter()
     transformers.set_seed(seed)
@@ -104,6 +106,7 @@ def _train(
     warmup = max(1, int(WARMUP * schedule.steps))
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, schedule.steps)
     look, best, kept = math.ceil(schedule.steps / schedule.checks), {"validation_loss": math.inf}, []
+    curve: list[tuple[int, float]] = []
     waited, where = 0, device.best()
     batches = itertools.islice(_batches(task, schedule.batch_size, seed), schedule.steps)
     for step, batch in enumerate(batches, start=1):
@@ -117,16 +120,17 @@ def _train(
         if step % look and step != schedule.steps:
             continue
         found = evaluate(model, task, task.validation, schedule.bf16)
+        curve.append((step, round(found["loss"], 4)))
         waited += 1
         if found["loss"] < best["validation_loss"]:
             best = {**{f"validation_{key}": value for key, value in found.items()}, "steps": step}
             kept, waited = [parameter.detach().clone() for parameter in parameters], 0
-        if waited >= schedule.patience:
+        if waited >= schedule.patience and step >= schedule.least:
             break
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=False):
             parameter.copy_(value)
-    return best
+    return {**best, "curve": curve}
 
 
 def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ import transformers
 
 import directions
 import learning_rates
+import pareto
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 WIDTH, WORDS, CLASSES = 128, 12, 3
@@ -413,3 +415,62 @@ def test_learning_rates_are_compared_with_loras_best_by_validation_loss():
         ["t", "LoRA", *best],
         ["t", "MoS", "0.900 ± 0.000", "0.850 ± 0.000", "", "0.001", "-0.050 ± 0.000", "2"],
     ]
+
+
+def parameter_runs(*more):
+    """Runs of the head, of LoRA, which is best at 1e-3, and of MoS, which is best at another rate."""
+    rows = (
+        ("probe", 1e-1, 0, 0.9, 0.5, 10),
+        ("lora-default-16", 1e-3, 0, 0.5, 0.80, 110), ("lora-default-16", 1e-3, 1, 0.5, 0.82, 110),
+        ("lora-default-16", 3e-3, 0, 0.6, 0.90, 110),
+        ("mos-default-2", 1e-3, 0, 0.5, 0.81, 30), ("mos-default-2", 1e-3, 1, 0.5, 0.83, 30),
+        ("mos-default-2", 3e-3, 0, 0.4, 0.84, 30), ("mos-default-2", 3e-3, 1, 0.4, 0.86, 30),
+        *more,
+    )  # fmt: skip
+    names = ("entry", "rate", "seed", "validation_loss", "test_accuracy", "trainable")
+    return {"runs": {str(row[:3]): {"task": "t", **dict(zip(names, row, strict=True))} for row in rows}}
+
+
+def test_accuracy_is_told_by_trained_parameters_at_loras_rate_and_at_the_best():
+    lines = pareto.table(parameter_runs()).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
+    assert rows == [
+        ["probe", "0", "", "0.500", "-0.300", "", "1"],
+        ["mos-2", "20", "0.820 ± 0.014", "0.850 ± 0.014", "0.040 ± 0.000", "above", "2"],
+        ["lora-16", "100", "0.810 ± 0.014", "0.810 ± 0.014", "0.000 ± 0.000", "", "2"],
+    ]
+    assert lines[-1] == "Twice the passes add, with seed 0: not run."
+    points = pareto.points(parameter_runs(), "t")
+    assert points == {"LoRA": {100: [0.80, 0.82]}, "MoS": {20: [0.81, 0.83]}}
+
+
+@pytest.mark.parametrize(("reached", "converged"), [(0.82, True), (0.83, False)])
+def test_a_task_that_has_not_converged_has_no_table(reached, converged):
+    runs = parameter_runs((f"lora-default-16{pareto.TWICE}", 1e-3, 0, 0.5, reached, 110))
+    text = pareto.table(runs)
+    assert ("nothing can be said" not in text) == converged
+    assert f"lora-16 {reached - 0.8:+.3f}" in text
+
+
+def test_untuned_entries_wait_for_loras_rate_and_have_it_with_all_seeds(monkeypatch):
+    for name, made in pareto.DEFAULTS.items():
+        monkeypatch.setitem(pareto.CONTESTANTS, name, made)
+    options = pareto.parse_arguments(["--data", "nowhere", "--results", "nowhere", "--seeds", "2"])
+    options.tasks = ["t"]
+    plan = pareto.Pareto.__new__(pareto.Pareto)
+    plan.options = options
+
+    def jobs(*runs):
+        plan.results = types.SimpleNamespace(content=parameter_runs() | {"runs": dict(enumerate(runs))})
+        return [(job[1].method, job[2], job[3]) for job in plan.wanted().values()]
+
+    def run(entry, rate, loss):
+        return {"task": "t", "entry": entry, "seed": 0, "rate": rate, "validation_loss": loss}
+
+    heads = [run("probe", rate, loss) for rate, loss in ((3e-3, 3.0), (1e-2, 1.0), (3e-2, 2.0))]
+    assert jobs() == [("probe", rate, 0) for rate in (3e-3, 1e-2, 3e-2)]
+    assert {method for method, _, _ in jobs(*heads)} == {"probe", "lora-default", "full"}
+    loras = [run("lora-default-16", rate, loss) for rate, loss in ((3e-4, 3.0), (1e-3, 1.0), (3e-3, 2.0))]
+    found = jobs(*heads, *loras)
+    assert {job for job in found if job[0] == "mos-default"} == {("mos-default", 1e-3, s) for s in (0, 1)}
+    assert ("lora-default", 1e-3, 1) in found
