@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
-    """What runs each time: methods take turns where a test has as many other arguments as there are methods.
+    """What runs each time: methods take turns where a test has enough other arguments for each to have one.
 
     Typical methods, and all methods on typical layers, run with every argument, each of the others with the
     arguments whose turn it is.
@@ -110,7 +110,7 @@ def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
         yield from (item for row in rows.values() if _is_typical_layer(row[0]) for item in row)
         for turn, row in enumerate(in_turn):
             others = [item for item in row if not _argument(item, "method").is_typical]
-            if others and len(in_turn) >= len(METHODS):
+            if others and len(in_turn) >= len(others):
                 others.pop(turn % len(others))  # whose turn it is
                 yield from (item for item in row if item not in others)
             else:

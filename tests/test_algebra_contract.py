@@ -80,6 +80,7 @@ def test_default_start_is_the_identity_from_which_every_trainable_moves_in_three
         assert not torch.equal(parameter, start[name]), name
 
 
+@pytest.mark.typical("layers")
 def test_random_start_changes_the_output_as_its_seed_says(method, case):
     x = case.inputs()
     first, again, other = (outputs(adapt(method, case, seed=seed), x) for seed in (5, 5, 6))
@@ -198,6 +199,7 @@ def test_dropout_acts_in_training_only(method, case, setting):
         assert not torch.equal(trained, evaluated)
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.where(method="has_dropout", case="passes_means")
 def test_dropout_keeps_the_mean(method, case):
     model = adapt(method, case, dropout=0.3).train()
@@ -310,6 +312,7 @@ def test_weighted_adapter_is_the_exact_sum(method, case, setting):
         assert distance(tuner_layer(model).get_delta_weight(name), wanted) < setting.tolerance
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.where(method="has_alpha")
 @pytest.mark.feature("`add_weighted_adapter`, exact")
 def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case):
@@ -325,6 +328,7 @@ def test_weighted_adapter_of_different_ranks_and_scalings_is_exact(method, case)
 # ------------------------------------------------------------------------------------------- scaling
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.feature("scaling at run time (`scale_layer`, `set_scale`)")
 def test_scaling_can_be_multiplied_divided_and_set(method, case):
     model = adapt(method, case)

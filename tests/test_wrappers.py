@@ -74,6 +74,7 @@ def meta_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.where(method="alone")
 def test_replicas_use_nothing_of_another_device(method, case, replicate, meta_autocast):
     model = adapt(method, case)
@@ -88,16 +89,17 @@ def test_replicas_of_a_parameter_of_its_own_use_nothing_of_another_device(replic
     assert distance(here(x), model(x)) < 1e-6
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_functional_call_gives_the_same_output(method, case, mode):
-    model, x = adapt(method, case).train(mode), case.inputs()
+def test_functional_call_gives_the_same_output(method, case):
+    model, x = adapt(method, case), case.inputs()
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    assert distance(functional_call(model, tensors, (x,)), model(x)) < 1e-6
-    with torch.no_grad():
-        expected = model(x)
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert distance(functional_call(model, tensors, (x,)), expected) < 1e-6
+    expected = {mode: model.train(mode)(x) for mode in (True, False)}
+    for values_of_its_own in (True, False):
+        for mode, output in expected.items():
+            assert distance(functional_call(model.train(mode), tensors, (x,)), output) < 1e-6
+        if values_of_its_own:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
 
 
 class Returning(nn.Module):
@@ -537,12 +539,13 @@ def check_export(model, inputs, has_length=False):
         assert distance(program(x), model(x)) < 1e-5
 
 
-@pytest.mark.parametrize("adapters", [1, 2], ids=["one", "two"])
 @pytest.mark.feature("gradients per sample, by vmap(grad)")
-def test_gradients_per_sample_are_those_of_each_sample_alone(method, case, adapters):
-    check_gradients_per_sample(adapted(method, case, adapters), case.inputs)
+def test_gradients_per_sample_are_those_of_each_sample_alone(method, case):
+    for adapters in (1, 2):
+        check_gradients_per_sample(adapted(method, case, adapters), case.inputs)
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.feature("forward-mode differentiation, by jvp")
 def test_forward_mode_is_the_transpose_of_reverse_mode(method, case):
     check_forward_mode(adapt(method, case), case.inputs)
