@@ -17,6 +17,7 @@ import peft_subspace
 from geometries import CONVOLUTIONS, convolutions, embeddings, linears
 from layers import (
     BOTH,
+    CASES,
     FP32,
     SETTINGS,
     LayerCase,
@@ -180,6 +181,21 @@ def test_adapted_layer_compiles_without_graph_breaks_for_evaluation(method, case
     model, x = adapt(method, case).eval(), case.inputs()
     result = torch.compile(tuner_layer(model), backend="eager", fullgraph=True)(x)
     assert distance(result, outputs(model, x)) < FP32.tolerance
+
+
+@pytest.mark.parametrize("batch", [4, 64])  # by different routes
+def test_the_output_may_be_changed_in_place(method, batch):
+    """As models do that mask positions, or add to what a layer has returned."""
+    for case in CASES:
+        if case.kind not in method.kinds:
+            continue
+        model, x, gradients = adapt(method, case), case.inputs(batch=batch), []
+        for change in (torch.Tensor.mul, torch.Tensor.mul_):
+            model.zero_grad()
+            change(tuner_layer(model)(x), 2.0).square().sum().backward()
+            gradients.append([parameter.grad.clone() for parameter in trainables(model).values()])
+        for found, wanted in zip(*gradients, strict=True):
+            assert distance(found, wanted) < 1e-5, case
 
 
 # ------------------------------------------------------------------------------------------- dropout

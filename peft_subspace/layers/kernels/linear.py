@@ -18,11 +18,13 @@ from torch import Tensor
 
 def update_linear(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`x (W + L·R)ᵀ + b`: `W (out, in)`, `L (out, r)`, `R (r, in)`."""
-    return _UpdatedLinear.apply(x, weight, bias, left, right)
+    # In rows: of more axes the product is a view, and no one may change a view that a function returns.
+    rows = _UpdatedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, left, right)
+    return rows.view(*x.shape[:-1], len(weight))
 
 
 class _UpdatedLinear(torch.autograd.Function):
-    """Keeps its arguments only; the sum is made once more on the way back."""
+    """Keeps its arguments only, of which `x` is `(N, in)`; the sum is made once more on the way back."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -39,13 +41,12 @@ class _UpdatedLinear(torch.autograd.Function):
         of_x = of_weight = of_bias = of_left = of_right = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ torch.addmm(weight, left, right)
-        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            of_weight = rows.T @ inputs
+            of_weight = gradient.T @ x
         if ctx.needs_input_grad[2]:
-            of_bias = rows.sum(0)
+            of_bias = gradient.sum(0)
         if ctx.needs_input_grad[3]:
-            of_left = rows.T @ (inputs @ right.T)
+            of_left = gradient.T @ (x @ right.T)
         if ctx.needs_input_grad[4]:
-            of_right = (rows @ left).T @ inputs
+            of_right = (gradient @ left).T @ x
         return of_x, of_weight, of_bias, of_left, of_right
