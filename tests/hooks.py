@@ -53,6 +53,11 @@ IMPORTED = [
     Hook("peft.utils.quantization_utils.TorchaoBackend", "torchao's weights without settings refuse a merge"),
     Hook("peft.utils.register_peft_method", "registration", ("name", "config_cls", "model_cls", "prefix")),
     Hook("peft.utils.resolve_quantization_backend", "how a layer is quantized", ("base_layer",)),
+    Hook(
+        "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers",
+        "names of layers that PEFT takes for fused experts",
+        ("peft_config", "model", "conversions"),
+    ),
     Hook("transformers.loss.loss_utils.ForCausalLMLoss", "which labels a batch counts"),
     Hook("transformers.loss.loss_utils.LOSS_MAPPING", "which labels a batch counts"),
     Hook("transformers.pytorch_utils.Conv1D", "a kind of layer"),

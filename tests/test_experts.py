@@ -16,7 +16,9 @@ import peft_subspace
 from layers import distance
 from methods import METHODS
 from models import LLAMA, TEXT, build
+from peft_subspace.merging import merge
 from peft_subspace.tuner.parameter_layer import ParameterLayer
+from quantized import KINDS, quantized_model
 
 IDS = torch.arange(3, 18).reshape(3, 5)
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -500,3 +502,67 @@ def test_offloaded_parameter_is_refused():
         layer.get_base_layer().to("meta")
     with pytest.raises(RuntimeError, match=r"the weight is offloaded.*give its module a device"):
         logits(model)
+
+
+def afmoe(**options):
+    """Has an expert beside the others, and gates of attention, with the names that fused experts once had."""
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_dense_layers": 1}
+    config = hf.AfmoeConfig(**TEXT, **LLAMA, **sizes, **options)
+    return looping(build(hf.AfmoeForCausalLM, config))
+
+
+def with_dense_layers(**options):
+    return qwen(mlp_only_layers=[0, 2], **options)
+
+
+TAKEN_FOR_EXPERTS = {
+    "all layers": (afmoe, {"target_modules": "all-linear"}),
+    "layers without experts": (with_dense_layers, {"target_modules": "all-linear"}),
+    "one of two that were fused": (with_dense_layers, {"target_modules": ["gate_proj", "q_proj"]}),
+    "experts too": (afmoe, {"target_modules": ["up_proj", "down_proj"], "target_parameters": EXPERTS}),
+}
+
+
+@pytest.mark.parametrize(("make", "targets"), TAKEN_FOR_EXPERTS.values(), ids=TAKEN_FOR_EXPERTS)
+def test_layers_whose_names_peft_gives_to_experts_are_exported(make, targets, tmp_path):
+    """PEFT's LoRA of these names would adapt the experts alone."""
+    model = get_peft_model(make(), FLORA.config(**targets, init_weights=False, seed=1)).eval()
+    peft_subspace.export_lora(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        served = PeftModel.from_pretrained(make(), tmp_path).eval()
+    with torch.no_grad():
+        assert distance(served(input_ids=IDS).logits, model(input_ids=IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("known", ["folder", "model"])
+def test_merges_of_layers_whose_names_peft_gives_to_experts_are_loaded(known, tmp_path):
+    sources = []
+    for i, targets in enumerate((["gate_proj", "q_proj"], ["gate_proj", "up_proj"])):
+        config = FLORA.config(target_modules=targets, init_weights=False, seed=i)
+        sources.append(get_peft_model(with_dense_layers(), config).eval())
+        sources[-1].save_pretrained(tmp_path / str(i))
+    base = with_dense_layers()
+    base.save_pretrained(tmp_path / "base")
+    merged = merge(
+        [tmp_path / "0", tmp_path / "1"],
+        weights=[1.0, 1.0],
+        base=tmp_path / "base" if known == "folder" else base,
+    )
+    if known == "folder":
+        merged.to_lora(tmp_path / "merged")
+        served = PeftModel.from_pretrained(base, tmp_path / "merged")
+    else:
+        served = merged.add_to(base, "merged")
+    wanted = sources[0].merge_and_unload()
+    wanted = PeftModel.from_pretrained(wanted, tmp_path / "1").merge_and_unload().eval()
+    with torch.no_grad():
+        assert distance(served.eval()(input_ids=IDS).logits, wanted(input_ids=IDS).logits) < 1e-5
+
+
+def test_quantized_layers_whose_names_peft_gives_to_experts_are_not_exported(tmp_path):
+    base = quantized_model(with_dense_layers(), KINDS[0], ("gate_proj",))
+    model = get_peft_model(base, FLORA.config(target_modules=["gate_proj"], init_weights=False))
+    with pytest.raises(ValueError, match=r"gate_proj \(a name that PEFT gives to experts .* a quantized w"):
+        peft_subspace.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

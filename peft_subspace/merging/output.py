@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from peft_subspace.core.validation import invalid
-from peft_subspace.persistence.lora_export import lora_tensors, pad, write_lora
+from peft_subspace.persistence.lora_export import lora_tensors, pad, taken_for_experts, write_lora
 from peft_subspace.runtime.files import atomic_write
 
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
@@ -39,7 +41,7 @@ def check_others(sources: Iterable[Any], choice: str) -> Any:
 
 def save_lora(merge: Any, directory: Path, pairs: Pairs) -> None:
     """Write a LoRA, and a card beside it."""
-    write_lora(directory, *_lora(merge, pairs))
+    write_lora(directory, *_lora(merge, pairs, _model_type(merge.base)))
     with atomic_write(directory / "README.md") as partial:
         partial.write_text(card(merge))
 
@@ -50,7 +52,7 @@ def add_lora(merge: Any, model: nn.Module, adapter_name: str, pairs: Pairs) -> P
     Raises:
         ValueError: If the model has an adapter of the name.
     """
-    config, state = _lora(merge, pairs)
+    config, state = _lora(merge, pairs, getattr(model, "base_model", model))
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise invalid("adapter_name", adapter_name, "exists already on the model; choose a new name")
@@ -61,8 +63,16 @@ def add_lora(merge: Any, model: nn.Module, adapter_name: str, pairs: Pairs) -> P
     return model
 
 
-def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of a LoRA, of one rank for all modules: some servers read no other."""
+def _model_type(base: Any) -> Any:
+    """The base model, or what stands for one of its type, as the config in its folder says it."""
+    path = Path() if base is None or isinstance(base, nn.Module) else Path(base) / "config.json"
+    if not path.is_file():
+        return base
+    return SimpleNamespace(config=SimpleNamespace(model_type=json.loads(path.read_text()).get("model_type")))
+
+
+def _lora(merge: Any, pairs: Pairs, model: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Config and tensors of a LoRA on a model, of one rank for all modules: some servers read no other."""
     rank = max(left.shape[1] for _, left, _ in pairs)
     embeddings = {module for source in merge.sources for module in source.embeddings}
     if merge.kept is not None and merge.kept.loads is None:
@@ -76,10 +86,13 @@ def _lora(merge: Any, pairs: Pairs) -> tuple[LoraConfig, dict[str, Tensor]]:
         if module in embeddings:
             left, right = right.T, left.T
         state |= lora_tensors(module, left, right, embedding=module in embeddings)
+    modules = {module for module, _, _ in pairs}
+    taken = taken_for_experts(model, sorted(modules))
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(module for module, _, _ in pairs),
+        target_modules=sorted(modules - taken),
+        target_parameters=[f"{module}.weight" for module in sorted(taken)] or None,
         **(merge.kept.loads if merge.kept is not None else {}),
         base_model_name_or_path=next((s.base for s in merge.sources if s.base), None),
         revision=next((s.revision for s in merge.sources if s.revision), None),

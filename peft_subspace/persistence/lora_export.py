@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,24 @@ def lora_state_dict(
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no adapter of peft_subspace on this model")
     several = {in_base(name) for name in aliases(model, SubspaceLayer).values()}
+    modules = [name for name, layer in layers.items() if not isinstance(layer, ParameterLayer)]
+    taken = taken_for_experts(getattr(model, "base_model", model), modules)
     reasons = {
         name: reason
         for name, layer in sorted(layers.items())
-        if (reason := _no_lora_form(layer, adapter_name, shared=name in several))
+        if (reason := _no_lora_form(layer, adapter_name, shared=name in several, taken=name in taken))
     }
     if reasons:
         listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
         raise ValueError(
             f"{len(reasons)} of the adapted layers have no LoRA form that PEFT runs: {listed}; leave them "
             "out of target_modules, or serve the merged model (merge_and_unload)"
+        )
+    if both := sorted(name for name, layer in layers.items() if layer.is_read and layer.is_called):
+        warnings.warn(
+            f"the model calls {both} in some of its settings, and computes with their weights in others, "
+            "where PEFT's LoRA is not heard; compare the outputs of the export with the model's",
+            stacklevel=2,
         )
     shown = progress(layers.items(), len(layers), "multiplying factors")
     pairs = {name: _lora_pair(layer, adapter_name) for name, layer in shown}
@@ -73,7 +82,7 @@ def lora_state_dict(
         state.update(_lora_tensors(name, layers[name], pad(left, 1, rank), pad(right, 0, rank)))
     start = f"{key_prefix}." if key_prefix else ""
     state = {f"{start}{in_base(key)}": tensor.contiguous() for key, tensor in state.items()}
-    return _lora_config(model, adapter_name, layers, rank), state
+    return _lora_config(model, adapter_name, layers, taken, rank), state
 
 
 def export_lora(
@@ -111,11 +120,11 @@ def write_lora(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) ->
         config.save_pretrained(str(partial.parent))
 
 
-def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> str | None:
+def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool, taken: bool) -> str | None:
     """Reason why no LoRA of PEFT is equal to the layer's update; None if there is such a LoRA."""
     if shared:
         return "several names, of which PEFT's LoRA adapts one"
-    if layer.is_read:
+    if layer.is_read and not layer.is_called:
         return "a weight that the model computes with, where PEFT's LoRA is not heard"
     if layer.deltas[adapter_name].keeps_zeros:
         return "keep_zeros=True: a product of two factors has no zeros where the weight has"
@@ -124,6 +133,8 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool) -> s
     if isinstance(layer, ParameterLayer):
         return None
     base: Any = layer.get_base_layer()
+    if taken and layer.base_weight.backend:
+        return "a name that PEFT gives to experts in models of this type, and a quantized weight"
     if layer.kind.shape.groups > 1:
         return f"groups={base.groups}"
     if isinstance(layer.kind, TransposedConvKind):
@@ -177,13 +188,32 @@ def pad(tensor: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis) if missing[axis] else tensor
 
 
+def taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:
+    """Those of a model's modules that PEFT's LoRA cannot name: it takes `gate_proj`, say, for experts."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # with transformers before version 5
+        return set()
+    taken = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it misses what older models have beside it
+            config.target_modules = None
+        if name not in (config.target_modules or ()):
+            taken.add(name)
+    return taken
+
+
 def _lora_config(
-    model: nn.Module, adapter_name: str, layers: dict[str, SubspaceLayer], rank: int
+    model: nn.Module, adapter_name: str, layers: dict[str, SubspaceLayer], taken: set[str], rank: int
 ) -> LoraConfig:
     """Config of a LoRA on the same modules and parameters, which saves what the adapter saves."""
     config = model.peft_config[adapter_name]
     parameters = [weight_name(n, layer) for n, layer in layers.items() if isinstance(layer, ParameterLayer)]
-    modules = [name for name, layer in layers.items() if not isinstance(layer, ParameterLayer)]
+    parameters += [f"{name}.weight" for name in sorted(taken)]
+    modules = {n for n, layer in layers.items() if not isinstance(layer, ParameterLayer)} - taken
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
