@@ -139,7 +139,27 @@ LFM = {
     "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"],
 }  # fmt: skip
 
+
+class Router(nn.Linear):
+    """A layer that returns several tensors, as routers of experts do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), (logits.argmax(-1), logits)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.out = Router(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        scores, (chosen, logits) = self.router(x)
+        return self.out(scores * logits) + chosen[:, None]
+
+
 USES = {
+    "router": Use(Routed, modules("router", "out")),
     "reader": Use(Reader, modules("proj", "head")),
     "grandparent": Use(Grandparent, modules("head", "mix", "proj")),
     "twice": Use(Twice, modules("first", "second", "more.1")),
@@ -329,6 +349,29 @@ def test_a_weight_that_is_called_or_read_is_exported_with_a_warning(slices, tmp_
     served = PeftModel.from_pretrained(base, tmp_path)
     with torch.no_grad():
         assert (distance(served(x), model(x)) < 1e-5) != slices
+
+
+def routed(**options):
+    torch.manual_seed(0)
+    config = peft_subspace.FLoRAConfig(r=2, target_modules=["router"], init_weights=False, **options)
+    return get_peft_model(Routed(), config)
+
+
+def test_dropout_acts_on_layers_that_return_several_tensors():
+    model, x = routed(dropout=0.9), USES["router"].x
+    evaluated = [model.eval()(x) for _ in range(2)]
+    trained = [model.train()(x) for _ in range(2)]
+    assert torch.equal(*evaluated)
+    assert not torch.equal(*trained)
+    trained[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_one_adapter_per_sample_is_refused_where_layers_return_several_tensors():
+    model, x = routed().eval(), USES["router"].x
+    with pytest.raises(ValueError, match="adapter_names cannot be used where Router returns several tensors"):
+        model(x, adapter_names=["default", "__base__", "default", "__base__"])
+    assert torch.equal(model(x), model(x, adapter_names=None))
 
 
 def permanent(layer):

@@ -45,6 +45,7 @@ class OneLayer(nn.Module):
     def forward(self, x, target=None):
         x = x if self.before is None else self.before(x)
         y = self.layer(x)
+        y = y if isinstance(y, torch.Tensor) else y[0] * y[1][1]
         y = y.mul_(1.5) if self.inplace else y * 1.5
         y = torch.tanh(y)
         return {
@@ -52,7 +53,16 @@ class OneLayer(nn.Module):
         }
 
 
+class Router(nn.Linear):
+    """Returns several tensors."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), (logits.argmax(-1), logits)
+
+
 LAYERS = {
+    "linear-several": (lambda: Router(6, 5), lambda n: torch.randn(n, 4, 6)),
     "linear": (lambda: nn.Linear(6, 5), lambda n: torch.randn(n, 4, 6)),
     "linear-2d": (lambda: nn.Linear(6, 5, bias=False), lambda n: torch.randn(n, 6)),
     "conv1d-transformers": (lambda: Conv1D(5, 6), lambda n: torch.randn(n, 4, 6)),

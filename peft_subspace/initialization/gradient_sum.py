@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.target import Target
@@ -31,18 +32,23 @@ class GradientSum:
         self.total: Tensor | None = None
         self.busy = False
 
-    def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook of the base layer: replaces its output by one whose gradient is added to the sum."""
         if self.busy or not torch.is_grad_enabled():
             return None
         # Where nothing upstream requires a gradient, the anchor makes the output do so.
-        anchor = torch.empty((), device=output.device, requires_grad=True)
-        return _Tap.apply(output, args[0].detach(), anchor, self)
+        leaves, structure = tree_flatten(output)
+        tapped = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        anchor = torch.empty((), device=leaves[tapped[0]].device, requires_grad=True)
+        taps = _Tap.apply(args[0].detach(), anchor, self, *(leaves[i] for i in tapped))
+        for i, tap in zip(tapped, taps, strict=True):
+            leaves[i] = tap
+        return tree_unflatten(leaves, structure)
 
     @torch.no_grad()
-    def add(self, x: Tensor, grad_output: Tensor) -> None:
+    def add(self, x: Tensor, *grad_outputs: Tensor) -> None:
         """Add the gradient of one call of the layer."""
-        device = grad_output.device
+        device = grad_outputs[0].device
         if self.total is None:
             self.total = torch.zeros(self.kind.shape.dims, device="cpu" if self.offload else device)
         apart = self.total.device != device
@@ -50,7 +56,7 @@ class GradientSum:
         self.busy = True  # adding may call the layer once more
         try:
             with torch.autocast(device.type, enabled=False):
-                self.kind.add_weight_gradient(target, self.base, x.to(device), grad_output)
+                self.kind.add_weight_gradient(target, self.base, x.to(device), *grad_outputs)
         finally:
             self.busy = False
         if apart:
@@ -58,19 +64,21 @@ class GradientSum:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity that hands its gradient and the layer's input to a `GradientSum` in the backward pass.
+    """Identity that hands its gradients and the layer's input to a `GradientSum` in the backward pass.
 
     The input goes through `save_for_backward`, so that gradient checkpointing and offloading apply to it. The
-    output is a copy, because the model may go on to change it in place.
+    outputs are copies, because the model may go on to change them in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, receiver: GradientSum) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, receiver: GradientSum, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         ctx.receiver = receiver
-        return output.clone()
+        return tuple(output.clone() for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.receiver.add(*ctx.saved_tensors, grad_output)
-        return grad_output, None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.receiver.add(*ctx.saved_tensors, *grad_outputs)
+        return None, None, None, *grad_outputs

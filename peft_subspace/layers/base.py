@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.modes import must_be_plain
@@ -125,7 +126,7 @@ class LayerKind:
         if self.has_custom_forward:
             x = branch.apply_dropout(x)
             x = x.to(base.weight.dtype) if x.is_floating_point() else x
-            return (result + (call_updated(base, self, [branch], x) - base(x))).to(result.dtype)
+            return tree_map(_plus_change, result, call_updated(base, self, [branch], x), base(x))
         route = route or self.routes(base, [branch], x, free=False)[0]
         return self.add(result, base, branch, branch.apply_dropout(x), route)
 
@@ -165,20 +166,22 @@ class LayerKind:
         """`add_branch` for several adapters, each on as many samples of `x`, which come in their order."""
         raise NotImplementedError
 
-    def add_weight_gradient(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+    def add_weight_gradient(self, total: Tensor, base: nn.Module, x: Tensor, *grad_outputs: Tensor) -> None:
         """Add the gradient of the layer's weight to `total`, `(out, in, *kernel)` in fp32.
 
         It is made of the layer's input and the gradient of its output, and the weight need not be readable;
-        only layers that do more than their kind are called once more, and differentiated.
+        only layers that do more than their kind, and may return several tensors, are called once more.
         """
         if not self.has_custom_forward:
-            self.add_outer_products(total, base, x, grad_output)
+            self.add_outer_products(total, base, x, *grad_outputs)
             return
         weight = base.weight.detach().requires_grad_()
         with torch.enable_grad():
             x = x.to(weight.dtype) if x.is_floating_point() else x
             y = functional_call(base, {"weight": weight}, (x,))
-        (gradient,) = torch.autograd.grad(y, weight, grad_output.to(y.dtype))
+        found = [tensor for tensor in tensors_in(y) if tensor.is_floating_point()]
+        gradients = [gradient.to(y.dtype) for gradient, y in zip(grad_outputs, found, strict=True)]
+        (gradient,) = torch.autograd.grad(found, weight, gradients)
         total.add_(self.from_layout(gradient))
 
     def add_outer_products(self, total: Tensor, base: nn.Module, x: Tensor, grad_output: Tensor) -> None:
@@ -188,6 +191,18 @@ class LayerKind:
     def input_rows(self, base: nn.Module, x: Tensor) -> Tensor:
         """Rows `(positions, n)` that the weight, as a matrix `(m, n)`, multiplies, where `has_rows`."""
         raise NotImplementedError
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """Tensors that a layer has returned: one, or those of a tuple as routers of experts return it."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _plus_change(result: Any, updated: Any, plain: Any) -> Any:
+    """A layer's result, plus what an update changes; what is no number with a gradient, as it is updated."""
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return updated
+    return (result + (updated - plain)).to(result.dtype)
 
 
 def innermost(layer: nn.Module) -> nn.Module:

@@ -118,10 +118,10 @@ class _Gradients(GradientSum):
         super().__init__(layer, offload=False)
         self.sums, self.name, self.padding = sums, name, padding
 
-    def add(self, x: Tensor, grad_output: Tensor) -> None:
+    def add(self, x: Tensor, *grad_outputs: Tensor) -> None:
         """Add the gradient of one call of the layer."""
-        super().add(x, grad_output)
-        rows = grad_output
+        super().add(x, *grad_outputs)
+        rows = grad_outputs[0]
         if self.kind.linear:
             rows = self.padding.without(rows).reshape(-1, rows.shape[-1])
         else:

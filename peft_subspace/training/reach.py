@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
+from peft_subspace.layers.base import tensors_in
 from peft_subspace.tuner.holder import AdapterHolder, adapted_layers
 from peft_subspace.tuner.model import SubspaceModel
 
@@ -28,16 +30,18 @@ class FirstStep:
         self.ran: set[AdapterHolder] = set()
         self.reached: set[AdapterHolder] = set()
 
-    def note(self, layer: AdapterHolder, result: Tensor) -> None:
-        """Take notice of what a layer has computed."""
-        if torch._C._current_graph_task_id() >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(result):
+    def note(self, layer: AdapterHolder, result: Any) -> None:
+        """Take notice of what a layer has computed, of one tensor or several."""
+        results = tensors_in(result)
+        if torch._C._current_graph_task_id() >= 0 or any(map(is_functorch_wrapped_tensor, results)):
             return
         if layer in self.ran and self.reached:
             self._end()
             return
         self.ran.add(layer)
-        if result.requires_grad:  # of what a layer has computed, never of a parameter
-            result.register_hook(lambda gradient: self.reached.add(layer))
+        for tensor in results:
+            if tensor.requires_grad:  # of what a layer has computed, never of a parameter
+                tensor.register_hook(lambda gradient: self.reached.add(layer))
 
     def _end(self) -> None:
         dead = [

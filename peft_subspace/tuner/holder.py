@@ -27,7 +27,7 @@ Watcher = Callable[[Update, str], bool]
 class Reach(Protocol):
     """What wants to know which layers take part in a training step."""
 
-    def note(self, layer: AdapterHolder, result: Tensor) -> None:
+    def note(self, layer: AdapterHolder, result: Any) -> None:
         """Take notice of what a layer has computed."""
 
 

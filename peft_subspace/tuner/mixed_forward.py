@@ -38,6 +38,11 @@ def forward_mixed_batch(
     here = [name for name in rows if name in layer.deltas]
     if not here:
         return result
+    if not isinstance(result, Tensor):
+        raise ValueError(
+            f"adapter_names cannot be used where {type(layer.get_base_layer()).__name__} returns several "
+            "tensors; run the samples of each adapter by themselves, after set_adapter"
+        )
     calls = list(_calls(layer, here, rows, batch, x.device.type))
     order = [row for names, _ in calls for name in names for row in rows[name]]
     order += [row for name in rows if name not in layer.deltas for row in rows[name]]
