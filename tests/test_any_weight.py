@@ -174,6 +174,7 @@ USES = {
         modules("module"), normal(2, 5, 8),
     ),
     "encoder": Use(encoder, modules("linear1", "linear2", "self_attn"), normal(2, 5, 8)),
+    "encoder-feedforward": Use(encoder, modules("linear1", "linear2"), normal(2, 5, 8)),
     "encoder-out": Use(encoder, modules("out_proj"), normal(2, 5, 8)),
     "lstm": Use(lambda: Wrapped(nn.LSTM(6, 5, 2, bidirectional=True)), modules("module"), normal(4, 3, 6)),
     "gru": Use(
@@ -319,36 +320,6 @@ def test_lora_export_gives_the_same_outputs_or_is_refused(method, use, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- computed
-
-
-class Sliced(nn.Module):
-    """Computes with parts of a weight in one of its settings, and calls the layer in the others."""
-
-    def __init__(self, slices):
-        super().__init__()
-        self.slices, self.layer = slices, nn.Linear(6, 4, bias=False)
-
-    def forward(self, x):
-        if not self.slices:
-            return self.layer(x)
-        return x[..., :3] @ self.layer.weight[:, :3].T + x[..., 3:] @ self.layer.weight[:, 3:].T
-
-
-@pytest.mark.parametrize("slices", [False, True])
-def test_a_weight_that_is_called_or_read_is_exported_with_a_warning(slices, tmp_path):
-    """Right where the layer is called; where it is read, PEFT's LoRA has no effect, as the warning says."""
-    torch.manual_seed(1)
-    base, x = Sliced(slices), torch.randn(5, 6)
-    model = get_peft_model(
-        copy.deepcopy(base), peft_subspace.FLoRAConfig(r=2, target_modules=["layer"], init_weights=False)
-    )
-    with pytest.warns(
-        UserWarning, match=r"calls \['layer'\] in some of its settings, .* compare the outputs"
-    ):
-        peft_subspace.export_lora(model, tmp_path)
-    served = PeftModel.from_pretrained(base, tmp_path)
-    with torch.no_grad():
-        assert (distance(served(x), model(x)) < 1e-5) != slices
 
 
 def routed(**options):

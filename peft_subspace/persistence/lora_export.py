@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,6 @@ def lora_state_dict(
             f"{len(reasons)} of the adapted layers have no LoRA form that PEFT runs: {listed}; leave them "
             "out of target_modules, or serve the merged model (merge_and_unload)"
         )
-    if both := sorted(name for name, layer in layers.items() if layer.is_read and layer.is_called):
-        warnings.warn(
-            f"the model calls {both} in some of its settings, and computes with their weights in others, "
-            "where PEFT's LoRA is not heard; compare the outputs of the export with the model's",
-            stacklevel=2,
-        )
     shown = progress(layers.items(), len(layers), "multiplying factors")
     pairs = {name: _lora_pair(layer, adapter_name) for name, layer in shown}
     rank = max(left.shape[1] for left, _ in pairs.values())
@@ -124,7 +117,7 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool, take
     """Reason why no LoRA of PEFT is equal to the layer's update; None if there is such a LoRA."""
     if shared:
         return "several names, of which PEFT's LoRA adapts one"
-    if layer.is_read and not layer.is_called:
+    if layer.is_read:
         return "a weight that the model computes with, where PEFT's LoRA is not heard"
     if layer.deltas[adapter_name].keeps_zeros:
         return "keep_zeros=True: a product of two factors has no zeros where the weight has"

@@ -46,7 +46,7 @@ class SubspaceLayer(AdapterHolder):
         self.parameter_name = target.parameter_name
         self.quantization_backend = target.backend
         self.base_weight = BaseWeight(self, target.parameter_name, target.backend)
-        self.is_read, self.is_called = target.is_read, target.is_called
+        self.is_read = target.is_read
         prevent_repacking(target.module)
         for name in getattr(target.module, "__constants__", ()):  # models read some, such as a stride
             if not hasattr(type(self), name):

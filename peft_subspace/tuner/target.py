@@ -29,7 +29,6 @@ class Target:
         backend: PEFT's backend if the weight is quantized.
         is_parameter: Whether the module is called as it is, with an updated parameter.
         is_read: Whether the model is known to compute with the weight by itself.
-        is_called: Whether a module whose weight is read is known to be called as well.
         part_of: Name of the targeted module that is adapted by its parts, of which this is one.
     """
 
@@ -39,7 +38,6 @@ class Target:
     backend: Any
     is_parameter: bool = False
     is_read: bool = False
-    is_called: bool = False
     part_of: str | None = None
 
     @property
@@ -101,7 +99,7 @@ def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Targe
             "the model reads this weight, which is quantized, and never calls the layer, so an adapter would "
             "have no effect; load the base model unquantized, or exclude the module with exclude_modules"
         )
-    return replace(target, is_read=read and target.backend is None, is_called=called)
+    return replace(target, is_read=read and target.backend is None)
 
 
 def analyze_parameter(owner: nn.Module, name: str) -> Target:
