@@ -202,7 +202,7 @@ def test_the_output_may_be_changed_in_place(method, batch):
 
 
 @pytest.mark.where(method="has_dropout")
-@pytest.mark.typical("settings")
+@pytest.mark.typical("layers")
 def test_dropout_acts_in_training_only(method, case, setting):
     x = case.inputs(setting.dtype)
     model = adapt(method, case, setting, dropout=0.5)
