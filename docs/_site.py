@@ -1,11 +1,12 @@
 """Hook of MkDocs: pages link to files of the repository as they do on GitHub, and the site has these files.
 
 Pages of the methods keep their place in `model_cards`. Any other file that a page links to becomes a page
-with its text.
+with its text, and a notebook one with its cells.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"(^```.*?^```)", re.M | re.S)
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", ".ipynb": "json", "": "text"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", "": "text"}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -74,10 +75,18 @@ def _generated(path: Path, config: Any) -> File:
     if path.suffix == ".png":
         return File.generated(config, _site_path(path), abs_src_path=str(path))
     text = path.read_text(encoding="utf-8")
-    if path.suffix != ".md":
+    if path.suffix == ".ipynb":
+        text = _cells(text)
+    elif path.suffix != ".md":
         name = path.relative_to(ROOT).as_posix()
         text = f"# {name}\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n````\n"
     return File.generated(config, _site_path(path), content=text)
+
+
+def _cells(notebook: str) -> str:
+    """Text and code of a notebook, whose first cell has the title."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook)["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells)
 
 
 def _site_path(path: Path) -> str:
