@@ -16,6 +16,7 @@ import trl
 
 import models
 import peft_subspace
+from peft_subspace import continual, developer, edits, merging, statistics
 from test_diffusers import StableDiffusionPipeline, pipeline, unet
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,16 @@ def test_every_method_is_in_readme():
     code = "\n".join(block for _, block in blocks(README))
     configs = {name for name in peft_subspace.__all__ if name.endswith("Config")} - {"CompositionConfig"}
     assert all(name in code for name in {*configs, "compose"})
+
+
+def test_reference_has_every_public_name():
+    reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    packages = (peft_subspace, continual, edits, merging, statistics, developer)
+    public = {name for package in packages for name in package.__all__ if callable(getattr(package, name))}
+    public -= {name for name in public if name.endswith(("Model", "Delta"))}  # configs say what these do
+    listed = {*re.findall(r"^::: peft_subspace\.[\w.]*?(\w+)$", reference, re.M)}
+    assert public - listed == set()
+    assert all(re.search(rf"\b{name}\b", reference) for name in merging.METHODS)
 
 
 def test_readme_is_short():
