@@ -18,7 +18,7 @@ METHODS = {
 
 
 def table(found: dict[str, dict[str, dict[str, str]]], markdown: Any) -> str:
-    """Markdown of `{row: {method: {"entry": …, "reason": …}}}`: exceptions as a table, all others as a list.
+    """Markdown of `{row: {method: {"entry": …, "reason": …}}}`: exceptions as a table, others side by side.
 
     Reasons are numbered notes below the table. What no test has looked at stays empty.
     """
@@ -30,9 +30,9 @@ def table(found: dict[str, dict[str, dict[str, str]]], markdown: Any) -> str:
         if row not in plain
     ]
     listed = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
-    works = "\n".join(f"- {row}" for row in plain)
+    side_by_side = [[*plain, "", ""][i : i + 3] for i in range(0, len(plain), 3)]
     parts = [
-        *([f"### With every method\n\n{works}"] if plain else []),
+        *([f"### With every method\n\n{markdown([''] * 3, side_by_side)}"] if plain else []),
         *(
             [f"### With some methods, or not\n\n{markdown(['', *METHODS.values()], rows)}", listed]
             if rows

@@ -335,11 +335,14 @@ def test_table_of_features_numbers_its_reasons():
         "second": {"flora": entry("not run", "no library"), "mos": no, "effort": entry("no")},
     }
     everywhere = dict.fromkeys(features.METHODS, entry("yes"))
-    assert features.table({"plain": everywhere}, pages.markdown) == "### With every method\n\n- plain"
-    rows = features.table(found | {"plain": everywhere}, pages.markdown).splitlines()
-    assert rows[:6] == ["### With every method", "", "- plain", "", "### With some methods, or not", ""]
-    assert [cell.strip() for cell in rows[6].strip("|").split("|")] == ["", *features.METHODS.values()]
-    assert rows[8] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
-    assert rows[9] == "| second | not run (3) | no (1) | no |  |  |  |"
-    assert rows[10:] == ["", "1. rule", "2. test_x", "3. no library"]
+    plain = dict.fromkeys("abcd", everywhere)
+    first = ["### With every method", "", "|  |  |  |", "| --- | --- | --- |", "| a | b | c |", "| d |  |  |"]
+    assert features.table(plain, pages.markdown).splitlines() == first
+    both = features.table(found | plain, pages.markdown).splitlines()
+    assert both[:8] == [*first, "", "### With some methods, or not"]
+    rows = features.table(found, pages.markdown).splitlines()
+    assert [cell.strip() for cell in rows[2].strip("|").split("|")] == ["", *features.METHODS.values()]
+    assert rows[4] == "| first | yes | no (1) | **failed** (2) |  |  |  |"
+    assert rows[5] == "| second | not run (3) | no (1) | no |  |  |  |"
+    assert rows[6:] == ["", "1. rule", "2. test_x", "3. no library"]
     assert {*features.METHODS} == {method.name for method in METHODS} - {"composition"}
