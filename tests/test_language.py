@@ -32,7 +32,7 @@ ISE = (
     "serial|deserial|summar|recogn|organ|util|minim|maxim|factor|orthogonal|orthonormal|material|"
     "vector|visual|diagonal|random|memor|categor|emphas|penal|real|synchron|token|final|character|"
     "standard|stabil|custom|local|discret|symmetr|binar|polar|central|prior|critic|apolog|author|"
-    "mobil|modern|neutral|capital|equal|formal|linear"
+    "mobil|modern|neutral|capital|equal|formal|linear|privat"
 )
 BRITISH = {
     rf"\b(?:un|re|de)?(?:{ISE})is(?:e|ed|es|er|ers|ing|ation|ations|able)\b": "-ize",

@@ -22,7 +22,7 @@ class MoSConfig(ScaledConfig):
     Modules of one type and shape form a group with two pools, whose size is that of LoRA at rank
     `equivalent_r`; each module's factors, of rank `r`, are put together from rows of them. The method's four
     strategies can be switched off: subset selection and pair dissociation by their fields, vector sharding by
-    `shards_per_vector=1`, shard privatisation by `private_r=0`. With `r = private_r = equivalent_r` the
+    `shards_per_vector=1`, shard privatization by `private_r=0`. With `r = private_r = equivalent_r` the
     update is a LoRA.
 
     Args:

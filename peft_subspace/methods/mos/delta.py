@@ -30,7 +30,7 @@ class MoSDelta(Delta):
 
     Reference:
         Wang et al. (arXiv 2410.00938): subset selection, pair dissociation, vector sharding, shard
-        privatisation.
+        privatization.
     """
 
     shared_name: ClassVar[str] = "pools"
