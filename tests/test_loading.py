@@ -314,3 +314,9 @@ def test_layer_without_a_weight_yet_is_refused(method):
 
     with pytest.raises(ValueError, match=r"layer: LazyLinear has no weight yet; run one batch"):
         get_peft_model(Lazy(), method.config())
+
+
+@pytest.mark.parametrize("path", ["adaptor", "you/adapter", "/no/such/folder", "runs/checkpoint-5/adapter"])
+def test_what_is_neither_a_folder_nor_on_the_hub_is_said_in_one_line(path):
+    with pytest.raises(FileNotFoundError, match=rf"^{path} is no folder here, and .*; check the name$"):
+        peft_subspace.load(base_model(), path)

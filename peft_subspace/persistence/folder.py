@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_subspace.tuner.apart import named_in
@@ -23,13 +24,19 @@ def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
         kwargs: `subfolder`, and what else `snapshot_download` takes, such as `revision`, are taken out of it.
 
     Raises:
-        FileNotFoundError: If one of the two files is missing.
+        FileNotFoundError: If there is no such folder or answer of the Hub, or a file is missing.
         ValueError: If one is a link out of the folder.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
     options: dict[str, Any] = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     if not Path(path).is_dir():
-        path = _download(path, Path(subfolder), options)
+        try:
+            path = _download(path, Path(subfolder), options)
+        except (HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"{path} is no folder here, and no adapter that the Hub gives ({reason}); check the name"
+            ) from error
     folder = Path(path) / subfolder
     for name in _FILES:
         _check_file(folder, name)
