@@ -90,6 +90,21 @@ def test_base_model_is_named(method, tmp_path):
     assert "| Base model | org/base |" in card.text
 
 
+def test_a_folder_as_base_is_no_metadata_which_the_hub_would_refuse(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("models/base")
+    for place in ("models/base", str(tmp_path / "models/base"), "/of/another/machine"):
+        model = adapted(method)
+        model.peft_config["default"].base_model_name_or_path = place
+        model.peft_config["default"].save_pretrained(tmp_path)
+        model.create_or_update_model_card(tmp_path)
+        model.peft_config["default"].save_pretrained(tmp_path)
+        card = card_of(tmp_path)
+        assert card.data.base_model is None
+        assert not [tag for tag in card.data.tags if place in tag]
+        assert f"| Base model | {place} |" in card.text
+
+
 def test_data_results_and_words_of_the_user_stay_and_are_repeated(method, tmp_path):
     (tmp_path / "README.md").write_text(DATA)
     model = adapted(method)

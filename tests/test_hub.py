@@ -66,13 +66,14 @@ def test_private_repository_needs_the_token(done):
 
 
 @pytest.mark.feature("push_to_hub / from_pretrained")
-def test_interrupted_upload_leaves_the_old_version_or_none(done):
+def test_interrupted_upload_leaves_the_old_version_or_none(done, method):
     found = done["interrupted"]
     assert found["old stalled"] is found["new stalled"] is True
     for loader in LOADERS:
         assert same(found[f"old {loader}"], done["outputs"][1])
     assert "Can't find 'adapter_config.json'" in found["new peft"]
-    assert "has no adapter_config.json" in found["new own"]
+    name = f"user/{method.name.replace('_', '-')}-new"
+    assert found["new own"].startswith(f"FileNotFoundError: {name} has no adapter_config.json; ")
 
 
 @pytest.mark.feature("push_to_hub / from_pretrained")
@@ -89,6 +90,9 @@ def test_own_upload_completes_the_card_and_keeps_an_edit(done, method):
         assert f"`{method.config_cls.peft_type_name}`" in card
     assert "OWN WORDS" not in first
     assert second.count("OWN WORDS") == 1
+    repository = f'"user/{method.name.replace("_", "-")}-own"'
+    assert f"from_pretrained(base_model, {repository})" in first
+    assert f'from_pretrained(base_model, {repository}, revision="main")' in second
     assert done["cards"]["third"] == second
 
 

@@ -212,12 +212,12 @@ def test_pickled_files_are_refused(saved):
     torch.save({"tensor": torch.ones(1)}, saved / WEIGHTS)
     assert_refuses(saved, ValueError, "not a complete safetensors file")
     (saved / WEIGHTS).rename(saved / "adapter_model.bin")
-    assert_refuses(saved, FileNotFoundError, "has no adapter_model.safetensors; save the adapter with")
+    assert_refuses(saved, FileNotFoundError, "has no adapter_model.safetensors; give the folder")
 
 
 def test_missing_config_is_refused(saved):
     (saved / CONFIG).unlink()
-    assert_refuses(saved, FileNotFoundError, "has no adapter_config.json; save the adapter with")
+    assert_refuses(saved, FileNotFoundError, "has no adapter_config.json; give the folder")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"flora"'])

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME
@@ -20,6 +22,8 @@ LORA_FOLDER = "lora"
 """Folder, within that of an adapter, whose LoRA the card mentions."""
 
 _MARK = "<!-- peft_subspace -->"
+_PLACE = '"this repository or folder"'
+_TAG = "base_model:adapter:"
 
 _SECTION = """{mark}
 ## Use with peft_subspace
@@ -31,7 +35,7 @@ PEFT stops with `KeyError: '{peft_type}'`:
 import peft_subspace  # registers the type with PEFT
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "this repository or folder")
+model = PeftModel.from_pretrained(base_model, {place})
 ```
 
 | | |
@@ -47,20 +51,31 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
     a new section goes to the top. It repeats data and results from the card's metadata.
     """
     path = folder / "README.md"
-    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{_new_data(config)}\n---\n")
+    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{_new_data()}\n---\n")
     tags = ("peft", "peft_subspace", type(config).__name__.removesuffix("Config").lower())
-    known = [tag for tag in _listed(card.data.tags) if tag != "base_model:adapter:"]  # for no base model
+    listed = _listed(card.data.tags)  # PEFT adds a tag for folders, too, and where there is no base model
+    known = [tag for tag in listed if not tag.startswith(_TAG) or _is_id(tag.removeprefix(_TAG))]
     card.data.tags = list(dict.fromkeys([*known, *tags]))
-    if not card.data.base_model:
-        card.data.base_model = config.base_model_name_or_path or None
+    bases = _listed(card.data.base_model) or _listed(config.base_model_name_or_path or [])
+    ids = [base for base in bases if _is_id(base)]  # the Hub refuses a card with the path of a folder
+    card.data.base_model = ids[0] if len(ids) == 1 else ids or None
     rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
-    section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, rows=rows)
+    section = _SECTION.format(mark=_MARK, peft_type=config.peft_type_name, place=_PLACE, rows=rows)
     card.text = _with_section(card.text, section)
     with atomic_write(path) as partial:
         card.save(partial)
 
 
 SubspaceConfig.on_save.append(write_card)
+
+
+def name_repository(folder: Path, repo_id: str, revision: str | None) -> None:
+    """Write into all cards in `folder` the call that loads their adapters once the folder is uploaded."""
+    for path in folder.rglob("README.md"):
+        place = path.parent.relative_to(folder).as_posix()
+        options = {"subfolder": place if place != "." else None, "revision": revision}
+        call = "".join(f', {name}="{value}"' for name, value in options.items() if value)
+        path.write_text(path.read_text("utf-8").replace(_PLACE, f'"{repo_id}"{call}'), "utf-8")
 
 
 def equation_of(update_cls: type) -> str:
@@ -84,7 +99,7 @@ def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     facts = {
         "Method": equation_of(tuner.tuner_layer_cls.delta_cls),
         "Reference": _reference_of(type(config)),
-        "Base model": ", ".join(_listed(data.base_model)),
+        "Base model": ", ".join(_listed(data.base_model) or _listed(config.base_model_name_or_path or [])),
         "Trainable parameters": f"{config.trained:,}" if config.trained else "",
         "Data": ", ".join(_listed(data.datasets)),
         "Results": ", ".join(results),
@@ -109,11 +124,20 @@ def _lora_export(folder: Path) -> str:
     return "`peft_subspace.export_lora` writes it"
 
 
+def _is_id(name: str) -> bool:
+    """Whether a name can be a model's on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
 def _listed(value: Any) -> list[str]:
     """Entries of a field of the metadata, which may hold a single one in place of a list."""
     return [value] if isinstance(value, str) else [str(entry) for entry in value or []]
 
 
-def _new_data(config: SubspaceConfig) -> str:
+def _new_data() -> str:
     """Metadata of a card that is made."""
-    return ModelCardData(base_model=config.base_model_name_or_path, library_name="peft").to_yaml()
+    return ModelCardData(library_name="peft").to_yaml()

@@ -29,6 +29,7 @@ def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
     """
     subfolder = kwargs.pop("subfolder", None) or ""
     options: dict[str, Any] = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    shown = Path(path, subfolder)
     if not Path(path).is_dir():
         try:
             path = _download(path, Path(subfolder), options)
@@ -39,7 +40,7 @@ def adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
             ) from error
     folder = Path(path) / subfolder
     for name in _FILES:
-        _check_file(folder, name)
+        _check_file(folder, name, shown)
     return folder
 
 
@@ -54,12 +55,13 @@ def _download(repository: str, subfolder: Path, options: dict[str, Any]) -> str:
     return path
 
 
-def _check_file(folder: Path, name: str) -> None:
+def _check_file(folder: Path, name: str, shown: Path) -> None:
     """Raise unless the file exists and lies in its folder; the Hub's cache holds links to its own blobs."""
     path, home = folder / name, folder.resolve()
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {name}; save the adapter with save_pretrained and load that folder"
+            f"{shown} has no {name}; give the folder that save_pretrained writes, and on the Hub its "
+            "revision and subfolder"
         )
     if path.resolve().parent not in (home, *(parent / "blobs" for parent in home.parents)):
         raise ValueError(f"{path} is a link out of the adapter's folder; put the file itself there")

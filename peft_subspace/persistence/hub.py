@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
-from peft_subspace.persistence.card import LORA_FOLDER
+from peft_subspace.persistence.card import LORA_FOLDER, name_repository
 from peft_subspace.persistence.lora_export import export_lora
 
 
@@ -58,6 +58,7 @@ def push_to_hub(
         except (EntryNotFoundError, RevisionNotFoundError):
             pass
         model.save_pretrained(folder)
+        name_repository(Path(folder), repo_id, revision)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
