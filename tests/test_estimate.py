@@ -102,6 +102,11 @@ def test_rows_are_kinds_of_layers_and_add_up():
     assert [line.split("  ")[0] for line in lines[2:]] == [*found.rows, "all"]
 
 
+def test_what_trains_and_what_is_saved_of_it_share_a_row_with_a_name(method):
+    rows = estimate(llama(), config_for(method, "llama", modules_to_save=["lm_head"])).rows
+    assert all(name and cost.frozen >= 0 for name, cost in rows.items())
+
+
 def test_frozen_numbers_are_counted_apart():
     method = next(m for m in METHODS if m.name == "lora_sb")
     found = estimate(Net(nn.Linear(7, 5)), method.config(r=3)).total

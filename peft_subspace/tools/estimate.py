@@ -153,7 +153,8 @@ def _row(name: str, layers: Mapping[str, str]) -> str:
         layer = layers.get(".".join(parts[:end]))
         if layer is not None:
             return layer
-    parts = [part for part in parts[2:] if part != "default" and not part.isdigit()]
+    parts = name.removeprefix("base_model.").removeprefix("model.").split(".")  # pools are beside the base
+    parts = [part for part in parts if part != "default" and not part.isdigit()]
     return ".".join(part for part in parts[:-1] if part not in _PARTS_OF_PEFT)
 
 
