@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import pytest
@@ -292,6 +293,8 @@ def test_inspection_is_a_table_and_a_picture_in_a_notebook(tmp_path):
     page = found._repr_html_()
     assert page.count("<tr>") == 2 * (rows + 1)
     assert page.count("<svg") == 1
+    assert float(re.search(r'width="([\d.]+)pt"', page)[1]) <= 800  # as wide as a notebook
+    assert page.count("<br>") == 2
     assert "<other>" not in page
     assert str(found).count("q_proj") == 2 * rows
     assert "overlap" not in str(peft_subspace.inspect(tmp_path / "first", base=base))

@@ -27,7 +27,7 @@ def draw_plot(updates: Mapping[str, LayerUpdate], overlaps: Mapping[str, Overlap
         ImportError: If matplotlib is missing.
     """
     maps = ("cosine", "outputs", "inputs") if overlaps else ()
-    figure, axes = _figure(1 + len(maps), 7.0 + 4.5 * len(maps))
+    figure, axes = _figure(1 + len(maps))
     _draw_spectra(axes[0], updates)
     for part, chart in zip(maps, axes[1:], strict=True):
         values = {name: getattr(overlap, part) for name, overlap in (overlaps or {}).items()}
@@ -45,21 +45,26 @@ def draw_maps(maps: Mapping[str, Mapping[str, float]]) -> Any:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure, axes = _figure(len(maps), 5.5 * len(maps))
+    figure, axes = _figure(len(maps))
     for (title, values), chart in zip(maps.items(), axes, strict=True):
         _draw_map(figure, chart, title, values, _PARTS)
     return figure
 
 
-def _figure(charts: int, width: float) -> tuple[Any, Any]:
+def _figure(charts: int) -> tuple[Any, Any]:
+    """A figure with two charts in a row, which is as wide as a notebook."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures are drawn with matplotlib, which is not installed; pip install matplotlib"
         ) from error
-    figure = Figure(figsize=(width, 5.0), layout="constrained")
-    return figure, figure.subplots(1, charts, squeeze=False)[0]
+    columns, rows = min(charts, 2), -(-charts // 2)
+    figure = Figure(figsize=(5.5 * columns, 4.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for spare in axes[charts:]:
+        spare.remove()
+    return figure, axes[:charts]
 
 
 def save_plot(

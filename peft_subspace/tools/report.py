@@ -38,9 +38,9 @@ class Inspection:
         return text + f"\n\noverlap with {self.other}\n\n{aligned(self._overlap_rows())}" * bool(self.other)
 
     def _repr_html_(self) -> str:
-        parts = [f"<p>{html.escape(self.title)}</p>", _html_table(self._update_rows())]
+        parts = [_html_lines(self.title), _html_table(self._update_rows())]
         if self.other:
-            parts += [f"<p>overlap with {html.escape(self.other)}</p>", _html_table(self._overlap_rows())]
+            parts += [_html_lines(f"overlap with {self.other}"), _html_table(self._overlap_rows())]
         picture = io.StringIO()
         try:
             draw_plot(self.updates, self.overlaps).savefig(picture, format="svg")
@@ -110,6 +110,10 @@ def _title(path: str | Path, model: PeftModel) -> str:
         f"{trained:,} trainable parameters, {sum(tensor.numel() for tensor in saved):,} numbers in the file; "
         f"written by peft_subspace {config.peft_subspace_version}, format {config.format_version}"
     )
+
+
+def _html_lines(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>".replace("\n", "<br>")
 
 
 def _html_table(rows: list[list[str]]) -> str:
