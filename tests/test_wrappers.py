@@ -4,6 +4,7 @@ import copy
 import importlib
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -229,6 +230,102 @@ def test_two_processes_with_shards_train_as_one_does(method, units, original, tr
     assert losses[-1] < losses[0]
     found = torch.load(trained_in_shards / f"{units.__name__}-{original}-{method}.pt")
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+
+
+class Scaled(nn.Linear):
+    """A layer with a forward of its own, which is called with `W + ΔW`."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Expert(nn.Module):
+    """Two parameters of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 12, 12) / 4)
+        self.down = nn.Parameter(torch.randn(3, 12, 12) / 4)
+
+    def forward(self, x):
+        return torch.einsum("bi,eio,eoj->bj", x, self.up, self.down)
+
+
+class Unusual(nn.Module):
+    """Modules that are called with an updated weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2)
+        self.recurrent = nn.GRU(12, 12)
+        self.scaled = Scaled(12, 12)
+        self.expert = Expert()
+
+    def forward(self, x):
+        x = self.recurrent(self.attention(x, x, x)[0])[0]
+        return self.expert(self.scaled(x))
+
+
+PLACES = {
+    "attention": {"target_modules": ["attention"]},
+    "recurrent": {"target_modules": ["recurrent"]},
+    "scaled": {"target_modules": ["scaled"]},
+    "parameter": {"target_parameters": ["expert.up"]},
+    "parameters": {"target_parameters": ["expert.up", "expert.down"]},
+}
+
+
+def unusual(place, all_train):
+    torch.manual_seed(0)
+    config = FLoRAConfig(r=2, seed=0, init_weights=False, **PLACES[place])
+    model = get_peft_model(Unusual(), config)
+    return model.requires_grad_(True) if all_train else model
+
+
+def run_in_shards(rank, folder):
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+    for place, original in product(PLACES, (True, False)):
+        model = unusual(place, all_train=not original)
+        result = model(x).detach()
+        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        torch.save(distance(wrapped(x).detach(), result), folder / f"{place}-{original}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def run_with_updated_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp1")
+    run_in_two_processes(run_in_shards, folder)
+    return folder
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["originals", "flat"])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_update_of_a_weight_is_lost_in_shards(place, original, run_with_updated_weights):
+    for rank in range(2):
+        assert torch.load(run_with_updated_weights / f"{place}-{original}-{rank}.pt") < 1e-5
+
+
+class Unit(nn.Module):
+    """A module around another, which it passes for, as FSDP1's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner = module
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("place", ["scaled", "parameter", "parameters"])
+def test_no_update_is_lost_where_a_unit_is_inside_an_adapted_module(place):
+    model = unusual(place, all_train=False)
+    for layer in [module for module in model.modules() if hasattr(module, "base_layer")]:
+        layer.base_layer = Unit(layer.base_layer)
+    with pytest.raises(RuntimeError, match=r"is in a module of its own inside the adapted one.*not there"):
+        model(torch.randn(8, 12))
 
 
 # --------------------------------------------------------------------------------- DDP with unused targets

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.linalg import column_basis
 from peft_subspace.core.validation import check_count, check_number, invalid
-from peft_subspace.layers.base import innermost
+from peft_subspace.layers.calls import innermost
 from peft_subspace.tuner.layer import SubspaceLayer
 
 from .adapter import add_edit, bases, check_name, checked

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.modes import must_be_plain
 from peft_subspace.core.shapes import WeightShape
+from peft_subspace.layers.calls import call_with, has_hooks, innermost, plus_change, tensors_in
 from peft_subspace.layers.costs import Route
 from peft_subspace.layers.stacked import Form
 
@@ -126,7 +126,7 @@ class LayerKind:
         if self.has_custom_forward:
             x = branch.apply_dropout(x)
             x = x.to(base.weight.dtype) if x.is_floating_point() else x
-            return tree_map(_plus_change, result, call_updated(base, self, [branch], x), base(x))
+            return tree_map(plus_change, result, call_updated(base, self, [branch], x), base(x))
         route = route or self.routes(base, [branch], x, free=False)[0]
         return self.add(result, base, branch, branch.apply_dropout(x), route)
 
@@ -178,7 +178,7 @@ class LayerKind:
         weight = base.weight.detach().requires_grad_()
         with torch.enable_grad():
             x = x.to(weight.dtype) if x.is_floating_point() else x
-            y = functional_call(base, {"weight": weight}, (x,))
+            y = call_with(base, "weight", weight, (x,), {})
         found = [tensor for tensor in tensors_in(y) if tensor.is_floating_point()]
         gradients = [gradient.to(y.dtype) for gradient, y in zip(grad_outputs, found, strict=True)]
         (gradient,) = torch.autograd.grad(found, weight, gradients)
@@ -191,34 +191,6 @@ class LayerKind:
     def input_rows(self, base: nn.Module, x: Tensor) -> Tensor:
         """Rows `(positions, n)` that the weight, as a matrix `(m, n)`, multiplies, where `has_rows`."""
         raise NotImplementedError
-
-
-def tensors_in(result: Any) -> list[Tensor]:
-    """Tensors that a layer has returned: one, or those of a tuple as routers of experts return it."""
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _plus_change(result: Any, updated: Any, plain: Any) -> Any:
-    """A layer's result, plus what an update changes; what is no number with a gradient, as it is updated."""
-    if not isinstance(result, Tensor) or not result.is_floating_point():
-        return updated
-    return (result + (updated - plain)).to(result.dtype)
-
-
-def innermost(layer: nn.Module) -> nn.Module:
-    """The layer inside the wrappers of adapters."""
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
-
-
-def has_hooks(base: nn.Module) -> bool:
-    """Whether calling the layer does more than its forward.
-
-    There may be hooks, a forward replaced by accelerate, or a module such as FSDP's around the layer.
-    """
-    hooks = base._forward_hooks or base._forward_pre_hooks
-    return bool(hooks or base._modules or "forward" in vars(base))
 
 
 def sums_exactly(base: nn.Module, branches: Sequence[Branch], x: Tensor) -> bool:
@@ -247,4 +219,4 @@ def call_updated(
 ) -> Tensor:
     """Call a layer with `W + ΔW` in the place of its weight."""
     weight = updated_weight(base.weight, kind, branches)
-    return functional_call(base, {"weight": weight}, (x, *args), kwargs)
+    return call_with(base, "weight", weight, (x, *args), kwargs)

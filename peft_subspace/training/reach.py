@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from peft_subspace.layers.base import tensors_in
+from peft_subspace.layers.calls import tensors_in
 from peft_subspace.tuner.holder import AdapterHolder, adapted_layers
 from peft_subspace.tuner.model import SubspaceModel
 

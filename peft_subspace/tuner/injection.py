@@ -13,7 +13,7 @@ from peft_subspace.base_weights.quantization import is_readable, unreadable
 from peft_subspace.base_weights.weight import tied_parameters
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.linalg import local_generator
-from peft_subspace.layers.base import innermost
+from peft_subspace.layers.calls import innermost
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.apart import complete, read_apart
 from peft_subspace.tuner.config import SubspaceConfig

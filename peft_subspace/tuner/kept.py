@@ -20,7 +20,8 @@ from peft_subspace.core.chain import narrowest_rank
 from peft_subspace.core.delta import Update
 from peft_subspace.core.modes import is_transformed, lasting
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.layers.base import Branch, has_hooks
+from peft_subspace.layers.base import Branch
+from peft_subspace.layers.calls import has_hooks
 from peft_subspace.layers.stacked import Form, fitting, stack
 
 GROWTH = 1.2

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from peft_subspace.layers.calls import call_with
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.target import Target
 
@@ -64,9 +64,9 @@ class ParameterLayer(SubspaceLayer):
             return self.base_layer(*args, **kwargs)
         weight = self.add_updates(branches)
         if not self._lists:
-            return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
+            return call_with(self.base_layer, self._path, weight, args, kwargs)
         with _replaced(self._lists, self.get_base_layer(), self.base_weight.stored, weight):
-            return functional_call(self.base_layer, {self._path: weight}, args, kwargs)
+            return call_with(self.base_layer, self._path, weight, args, kwargs)
 
     @property
     def _path(self) -> str:
