@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import peft_subspace
-from layers import distance
+from layers import Net, distance
 from models import ARCHITECTURES, bert, convnext, gemma, gpt2, llama, resnet, t5
 from peft_subspace.tuner.layer import SubspaceLayer
 
@@ -78,6 +79,15 @@ def test_known_architectures_need_no_target_modules(method, architecture):
 def test_unknown_architecture_without_target_modules_is_refused(method):
     with pytest.raises(ValueError, match="Please specify `target_modules` in `peft_config`"):
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), method.config(target_modules=None))
+
+
+@pytest.mark.parametrize("targets", [["layer"], "layer", "lay.*"])
+def test_default_targets_that_are_added_to_pefts_table_are_used(method, targets, monkeypatch):
+    monkeypatch.setitem(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "stranger", targets)
+    model = Net(torch.nn.Linear(12, 10))
+    model.config = PretrainedConfig()
+    model.config.model_type = "stranger"
+    assert get_peft_model(model, method.config()).targeted_module_names == ["layer"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:6], ids=str)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from layers import BF16, CASES, FP32, Net, adapt, add, dense, distance, outputs, trainables, tuner_layer
 from methods import METHODS
 from models import llama, t5
+from peft_subspace import FLoRAConfig
 from peft_subspace.layers import costs
 from peft_subspace.tuner import kept
 from peft_subspace.tuner.layer import SubspaceLayer
@@ -469,3 +471,26 @@ def test_encoders_see_each_prompt_once_while_beams_are_searched():
     )
     assert {rows for name, rows in seen if "encoder" in name} == {2}
     assert {rows for name, rows in seen if "decoder" in name} == {6}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(12, 10), Conv1D(10, 12), nn.Embedding(30, 10), nn.Conv2d(4, 6, 3)],
+    ids=["linear", "conv1d", "embedding", "conv"],
+)
+def test_a_layer_that_is_called_by_itself_takes_names_too(layer):
+    model = get_peft_model(Net(layer), FLoRAConfig(target_modules=["layer"], init_weights=False, seed=0))
+    model.add_adapter("two", FLoRAConfig(target_modules=["layer"], init_weights=False, seed=1))
+    layer, generator = model.eval().base_model.model.layer, torch.Generator().manual_seed(0)
+    shape = (3, 4, 9, 9) if isinstance(layer.get_base_layer(), nn.Conv2d) else (3, 5, 12)
+    x = torch.randn(shape, generator=generator)
+    x = torch.arange(15).view(3, 5) if isinstance(layer.get_base_layer(), nn.Embedding) else x
+    names = ["two", "__base__", "default"]
+    found = layer(x, adapter_names=names)
+    assert torch.allclose(found, model(x, adapter_names=names), atol=1e-6)
+    with model.disable_adapter():
+        assert torch.equal(layer(x, adapter_names=names), layer(x))
+    with pytest.raises(ValueError, match="non-existing"):
+        layer(x, adapter_names=["two", "three", "two"])
+    with pytest.raises(ValueError, match="2 entries for a batch of 3"):
+        layer(x, adapter_names=["two", "two"])

@@ -238,9 +238,9 @@ def test_cuts_are_to_the_largest_rank_unless_told(method):
         ("ties", {"density": 0.0001}, ValueError, "density=0.0001 keeps nothing"),
         ("ties", {"density": 0}, ValueError, "density=0 must be above 0"),
         ("ties_svd", {"svd_rank": 0}, ValueError, "svd_rank=0 must be at least 1"),
-        ("ties", {"svd_rank": 2}, ValueError, r"svd_rank=2 is no option of combination_type='ties'"),
+        ("ties", {"rank": 2}, ValueError, r"rank=2 is no option of combination_type='ties'"),
         ("ties", {"majority_sign_method": "most"}, ValueError, "majority_sign_method='most' must be one of"),
-        ("linear", {"density": 0.5}, ValueError, "density=0.5 is no option of combination_type='linear'"),
+        ("linear", {"seed": 1}, ValueError, "seed=1 is no option of combination_type='linear'"),
         ("dare_ties", {"seed": "a"}, TypeError, "seed"),
     ],
 )
@@ -254,3 +254,23 @@ def test_bad_options_leave_nothing_behind(method, kind, options, error, message)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("cat", {"density": 0.5}),
+        ("cat", {"svd_rank": 2, "majority_sign_method": "total"}),
+        ("dare_linear", {"svd_rank": 2}),
+        ("svd", {"svd_full_matrices": True, "svd_driver": None}),
+        ("ties", {"svd_rank": 2}),
+        ("magnitude_prune_svd", {"majority_sign_method": "frequency", "svd_clamp": 0.9}),
+    ],
+)
+def test_options_of_pefts_that_a_type_does_not_use_change_nothing(method, kind, options):
+    model, layers = adapted(method)
+    model.add_weighted_adapter(["a", "b"], [1.0, -0.5], "plain", kind)
+    with pytest.warns(UserWarning, match=rf"is no option of combination_type='{kind}'.* it has no effect"):
+        model.add_weighted_adapter(["a", "b"], [1.0, -0.5], "sum", kind, **options)
+    for layer in layers.values():
+        assert torch.equal(layer.get_delta_weight("sum"), layer.get_delta_weight("plain"))

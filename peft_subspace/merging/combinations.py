@@ -16,7 +16,7 @@ from peft_subspace.merging.computing import TILE_BYTES, compute
 from peft_subspace.merging.cutting import cut
 from peft_subspace.merging.entries import ELECTIONS
 from peft_subspace.merging.stack import Stack
-from peft_subspace.tuner.combination import COMBINATIONS, Parts
+from peft_subspace.tuner.combination import COMBINATIONS, OPTIONS, Parts
 
 _KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cat": ("task_arithmetic", ()),
@@ -33,11 +33,7 @@ _KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 def _combine(kind: str, parts: Parts) -> tuple[Tensor, Tensor]:
     """Factors of the merged update."""
     cuts = kind.endswith("svd")
-    method, known = _KINDS[kind if kind in _KINDS else kind.removesuffix("_svd")]
-    known = (*known, "svd_rank") if cuts else known
-    for name, value in parts.options.items():
-        if name not in known:
-            raise invalid(name, value, f"is no option of combination_type={kind!r}, which has {known}")
+    method, _ = _KINDS[kind if kind in _KINDS else kind.removesuffix("_svd")]
     given = dict(parts.options)
     rank, seed = given.pop("svd_rank", max(len(right) for right in parts.rights)), given.pop("seed", 0)
     check_count("svd_rank", rank)
@@ -55,5 +51,6 @@ def _combine(kind: str, parts: Parts) -> tuple[Tensor, Tensor]:
     return merged[0], merged[1]
 
 
-_CUT = {f"{kind}_svd" for kind, (_, options) in _KINDS.items() if "density" in options}
-COMBINATIONS.update({kind: partial(_combine, kind) for kind in (*_KINDS, *sorted(_CUT))})
+OPTIONS.update({kind: options for kind, (_, options) in _KINDS.items()})
+OPTIONS.update({f"{k}_svd": (*known, "svd_rank") for k, (_, known) in _KINDS.items() if "density" in known})
+COMBINATIONS.update({kind: partial(_combine, kind) for kind in OPTIONS})

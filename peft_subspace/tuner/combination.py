@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -47,6 +48,12 @@ Combine = Callable[[Parts], tuple[Tensor, Tensor]]
 COMBINATIONS: dict[str, Combine] = {}
 """Functions by `combination_type`; what they return has at most the rank of the weight."""
 
+OPTIONS: dict[str, Sequence[str]] = {}
+"""Names of their options."""
+
+_OF_PEFT = {"density", "majority_sign_method", "svd_rank", "svd_clamp", "svd_full_matrices", "svd_driver"}
+"""Options that PEFT's function takes with every type, whether that uses them or not."""
+
 PROVIDERS: list[str] = []
 """Modules above this one that add to them, imported when an adapter is combined."""
 
@@ -63,7 +70,7 @@ def add_weighted_adapter(
     for provider in PROVIDERS:
         import_module(provider)
     _check(tuner, adapters, weights, adapter_name, combination_type)
-    options = {name: value for name, value in options.items() if value is not None}
+    options = _used(combination_type, options)
     total: dict[str, float] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         total[adapter] = total.get(adapter, 0.0) + weight
@@ -89,6 +96,20 @@ def add_weighted_adapter(
     with torch.no_grad():
         for name, layer in layers.items():
             layer.deltas[adapter_name].take(states[name])
+
+
+def _used(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a type has; others of PEFT's function have no effect there either."""
+    known, used = OPTIONS[kind], {}
+    for name, value in options.items():
+        rule = f"is no option of combination_type={kind!r}, which has {known}"
+        if value is not None and name in known:
+            used[name] = value
+        elif value is not None and name in _OF_PEFT:
+            warnings.warn(f"{name}={value!r} {rule}; it has no effect", stacklevel=5)
+        elif value is not None:
+            raise invalid(name, value, rule)
+    return used
 
 
 def _combined(

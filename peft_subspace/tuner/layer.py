@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,11 @@ class SubspaceLayer(AdapterHolder):
             initialize_deferred(self, adapter_name)
         return self.deltas[adapter_name]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         """Run the base layer and add the active adapters, or one adapter per sample in a mixed batch."""
-        batch = self._mixed_batch
+        batch = self._mixed_batch if adapter_names is None else self._batch_of(adapter_names)
         if batch is not None:
             return forward_mixed_batch(self, batch, x, args, kwargs)
         branches = self._branches()
@@ -136,6 +138,11 @@ class SubspaceLayer(AdapterHolder):
     def _mixed_batch(self) -> mixed_batch.MixedBatch | None:
         """The batch with one adapter per sample that the model runs with."""
         return mixed_batch.batch_for(self) if mixed_batch.running and not self.disable_adapters else None
+
+    def _batch_of(self, adapter_names: Sequence[str]) -> mixed_batch.MixedBatch | None:
+        """The batch that a call of this layer alone is for."""
+        mixed_batch.check_adapter_names(adapter_names, self.deltas, training=self.training)
+        return None if self.disable_adapters else mixed_batch.MixedBatch(tuple(adapter_names))
 
     def _branches(self) -> list[Branch]:
         """Factors of the active adapters that are not merged; none where only the base layer is to run."""

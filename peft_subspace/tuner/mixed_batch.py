@@ -1,4 +1,7 @@
-"""One adapter per sample: the layers find the names in a context, each thread in its own."""
+"""One adapter per sample: the layers find the names in a context, each thread in its own.
+
+Errors that PEFT's layers have as well begin in PEFT's words, for whoever looks for these.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class MixedBatch:
             return self.names
         if rows == count * self.repeats:  # those of a sample follow each other
             return [name for name in self.names for _ in range(self.repeats)]
-        message = f"adapter_names has {count} entries for a batch of {rows}; give one name per sample"
+        message = (
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{count} entries for a batch of {rows}; give one name per sample"
+        )
         if count and rows % count == 0:
             message += (
                 f", or, if the model makes {rows // count} rows of each of {count} prompts, run the prompts "
@@ -79,14 +85,14 @@ def batch_for(module: nn.Module) -> MixedBatch | None:
 def check_adapter_names(adapter_names: Any, known: Mapping[str, Any], *, training: bool) -> None:
     """Raise unless `adapter_names` can be one adapter for each sample, of those that have a config."""
     if training:
-        raise ValueError("adapter_names cannot be used in training mode; call eval() first")
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first")
     if not isinstance(adapter_names, list | tuple):
         raise TypeError(f"adapter_names={adapter_names!r} must be a list with one adapter name per sample")
     unknown = sorted(set(adapter_names) - set(known) - {"__base__"})
     if unknown:
         raise ValueError(
-            f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)}, and '__base__' "
-            "for none"
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; adapter_names can name "
+            f"{sorted(known)}, and '__base__' for none"
         )
     for name in set(adapter_names) & set(known):
         if (needed := with_history(known, name)) != [name]:

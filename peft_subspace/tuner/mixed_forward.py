@@ -29,7 +29,7 @@ def forward_mixed_batch(
     """
     if layer.merged:
         raise ValueError(
-            "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(batch.names_for(len(x))):

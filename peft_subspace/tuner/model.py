@@ -52,7 +52,7 @@ class SubspaceModel(StateHooks):
     parameter_layer_cls: ClassVar[type[SubspaceLayer]]
     after_injection: ClassVar[list[Callable[[SubspaceModel, nn.Module, str], None]]] = []
     """Called, with tuner, base model and adapter name, when an adapter has been added."""
-    target_module_mapping: dict[str, Any] = DEFAULT_TARGETS
+    target_module_mapping: Any = DEFAULT_TARGETS
     _injection: Any = None
 
     def __init_subclass__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from peft_subspace.tuner.target import (
     without_adapters,
 )
 
-DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+_VISION: dict[str, Any] = {
     "vit": ["q_proj", "v_proj", "query", "value"],  # names before and after transformers 5
     "dinov2": ["q_proj", "v_proj", "query", "value"],
     "clip_vision_model": ["q_proj", "v_proj"],
@@ -35,7 +36,9 @@ DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAP
     "mobilenet_v2": ["convolution"],
     "convnext": ["dwconv", "pwconv1", "pwconv2"],
 }
-"""Modules to adapt by type of model: PEFT's own table, and vision models that it lacks."""
+
+DEFAULT_TARGETS = ChainMap(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _VISION)
+"""Modules to adapt by type of model: PEFT's own table, as it is now, and vision models that it lacks."""
 
 
 def targeted_parameters(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.Module, str]]:
