@@ -474,6 +474,41 @@ def test_parameter_of_the_model_itself_is_refused():
     refused(base, "the model itself cannot be wrapped", target_parameters=["weight", ".weight"])
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["0.mlp.experts.gate_up_proj"], ["1.mlp.experts.gate_up_proj"]),
+        (["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"], ["1.mlp.experts.down_proj"]),
+        (["0.mlp.experts.down_proj"], ["0.mlp.experts.down_proj", "1.mlp.gate.weight"]),
+    ],
+)
+def test_adapters_may_adapt_parameters_of_different_modules(first, second, tmp_path):
+    model = add(wrap(mixtral(), target_parameters=first), target_parameters=second).eval()
+    found = {}
+    for active in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        names = [active] if isinstance(active, str) else active
+        total = {}
+        for name in names:
+            for key, layer in wrappers(model).items():
+                if name in layer.deltas:
+                    total[key] = total.get(key, 0) + layer.get_delta_weight(name).double()
+        found[str(active)] = logits(model)
+        assert distance(found[str(active)], dense(mixtral(), total)) < 1e-5
+    model.save_pretrained(tmp_path)
+    folders = {"default": tmp_path, "other": tmp_path / "other"}
+    for name, folder in folders.items():
+        assert distance(logits(PeftModel.from_pretrained(mixtral(), folder)), found[name]) < 1e-6
+    again = PeftModel.from_pretrained(mixtral(), folders["other"], adapter_name="other")
+    again.load_adapter(folders["default"], "default")
+    again.base_model.set_adapter(["other", "default"])
+    assert distance(logits(again), found["['default', 'other']"]) < 1e-6
+    assert distance(logits(again.merge_and_unload()), found["['default', 'other']"]) < 1e-5
+    model.base_model.set_adapter(["default", "other"])
+    model.delete_adapter("default")
+    assert distance(logits(model), found["other"]) < 1e-6
+
+
 def test_adapters_of_one_model_have_the_same_target_parameters():
     model = wrap(mixtral())
     with pytest.raises(

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from peft_subspace.core.linalg import local_generator
-from peft_subspace.core.validation import check_choice, check_count, invalid
+from peft_subspace.core.validation import check_choice, check_count
 from peft_subspace.merging.computing import TILE_BYTES, compute
 from peft_subspace.merging.cutting import cut
 from peft_subspace.merging.entries import ELECTIONS

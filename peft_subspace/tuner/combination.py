@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_subspace.core.chain import split
 from peft_subspace.core.delta import Combined, Update
 from peft_subspace.core.errors import error_context
-from peft_subspace.core.validation import check_choice
+from peft_subspace.core.validation import check_choice, invalid
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner.config import FORMAT_VERSION, SubspaceConfig
 from peft_subspace.tuner.targets import weight_name

@@ -187,14 +187,24 @@ def _is_held_by_compiler(name: str, module: nn.Module) -> bool:
 
 
 def check_same_parameters(model: nn.Module, names: set[str]) -> None:
-    """Raise unless a new adapter adapts the parameters that others adapt, or none: wrappers are nested.
+    """Raise unless a new adapter adapts, of each module, the parameters that others adapt, or none.
+
+    The wrappers of one module, and those of modules inside it, are nested, and so are an adapter's keys.
 
     Raises:
         ValueError: Naming one that only some adapters adapt.
     """
     theirs = {weight_name(n, m) for n, m in model.named_modules() if isinstance(m, ParameterLayer)}
-    if names and theirs and names != theirs:
-        raise ValueError(
-            f"target_parameters must be those of the other adapters, {sorted(theirs)}, and "
-            f"{min(names ^ theirs)} is in one of them only; load the adapters into separate models"
-        )
+    for name in sorted(names ^ theirs):
+        others = theirs if name in names else names
+        if any(_are_nested(name, other) for other in others):
+            raise ValueError(
+                f"target_parameters must be those of the other adapters, {sorted(theirs)}, and {name} is in "
+                "one of them only; load the adapters into separate models"
+            )
+
+
+def _are_nested(name: str, other: str) -> bool:
+    """Whether the module of one parameter is that of another, or inside it."""
+    first, second = (f"{n.rpartition('.')[0]}." for n in (name, other))
+    return first.startswith(second) or second.startswith(first)
