@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -320,3 +320,44 @@ def test_layer_without_a_weight_yet_is_refused(method):
 def test_what_is_neither_a_folder_nor_on_the_hub_is_said_in_one_line(path):
     with pytest.raises(FileNotFoundError, match=rf"^{path} is no folder here, and .*; check the name$"):
         peft_subspace.load(base_model(), path)
+
+
+def step(model):
+    model.train()(X).square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None for grad in grads)
+    assert any(grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* trains in bases taken from the base weight")
+@pytest.mark.parametrize("alone", [True, False], ids=["config", "adapter"])
+@pytest.mark.parametrize("added", [True, False], ids=["second", "first"])
+def test_configs_of_files_never_make_adapters_that_cannot_learn(method, alone, added, tmp_path):
+    config = method.config(target_modules=ALL)
+    saved = get_peft_model(base_model(), config)
+    for parameter in saved.parameters():
+        parameter.data += 0.1 * parameter.requires_grad * torch.ones_like(parameter)
+    (config if alone else saved).save_pretrained(tmp_path)
+
+    def adapter(**changes):
+        read = PeftConfig.from_pretrained(tmp_path)
+        for name, value in {"inference_mode": False, **changes}.items():
+            setattr(read, name, value)
+        if not added:
+            return get_peft_model(base_model(), read)
+        model = get_peft_model(base_model(), method.config(target_modules=ALL), adapter_name="one")
+        model.add_adapter("default", read)
+        model.set_adapter("default")
+        return model
+
+    model = adapter()
+    if str(method) in ("effort", "continual_svd"):  # whose frozen tensors are a part of the update
+        with pytest.raises(RuntimeError, match=r"'default' has a config that was read from a file.*load"):
+            step(model)
+        if not alone:
+            set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
+            step(model)
+            assert torch.allclose(model.eval()(X), saved.eval()(X), atol=1e-5)
+    else:
+        step(model)
+    step(adapter(initialized=False))

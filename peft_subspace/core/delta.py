@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply
-from peft_subspace.core.lean import LeanModule
+from peft_subspace.core.lean import UNLOADED, LeanModule
 from peft_subspace.core.precision import apply_keeping_fp32
 from peft_subspace.core.shapes import ModuleSpec
 
@@ -217,8 +217,9 @@ class Update(LeanModule, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if any(key.startswith(prefix) for key in state_dict):
-            self.initialized = True
+        self.initialized = self.initialized or any(key.startswith(prefix) for key in state_dict)
+        if self.awaits == UNLOADED and any(f"{prefix}{name}" in state_dict for name in self.frozen_in_files):
+            self.awaits = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Update:
         apply_keeping_fp32(self, super()._apply, fn, self.full_precision)

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from peft_subspace.core.trained import TrainedModule
 
+UNLOADED = (
+    "has a config that was read from a file, and none of the tensors that belong to it",
+    "load these, or set config.initialized = False before, for a new adapter",
+)
+"""What an update awaits whose tensors are neither made nor there yet."""
+
 
 class LeanModule(TrainedModule):
     """A module that can do without some of its buffers when nothing trains.
@@ -28,6 +34,11 @@ class LeanModule(TrainedModule):
         """Register a buffer; files, and adapters that are only run, go without what only training needs."""
         self.training_only += (name,) if training_only else ()
         self.register_buffer(name, None if training_only and self._for_inference else tensor)
+
+    @property
+    def frozen_in_files(self) -> set[str]:
+        """Names of the frozen tensors that the update is made of, which no file goes without."""
+        return {name for name, _ in self.named_buffers(recurse=False)} - {*self.training_only, "fingerprint"}
 
     @property
     def lean(self) -> bool:

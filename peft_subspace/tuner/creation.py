@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
+from peft_subspace.core.lean import UNLOADED
 from peft_subspace.core.linalg import local_generator
 from peft_subspace.core.modes import lasting
 from peft_subspace.core.shapes import ModuleSpec
@@ -91,6 +92,8 @@ def _initialize(
     elif delta.reads_weight and not config.initialized:
         with error_context(name):
             there = (starts or WeightStarts()).start(delta, layer, config)
+    elif delta.reads_weight and delta.needs_weight and delta.frozen_in_files:
+        delta.awaits = UNLOADED
     if there and delta.needs_weight and delta.reads_weight and not config.initialized:
         found = layer.base_weight.fingerprint(layer.kind.from_layout)
         if found is not None:
