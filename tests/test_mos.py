@@ -899,3 +899,29 @@ def test_state_dict_that_names_other_modules_than_the_config_is_refused():
     state = get_peft_model_state_dict(inject_adapter_in_model(config(), llama()))
     with pytest.raises(ValueError, match="q_proj is in the state dict but not among target_modules"):
         inject_adapter_in_model(config(target_modules=["up_proj"]), llama(), state_dict=state)
+
+
+class Plain(nn.Module):
+    """A linear map that is no layer of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("parameters", [["0.weight"], ["2.weight"], ["1.weight", "2.weight"]])
+@pytest.mark.parametrize("modules", [[], ["3"]])
+def test_parameters_are_injected_into_a_model_that_holds_the_pools_itself(modules, parameters):
+    options = {"target_modules": modules, "target_parameters": parameters, "init_weights": False, "seed": 0}
+    torch.manual_seed(0)
+    base = nn.Sequential(Plain(), Plain(), Plain(), nn.Conv1d(3, 3, 1))
+    expected = get_peft_model(copy.deepcopy(base), MoSConfig(**options))
+    found = inject_adapter_in_model(MoSConfig(**options), base)
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(found(x), expected(x), atol=1e-6)
+    assert get_peft_model_state_dict(found).keys() == {
+        key.removeprefix("base_model.model.") for key in get_peft_model_state_dict(expected)
+    }

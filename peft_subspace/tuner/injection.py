@@ -62,6 +62,8 @@ class Injection:
         of_modules = self._missed or any(item.target.part_of for item in plan.modules.values())
         if config.target_modules and plan.modules and not of_modules:
             warnings.warn(f"target_modules={config.target_modules!r} match no module", stacklevel=2)
+        if plan.shared is not None and not of_modules:  # PEFT will be iterating over the model's children
+            hold(holder, tuner.shared_attribute())
         lowered = [f"{name} to {item.spec.rank}" for name, item in plan.modules.items() if item.spec.lowered]
         if lowered and config.r != type(config).r:
             logger.warning(
