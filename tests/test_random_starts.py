@@ -1,4 +1,4 @@
-"""Starts under `init_weights=False`: as large as what training makes, whatever the rank and the scaling."""
+"""Starts under `init_weights=False`: as large as LoRA's, whatever the rank and the scaling."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def ratio(model, method):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_random_starts_are_as_large_as_a_trained_update(method, kind):
+def test_random_starts_are_as_large_as_that_of_lora(method, kind):
     if {"grouped": "conv"}.get(kind, kind) not in method.kinds:
         pytest.skip("no such layers in this method")
     ranks = [{}] if "r" not in method.options else [{"r": 1}, {"r": 8}]
@@ -35,4 +35,4 @@ def test_random_starts_are_as_large_as_a_trained_update(method, kind):
     for options in ({**rank, **scaling} for rank in ranks for scaling in scalings):
         torch.manual_seed(0)
         config = method.config(**options, seed=0, init_weights=False)
-        assert 0.02 < ratio(get_peft_model(Net(LAYERS[kind]()), config), method) < 0.6, options
+        assert 0.1 < ratio(get_peft_model(Net(LAYERS[kind]()), config), method) < 1.5, options

@@ -48,12 +48,12 @@ class WeightShape:
 
     @property
     def random_std(self) -> float:
-        """Root mean square of the entries of `ΔW` where `init_weights=False` draws it: `0.1 / √fan_in`.
+        """Root mean square of the entries of `ΔW` where `init_weights=False` draws it: `0.3 / √fan_in`.
 
-        That is a sixth of what torch's initialization gives a weight, about the size of a trained update.
+        That is half of what torch's initialization gives a weight, as PEFT's LoRA has it.
         """
         fan_in = {None: self.columns, 1: self.out_features, 2: self.in_features}[self.lookup_axis]
-        return 0.1 * fan_in**-0.5
+        return 0.3 * fan_in**-0.5
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class SubspaceConfig(PeftConfig):
             embedding.
         bias: `"none"`, `"all"`, or the method's own `"…_only"` to train the biases of the adapted modules.
         init_weights: `True` for the method's default initialization, the name of another one, or `False` for
-            a random update that is about as large as a trained one (useful in tests).
+            a random update that is about as large as that of PEFT's LoRA (useful in tests).
         scaling: Factor `s` before the update. `"auto"` takes, from shapes alone, the one with which AdamW
             moves the update as fast as PEFT's LoRA with its defaults, so that LoRA's learning rates fit;
             where this is unknown it is 1. `"paper"` is the authors' constant. Files of version 0.1 keep it.
