@@ -20,6 +20,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import peft_subspace
+from claims import markdown, spread
 from peft_subspace.initialization.step_length import logger
 from support import demos, texts
 
@@ -86,6 +87,22 @@ def run(task: texts.TextTask, start: Any, rate: float, seed: int) -> dict[str, A
             right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
     length = chosen.length if start == "auto" else start
     return {"accuracy": right / len(task.rows["test"]), "length": length}
+
+
+def table(content: dict[str, Any]) -> str:
+    """Test accuracy by training rate: of the length that was found, with it, and of fixed ones."""
+    found: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for key, run in content["runs"].items():
+        task, rate, start, _ = key.split()
+        found.setdefault((task, float(rate)), {}).setdefault(start, []).append(run)
+    rows = []
+    for (task, rate), runs in found.items():
+        accuracies = [[r["accuracy"] for r in runs.get(str(start), [])] for start in STARTS]
+        lengths = sorted({f"{run['length']:.1g}" for run in runs.get("auto", [])})
+        cells = [spread(values, 3) if values else "" for values in accuracies]
+        rows.append([task, f"{rate:g}", f"{cells[0]} ({', '.join(lengths)})", *cells[1:], len(accuracies[0])])
+    header = ["task", "training rate", "`auto` (length)", *(f"{start:g}" for start in STARTS[1:]), "seeds"]
+    return markdown(header, rows)
 
 
 def main() -> None:

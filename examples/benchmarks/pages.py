@@ -24,6 +24,7 @@ import directions
 import features
 import figures
 import file_sizes
+import first_step
 import keep_zeros
 import learning_rates
 import merging
@@ -437,6 +438,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "effort_detector": ("effort_detector.json", effort_detector),
     "features": ("features.json", lambda: features.table(timing.load("features"), markdown)),
     "reach": ("reach.json", lambda: features.kinds(timing.load("reach"), markdown)),
+    "first_step": ("first_step.json", lambda: first_step.table(timing.load("first_step"))),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
     "keep_zeros": ("keep_zeros.json", lambda: keep_zeros.table(timing.load("keep_zeros"))),

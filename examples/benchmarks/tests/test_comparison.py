@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import directions
+import first_step
 import learning_rates
 import pareto
 
@@ -474,3 +475,15 @@ def test_untuned_entries_wait_for_loras_rate_and_have_it_with_all_seeds(monkeypa
     found = jobs(*heads, *loras)
     assert {job for job in found if job[0] == "mos-default"} == {("mos-default", 1e-3, s) for s in (0, 1)}
     assert ("lora-default", 1e-3, 1) in found
+
+
+def test_the_length_that_was_found_is_told_beside_fixed_ones():
+    runs = {
+        f"sst2 0.01 {start} {seed}": {"accuracy": accuracy, "length": length}
+        for start, seed, accuracy, length in (
+            ("auto", 0, 0.8, 8e-4), ("auto", 1, 0.9, 2e-4), ("1e-06", 0, 0.7, 1e-6), ("0.01", 0, 0.6, 1e-2),
+        )
+    }  # fmt: skip
+    row = first_step.table({"runs": runs}).splitlines()[-1]
+    cells = ["sst2", "0.01", "0.850 ± 0.071 (0.0002, 0.0008)", "0.700", "", "", "", "0.600", "2"]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == cells
