@@ -55,6 +55,7 @@ def replicate(monkeypatch):
     return lambda model, device="cpu": replication.replicate(model, ["cpu", device])
 
 
+@pytest.mark.typical("layers")
 @pytest.mark.feature("nn.DataParallel")
 def test_replicas_give_the_same_output_and_gradients(method, case, replicate):
     model, x = adapt(method, case), case.inputs()

@@ -82,8 +82,8 @@ def batch_for(module: nn.Module) -> MixedBatch | None:
     return batch if batch is not None and module in batch.modules else None
 
 
-def check_adapter_names(adapter_names: Any, known: Mapping[str, Any], *, training: bool) -> None:
-    """Raise unless `adapter_names` can be one adapter for each sample, of those that have a config."""
+def check_adapter_names(adapter_names: Any, known: Collection[str], *, training: bool) -> None:
+    """Raise unless `adapter_names` can be one adapter for each sample."""
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first")
     if not isinstance(adapter_names, list | tuple):
@@ -94,8 +94,13 @@ def check_adapter_names(adapter_names: Any, known: Mapping[str, Any], *, trainin
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; adapter_names can name "
             f"{sorted(known)}, and '__base__' for none"
         )
-    for name in set(adapter_names) & set(known):
-        if (needed := with_history(known, name)) != [name]:
+
+
+def check_whole_adapters(adapter_names: Any, configs: Mapping[str, Any], *, training: bool) -> None:
+    """Raise, too, if one of the adapters works together with others, which a row of its own would leave out."""
+    check_adapter_names(adapter_names, configs, training=training)
+    for name in set(adapter_names) & set(configs):
+        if (needed := with_history(configs, name)) != [name]:
             raise ValueError(
                 f"adapter_names cannot give {name!r} the adapters that it builds on, {needed}; use "
                 f"set_adapter({name!r}), one of them per batch"

@@ -22,7 +22,7 @@ from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
-from peft_subspace.tuner.mixed_batch import check_adapter_names, mixed_batch
+from peft_subspace.tuner.mixed_batch import check_whole_adapters, mixed_batch
 from peft_subspace.tuner.ownership import admit, update_starts
 from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
@@ -245,6 +245,6 @@ class SubspaceModel(StateHooks):
         if adapter_names is None:
             yield
             return
-        check_adapter_names(adapter_names, self.peft_config, training=self.training)
+        check_whole_adapters(adapter_names, self.peft_config, training=self.training)
         with mixed_batch(self.model, self.tuner_layer_cls, adapter_names, kwargs):
             yield
