@@ -97,7 +97,7 @@ def check_adapter_names(adapter_names: Any, known: Collection[str], *, training:
 
 
 def check_whole_adapters(adapter_names: Any, configs: Mapping[str, Any], *, training: bool) -> None:
-    """Raise, too, if one of the adapters works together with others, which a row of its own would leave out."""
+    """Raise, too, if an adapter works together with others, which a row of its own would leave out."""
     check_adapter_names(adapter_names, configs, training=training)
     for name in set(adapter_names) & set(configs):
         if (needed := with_history(configs, name)) != [name]:
