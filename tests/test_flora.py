@@ -249,7 +249,7 @@ def test_start_without_identity_fills_the_core_as_well():
     delta = delta_of(wrap(nn.Linear(40, 30), init_weights=False))
     assert delta.core.std().item() == pytest.approx(delta.random_std, rel=0.3)
     scaling = (8 / (3 * 8)) ** 0.5
-    assert delta.random_std == pytest.approx(0.1 * 40**-0.5 / scaling)
+    assert delta.random_std == pytest.approx(delta.shape.random_std / scaling)
 
 
 def test_start_of_an_embedding_keeps_the_variance_of_a_looked_up_row():
