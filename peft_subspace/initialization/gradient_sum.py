@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
+from peft_subspace.layers.calls import outputs_in, takes_gradient
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.target import Target
 
@@ -37,13 +38,10 @@ class GradientSum:
         if self.busy or not torch.is_grad_enabled():
             return None
         # Where nothing upstream requires a gradient, the anchor makes the output do so.
-        leaves, structure = tree_flatten(output)
-        tapped = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        anchor = torch.empty((), device=leaves[tapped[0]].device, requires_grad=True)
-        taps = _Tap.apply(args[0].detach(), anchor, self, *(leaves[i] for i in tapped))
-        for i, tap in zip(tapped, taps, strict=True):
-            leaves[i] = tap
-        return tree_unflatten(leaves, structure)
+        outputs = outputs_in(output)
+        anchor = torch.empty((), device=outputs[0].device, requires_grad=True)
+        taps = iter(_Tap.apply(args[0].detach(), anchor, self, *outputs))
+        return tree_map(lambda leaf: next(taps) if takes_gradient(leaf) else leaf, output)
 
     @torch.no_grad()
     def add(self, x: Tensor, *grad_outputs: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from peft_subspace.core.chain import multiply
 from peft_subspace.core.modes import must_be_plain
 from peft_subspace.core.shapes import WeightShape
-from peft_subspace.layers.calls import call_with, has_hooks, innermost, plus_change, tensors_in
+from peft_subspace.layers.calls import call_with, has_hooks, innermost, outputs_in, plus_change
 from peft_subspace.layers.costs import Route
 from peft_subspace.layers.stacked import Form
 
@@ -179,7 +179,7 @@ class LayerKind:
         with torch.enable_grad():
             x = x.to(weight.dtype) if x.is_floating_point() else x
             y = call_with(base, "weight", weight, (x,), {})
-        found = [tensor for tensor in tensors_in(y) if tensor.is_floating_point()]
+        found = outputs_in(y)
         gradients = [gradient.to(y.dtype) for gradient, y in zip(grad_outputs, found, strict=True)]
         (gradient,) = torch.autograd.grad(found, weight, gradients)
         total.add_(self.from_layout(gradient))

@@ -25,14 +25,19 @@ def has_hooks(base: nn.Module) -> bool:
     return bool(hooks or base._modules or "forward" in vars(base))
 
 
-def tensors_in(result: Any) -> list[Tensor]:
-    """Tensors that a layer has returned: one, or those of a tuple as routers of experts return it."""
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+def takes_gradient(result: Any) -> bool:
+    """Whether a gradient can come to what a layer has returned: not to indices, say."""
+    return isinstance(result, Tensor) and result.is_floating_point()
+
+
+def outputs_in(result: Any) -> list[Tensor]:
+    """Tensors of a result to which gradients can come: one, or those of a tuple as routers return it."""
+    return [leaf for leaf in tree_leaves(result) if takes_gradient(leaf)]
 
 
 def plus_change(result: Any, updated: Any, plain: Any) -> Any:
-    """A layer's result, plus what an update changes; what is no number with a gradient, as it is updated."""
-    if not isinstance(result, Tensor) or not result.is_floating_point():
+    """A layer's result, plus what an update changes; what takes no gradient, as it is updated."""
+    if not takes_gradient(result):
         return updated
     return (result + (updated - plain)).to(result.dtype)
 

@@ -56,7 +56,7 @@ def write_card(folder: Path, config: SubspaceConfig) -> None:
     listed = _listed(card.data.tags)  # PEFT adds a tag for folders, too, and where there is no base model
     known = [tag for tag in listed if not tag.startswith(_TAG) or _is_id(tag.removeprefix(_TAG))]
     card.data.tags = list(dict.fromkeys([*known, *tags]))
-    bases = _listed(card.data.base_model) or _listed(config.base_model_name_or_path or [])
+    bases = _bases(card.data, config)
     ids = [base for base in bases if _is_id(base)]  # the Hub refuses a card with the path of a folder
     card.data.base_model = ids[0] if len(ids) == 1 else ids or None
     rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(folder, config, card.data).items())
@@ -99,7 +99,7 @@ def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     facts = {
         "Method": equation_of(tuner.tuner_layer_cls.delta_cls),
         "Reference": _reference_of(type(config)),
-        "Base model": ", ".join(_listed(data.base_model) or _listed(config.base_model_name_or_path or [])),
+        "Base model": ", ".join(_bases(data, config)),
         "Trainable parameters": f"{config.trained:,}" if config.trained else "",
         "Data": ", ".join(_listed(data.datasets)),
         "Results": ", ".join(results),
@@ -122,6 +122,11 @@ def _lora_export(folder: Path) -> str:
     if path.is_file() and json.loads(path.read_text()).get("peft_type") == "LORA":
         return f'with `subfolder="{LORA_FOLDER}"` in the call above'
     return "`peft_subspace.export_lora` writes it"
+
+
+def _bases(data: Any, config: SubspaceConfig) -> list[str]:
+    """Base models that a card names, or else the config."""
+    return _listed(data.base_model) or _listed(config.base_model_name_or_path or [])
 
 
 def _is_id(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from peft_subspace.layers.calls import tensors_in
+from peft_subspace.layers.calls import outputs_in
 from peft_subspace.tuner.holder import AdapterHolder, adapted_layers
 from peft_subspace.tuner.model import SubspaceModel
 
@@ -32,7 +32,7 @@ class FirstStep:
 
     def note(self, layer: AdapterHolder, result: Any) -> None:
         """Take notice of what a layer has computed, of one tensor or several."""
-        results = tensors_in(result)
+        results = outputs_in(result)
         if torch._C._current_graph_task_id() >= 0 or any(map(is_functorch_wrapped_tensor, results)):
             return
         if layer in self.ran and self.reached:
