@@ -134,12 +134,18 @@ def label(entry: Entry) -> str:
 
 def chosen(content: dict[str, Any], task: str, entry: Entry) -> list[dict[str, Any]]:
     """Runs of an entry on a task with the rate that validated best with seed 0."""
-    runs = [r for r in content["runs"].values() if (r["task"], r["entry"]) == (task, label(entry))]
+    return runs_of(content, task, label(entry))
+
+
+def runs_of(
+    content: dict[str, Any], task: str, entry: str, rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Runs of an entry, by its label, with one rate; without it, with the one that validated best."""
+    runs = [run for run in content["runs"].values() if (run["task"], run["entry"]) == (task, entry)]
     tuning = [run for run in runs if run["seed"] == 0]
-    if not tuning:
-        return []
-    best = min(tuning, key=lambda run: run["validation_loss"])["rate"]
-    return sorted((run for run in runs if run["rate"] == best), key=lambda run: run["seed"])
+    if rate is None and tuning:
+        rate = min(tuning, key=lambda run: run["validation_loss"])["rate"]
+    return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
 
 
 def differences(content: dict[str, Any], claim: Claim, other: Entry) -> dict[str, list[float]]:
@@ -182,6 +188,11 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean ± standard deviation."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def cell(values: Sequence[float]) -> str:
+    """The same with three digits; nothing of no values."""
+    return spread(values, 3) if values else ""
 
 
 def table(content: dict[str, Any], name: str) -> str:

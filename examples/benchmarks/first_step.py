@@ -20,7 +20,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import peft_subspace
-from claims import markdown, spread
+from claims import cell, markdown
 from peft_subspace.initialization.step_length import logger
 from support import demos, texts
 
@@ -99,7 +99,7 @@ def table(content: dict[str, Any]) -> str:
     for (task, rate), runs in found.items():
         accuracies = [[r["accuracy"] for r in runs.get(str(start), [])] for start in STARTS]
         lengths = sorted({f"{run['length']:.1g}" for run in runs.get("auto", [])})
-        cells = [spread(values, 3) if values else "" for values in accuracies]
+        cells = [cell(values) for values in accuracies]
         rows.append([task, f"{rate:g}", f"{cells[0]} ({', '.join(lengths)})", *cells[1:], len(accuracies[0])])
     header = ["task", "training rate", "`auto` (length)", *(f"{start:g}" for start in STARTS[1:]), "seeds"]
     return markdown(header, rows)

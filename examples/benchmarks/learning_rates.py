@@ -24,7 +24,7 @@ import peft
 import peft_subspace as ps
 import quality
 import timing
-from claims import kind_of, markdown, spread
+from claims import cell, kind_of, markdown
 from support import graded, trial
 from support.contestants import CONTESTANTS, Contestant
 from support.results import Results
@@ -126,7 +126,7 @@ def table(content: dict[str, Any], *, before: bool) -> str:
             own, at = found[best], found.get(best_rate(lora), {}) if lora else {}
             gaps = [at[seed]["test_accuracy"] - own[seed]["test_accuracy"] for seed in own if seed in at]
             seeds = len(found[best])
-            rows.append([task, name, *map(_cell, scores), f"{best:g}", _cell(gaps), seeds])
+            rows.append([task, name, *map(cell, scores), f"{best:g}", cell(gaps), seeds])
     header = [
         "task",
         "method",
@@ -136,10 +136,6 @@ def table(content: dict[str, Any], *, before: bool) -> str:
         "seeds",
     ]
     return markdown(header, rows)
-
-
-def _cell(values: list[float]) -> str:
-    return spread(values, 3) if values else ""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ import peft
 import peft_subspace as ps
 import quality
 import timing
-from claims import PROBE, Entry, label, markdown, spread
+from claims import PROBE, Entry, cell, label, markdown, runs_of
 from learning_rates import HEAD_RATES
 from support import trial
 from support.contestants import CONTESTANTS, Contestant
@@ -157,17 +157,6 @@ class Pareto(quality.Grid):
         return {**about, **found, "origin": self.origin}
 
 
-def runs_of(
-    content: dict[str, Any], task: str, entry: str, rate: float | None = None
-) -> list[dict[str, Any]]:
-    """Runs of an entry with one rate, by seed; without it that of the least validation loss with seed 0."""
-    runs = [run for run in content["runs"].values() if (run["task"], run["entry"]) == (task, entry)]
-    if rate is None and runs:
-        tuning = [run for run in runs if run["seed"] == 0]
-        rate = min(tuning, key=lambda run: run["validation_loss"])["rate"]
-    return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
-
-
 def gains(content: dict[str, Any], task: str) -> dict[str, float]:
     """What twice the passes add to the accuracy of each reference with seed 0, of those that were run."""
     found = {label(entry): runs_of(content, task, label(entry) + TWICE) for entry in REFERENCES}
@@ -211,7 +200,7 @@ def _of_task(content: dict[str, Any], task: str) -> str:
             continue
         gaps = [run["test_accuracy"] - baseline[run["seed"]] for run in own if run["seed"] in baseline]
         trained, verdict = own[0]["trainable"] - head["trainable"], side(gaps)
-        cells = [_title(name), f"{trained:,}", *map(_cell, (_accuracy(same), _accuracy(own), gaps))]
+        cells = [_title(name), f"{trained:,}", *map(cell, (_accuracy(same), _accuracy(own), gaps))]
         rows.append((trained, [*cells, "" if verdict is None or own == lora else WORDS[verdict], len(own)]))
     header = [task, "trained parameters, without the head", f"accuracy at {lora[0]['rate']:g}, LoRA's rate"]
     header += ["at the best rate tried", "minus LoRA-16", "it is", "seeds"]
@@ -221,10 +210,6 @@ def _of_task(content: dict[str, Any], task: str) -> str:
 
 def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
     return [run["test_accuracy"] for run in runs]
-
-
-def _cell(values: list[float]) -> str:
-    return spread(values, 3) if values else ""
 
 
 def _title(name: str) -> str:
