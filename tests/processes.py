@@ -1,5 +1,6 @@
 """Two processes on one machine, talking through gloo."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -10,17 +11,20 @@ from peft_subspace.tuner.layer import SubspaceLayer
 
 
 def run_in_two_processes(job, folder, timeout=300):
-    """Run `job(rank, folder)`, a function of a module, in each of two processes, for `timeout` seconds."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run, args=(job, rank, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=timeout)
-    assert [process.exitcode for process in processes] == [0, 0]
+    """Run `job(rank, folder)`, a function of a module, in each of two processes, for `timeout` seconds.
+
+    Raises: what the job raised, with its traceback.
+    """
+    context = torch.multiprocessing.spawn(_run, args=(job, folder), nprocs=2, join=False)
+    try:
+        ended = context.join(timeout=timeout) or context.join(timeout=timeout)
+    finally:
+        for process in context.processes:
+            process.kill()
+    assert ended, f"two processes have not ended in {timeout} s"
 
 
-def _run(job, rank, folder):
+def _run(rank, job, folder):
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group(
@@ -28,8 +32,11 @@ def _run(job, rank, folder):
     )
     try:
         job(rank, folder)
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+    # Models that live until the interpreter ends keep threads of gloo's, which abort the process there.
+    os._exit(0)
 
 
 def sharded(model: nn.Module) -> nn.Module:
