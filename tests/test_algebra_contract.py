@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from hypothesis import given
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.func import functional_call
 
@@ -400,6 +400,46 @@ def test_export_names_the_layers_that_no_lora_can_express(method, case, tmp_path
     with pytest.raises(ValueError, match=r"no LoRA form.*\blayer\b.*; leave .* out of target_modules"):
         peft_subspace.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+class Own(nn.Linear):
+    """A linear layer with a forward of its own, a function of the input, the weight and the bias."""
+
+    def __init__(self, function):
+        super().__init__(6, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, self.weight, self.bias)
+
+
+PLAIN = {
+    "product": lambda x, weight, bias: x @ weight.T + bias,
+    "transposed": lambda x, weight, bias: (weight @ x.T).T + bias,
+    "row by row": lambda x, weight, bias: torch.stack([weight.mv(row) for row in x]) + bias,
+}
+NOT_PLAIN = {
+    "scaled": lambda x, weight, bias: 2 * x @ weight.T + bias,
+    "standardized": lambda x, weight, bias: x @ (weight - weight.mean(1, keepdim=True)).T + bias,
+    "without bias": lambda x, weight, bias: x @ weight.T,
+    "squared": lambda x, weight, bias: (x @ weight.T + bias).square(),
+    "other shape": lambda x, weight, bias: (x @ weight.T + bias)[:1],
+    "tuple": lambda x, weight, bias: (x @ weight.T + bias, x),
+    "other input": lambda x, weight, bias: x.unflatten(1, (5, -1)) @ weight.T,
+}
+
+
+def test_a_forward_of_its_own_is_exported_where_it_does_what_a_linear_layer_does(method):
+    for name, function in PLAIN.items():
+        model, x = get_peft_model(Net(Own(function)), method.config(init_weights=False)), torch.randn(3, 6)
+        config, state = peft_subspace.lora_state_dict(model)
+        served = get_peft_model(Net(copy.deepcopy(model.base_model.model.layer.base_layer)), config)
+        set_peft_model_state_dict(served, state)
+        assert distance(outputs(served.eval(), x), outputs(model.eval(), x)) < 1e-5, name
+    for function in NOT_PLAIN.values():
+        model = get_peft_model(Net(Own(function)), method.config(init_weights=False))
+        with pytest.raises(ValueError, match=r"layer \(a forward of its own\)"):
+            peft_subspace.lora_state_dict(model)
 
 
 def test_every_method_is_under_test():

@@ -77,6 +77,10 @@ class LayerKind:
         """Rearrange a weight as the layer stores it to `(out, in, *kernel)`."""
         return weight
 
+    def is_plain(self, base: nn.Module) -> bool:
+        """Whether a layer makes of its weight and input what its kind makes of them, and no more."""
+        return not self.has_custom_forward
+
     def forward(
         self,
         layer: nn.Module,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_subspace.core.chain import multiply, split
 from peft_subspace.layers.base import Branch, LayerKind, sums_exactly
+from peft_subspace.layers.calls import call_with, takes_gradient
 from peft_subspace.layers.costs import Route, branch_route, is_narrow, is_thin, linear_routes
 from peft_subspace.layers.kernels.linear import update_linear
 from peft_subspace.layers.stacked import Form, add_product
@@ -19,6 +20,24 @@ class LinearKind(LayerKind):
     """`nn.Linear`, and quantized layers that stand for one."""
 
     linear = has_rows = True
+
+    def is_plain(self, base: nn.Module) -> bool:
+        """Try a forward of its own with a random weight and input: Falcon's, say, is that of `nn.Linear`."""
+        if not self.has_custom_forward or base.weight.is_meta:
+            return not self.has_custom_forward
+        generator = torch.Generator().manual_seed(0)
+        shapes = (base.weight.shape, (2, self.shape.in_features))
+        weight, x = (torch.randn(shape, generator=generator).to(base.weight) for shape in shapes)
+        with torch.no_grad():
+            try:
+                found = call_with(base, "weight", weight, (x,), {})
+            except (TypeError, ValueError, RuntimeError):  # it wants an input of another kind
+                return False
+            expected = F.linear(x, self.from_layout(weight), base.bias)
+        if not takes_gradient(found) or found.shape != expected.shape:
+            return False
+        error = (found - expected).float().norm() / expected.float().norm()
+        return bool(error <= 4 * torch.finfo(weight.dtype).eps)
 
     def routes(self, base: nn.Module, branches: Sequence[Branch], x: Tensor, free: bool) -> Sequence[Route]:
         """Beside the layer, or in a product with `W + ΔW` where that is exact and cheaper to train."""

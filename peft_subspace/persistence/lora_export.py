@@ -47,8 +47,8 @@ def lora_state_dict(
     Raises:
         ValueError: If the model has no such adapter of this package, or the adapter has layers whose update
             is no LoRA that PEFT runs: grouped, dilated or transposed convolutions, convolutions with a
-            `padding_mode` other than `"zeros"`, layers with a forward of their own or several names, and
-            layers whose weight the model reads.
+            `padding_mode` other than `"zeros"`, layers with a forward of their own that does more than their
+            type's, layers with several names, and layers whose weight the model reads.
     """
     layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
@@ -137,7 +137,7 @@ def _no_lora_form(layer: SubspaceLayer, adapter_name: str, *, shared: bool, take
             return f"dilation={base.dilation}"
         if base.padding_mode != "zeros":
             return f"padding_mode={base.padding_mode!r}"
-    return "a forward of its own" if layer.kind.has_custom_forward else None
+    return None if layer.kind.is_plain(base) else "a forward of its own"
 
 
 @torch.no_grad()
