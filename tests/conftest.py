@@ -130,10 +130,8 @@ def _names(argument: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in argument.split(",")] if isinstance(argument, str) else list(argument)
 
 
-def _is_possible(method=None, case=None, setting=None) -> bool:
-    """Whether the method takes such layers, and the setting differs from the others."""
-    if method and case and case.kind not in method.kinds:
-        return False
+def _is_possible(method=None, setting=None, **_) -> bool:
+    """Whether the setting differs from the others."""
     return not (method and setting and method.stays_fp32 and setting.needs_cast)
 
 

@@ -12,10 +12,6 @@ from torch import Tensor, nn
 import oracles
 import peft_subspace
 
-LINEAR = frozenset({"linear", "transposed"})
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared"})
-ALL_KINDS = LINEAR | {"embedding", "conv"}
-
 
 @dataclass(frozen=True)
 class Method:
@@ -29,7 +25,6 @@ class Method:
     config_cls: type
     delta_weight: Callable[[nn.Module, Any], Tensor]
     options: dict[str, Any] = field(default_factory=dict)
-    kinds: frozenset[str] = ALL_KINDS
     has_dropout: bool = True
     has_alpha: bool = True
     stays_fp32: bool = False
@@ -48,10 +43,6 @@ class Method:
         return f"{self.config_cls.peft_type_name.lower()}_"
 
     @property
-    def adapts_embeddings(self) -> bool:
-        return "embedding" in self.kinds
-
-    @property
     def alone(self) -> bool:
         """Whether all parameters of a layer lie in it."""
         return not self.pooled
@@ -68,10 +59,6 @@ class Method:
         """Whether what is loaded to be run has fewer digits than its file, after it was confined."""
         return self.is_confined and "r" in self.options and self.adapter_dtype(setting) != torch.float32
 
-    def fitting(self, names: list[str]) -> list[str]:
-        """Those of the modules that the method adapts."""
-        return [n for n in names if "embedding" in self.kinds or n not in EMBEDDINGS]
-
     def config(self, **options: Any) -> Any:
         return self.config_cls(**{"target_modules": ["layer"], **self.options, **options})
 
@@ -85,7 +72,6 @@ METHODS = [
         peft_subspace.EffortConfig,
         oracles.effort,
         {"r": 2},
-        LINEAR | {"conv"},
         has_dropout=False,
         has_alpha=False,
         stays_fp32=True,
@@ -100,12 +86,12 @@ METHODS = [
         has_dropout=False, has_alpha=False, stays_fp32=True, lowers_ranks=False,
     ),
     Method(
-        "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd, kinds=LINEAR | {"conv"},
+        "continual_svd", peft_subspace.ContinualSVDConfig, oracles.continual_svd,
         has_dropout=False, has_alpha=False, stays_fp32=True, lowers_ranks=False, is_typical=True,
         is_confined=True,
     ),
     Method(
         "continual_svd_r", peft_subspace.ContinualSVDConfig, oracles.continual_svd, {"r": 2},
-        kinds=LINEAR | {"conv"}, has_alpha=False, stays_fp32=True, lowers_ranks=False, is_confined=True,
+        has_alpha=False, stays_fp32=True, lowers_ranks=False, is_confined=True,
     ),
 ]  # fmt: skip

@@ -187,8 +187,6 @@ def test_adapted_layer_compiles_without_graph_breaks_for_evaluation(method, case
 def test_the_output_may_be_changed_in_place(method, batch):
     """As models do that mask positions, or add to what a layer has returned."""
     for case in CASES:
-        if case.kind not in method.kinds:
-            continue
         model, x, gradients = adapt(method, case), case.inputs(batch=batch), []
         for change in (torch.Tensor.mul, torch.Tensor.mul_):
             model.zero_grad()
@@ -268,7 +266,6 @@ def test_linear_layers_of_any_size_keep_the_contract(method):
 
 
 @pytest.mark.generated
-@pytest.mark.where(method="adapts_embeddings")
 def test_embeddings_of_any_size_and_padding_keep_the_contract(method):
     @given(embeddings())
     def run(case):
@@ -290,7 +287,7 @@ def test_convolutions_of_any_geometry_keep_the_contract(method, kind):
 # --------------------------------------------------------------------------------- several adapters
 
 
-@pytest.mark.typical("settings")
+@pytest.mark.typical("layers")
 @pytest.mark.feature("several adapters, several active ones")
 def test_all_active_adapters_count_merged_or_not(method, case, setting):
     model = two_adapters(method, case, setting).eval()

@@ -27,7 +27,6 @@ pytestmark = [
 
 IDS = torch.arange(3, 18).reshape(3, 5)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-NO_EMBEDDINGS = "defined for weights that multiply their input, and an embedding looks rows up"
 
 
 def clear_convnext():
@@ -77,8 +76,7 @@ def output(model, inputs):
 
 def wrap(method, architecture, base=None, **options):
     """Wrap a model; the updates are no larger than the weights, which would make chaos of depth."""
-    targets = method.fitting(FAMILIES[architecture.name][1])
-    targets = [name for name in targets if "embedding" in method.kinds or name != "token_embedding"]
+    targets = FAMILIES[architecture.name][1]
     options = {"target_modules": targets, "init_weights": False, "seed": 1, **options}
     return calm(get_peft_model(base or architecture.build(), method.config(**options)).eval())
 
@@ -131,15 +129,8 @@ KINDS = {
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.feature(row)) for kind, row in KINDS.items()]
 )
-def test_layer_equals_the_dense_oracle_and_trains(method, kind, record_property):
+def test_layer_equals_the_dense_oracle_and_trains(method, kind):
     case = next(case for case in CASES if case.name == kind)
-    if case.kind not in method.kinds:
-        with pytest.raises(
-            TypeError, match=r"layer: \w+ adapts no embeddings; exclude it with exclude_modules"
-        ):
-            adapt(method, case)
-        record_property("no", NO_EMBEDDINGS)
-        return
     model, x = adapt(method, case), case.inputs()
     found = model(x)
     assert distance(found, layer_output(model, method, x)) < 1e-5
@@ -186,22 +177,15 @@ def test_output_and_gradients_equal_the_dense_model(method, architecture):
 # --------------------------------------------------------------------------- embeddings: tied and scaled
 
 
-def on_embedding(method, record_property):
-    """Adapt a tied, scaled embedding, or see it refused."""
+def on_embedding(method):
+    """Adapt a tied, scaled embedding."""
     options = {"target_modules": ["embed_tokens"], "init_weights": False, "seed": 1}
-    if "embedding" in method.kinds:
-        return get_peft_model(gemma(), method.config(**options)).eval()
-    with pytest.raises(TypeError, match="adapts no embeddings; exclude it with exclude_modules"):
-        get_peft_model(gemma(), method.config(**options))
-    record_property("no", NO_EMBEDDINGS)
-    return None
+    return get_peft_model(gemma(), method.config(**options)).eval()
 
 
 @pytest.mark.feature("scaled embeddings (Gemma)")
-def test_update_of_a_scaled_embedding_is_scaled_as_in_pefts_lora(method, tmp_path, record_property):
-    model = on_embedding(method, record_property)
-    if model is None:
-        return
+def test_update_of_a_scaled_embedding_is_scaled_as_in_pefts_lora(method, tmp_path):
+    model = on_embedding(method)
     base = gemma().model.embed_tokens.double()
     assert base.embed_scale == pytest.approx(4.0)
     layer = model.base_model.model.model.embed_tokens
@@ -214,10 +198,8 @@ def test_update_of_a_scaled_embedding_is_scaled_as_in_pefts_lora(method, tmp_pat
 
 
 @pytest.mark.feature("tied embeddings")
-def test_merging_into_a_tied_embedding_leaves_the_head_alone(method, record_property):
-    model = on_embedding(method, record_property)
-    if model is None:
-        return
+def test_merging_into_a_tied_embedding_leaves_the_head_alone(method):
+    model = on_embedding(method)
     inputs = {"input_ids": IDS}
     before, base = output(model, inputs), model.get_base_model()
     embedding = base.model.embed_tokens.get_base_layer()

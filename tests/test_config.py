@@ -146,11 +146,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [(method, name) for method in METHODS for name, (kind, _) in LAYERS.items() if kind in method.kinds],
-    ids=str,
-)
+@pytest.mark.parametrize("name", LAYERS)
 def test_defaults_fit_any_layer(method, name):
     kind, make = LAYERS[name]
 

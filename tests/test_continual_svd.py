@@ -230,10 +230,10 @@ def test_whole_complement_reaches_every_allowed_update(constraint):
     assert not failing(itertools.product(SHAPES, [2, 7]), check)
 
 
-@pytest.mark.parametrize("build", [gpt2, resnet], ids=["Conv1D", "Conv2d"])
+@pytest.mark.parametrize("build", [gpt2, resnet], ids=["Conv1D and Embedding", "Conv2d"])
 @pytest.mark.parametrize("r", [None, 2])
 def test_other_kinds_of_layers_are_confined_as_well(build, r):
-    targets = ["c_fc", "c_attn"] if build is gpt2 else ["convolution"]
+    targets = ["c_fc", "c_attn", "wte"] if build is gpt2 else ["convolution"]
     model = adapted(build(), r=r, target_modules=targets, init_weights=False)
     found = layers(model)
     assert len(found) > 2
@@ -463,13 +463,6 @@ def test_preserve_pattern_applies_to_the_modules_it_names():
 def test_impossible_values_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         ContinualSVDConfig(**options)
-
-
-def test_embeddings_are_refused_before_anything_changes():
-    model = llama()
-    with pytest.raises(TypeError, match="embed_tokens: ContinualSVDModel adapts no embeddings"):
-        adapted(model, target_modules=["q_proj", "embed_tokens"])
-    assert not layers(model)
 
 
 def test_adapters_that_protect_different_directions_have_no_sum():

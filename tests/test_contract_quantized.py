@@ -337,7 +337,7 @@ def test_merge_that_fails_leaves_the_layer_unmerged(method, kind, merged, monkey
 
 
 @pytest.mark.feature(TORCHAO.feature)
-@pytest.mark.parametrize("embedding", [m for m in METHODS if "embedding" in m.kinds], ids=str)
+@pytest.mark.parametrize("embedding", METHODS, ids=str)
 def test_torchao_embedding_trains_but_does_not_merge(embedding):
     """PEFT's backend quantizes linear layers again, and would leave an embedding unquantized."""
 

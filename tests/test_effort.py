@@ -229,7 +229,6 @@ def poisoned(value):
             ValueError,
             r"k_proj: r=9 exceeds 8, .* shape \(8, 16\); lower rank_pattern",
         ),
-        (llama, {"target_modules": ["embed_tokens"]}, TypeError, "embed_tokens: EffortModel adapts no embed"),
         (lambda: poisoned(0), {}, ValueError, r"layers\.1\.self_attn\.k_proj: the weight is zero"),
         (lambda: poisoned(float("inf")), {}, ValueError, r"layers\.1\.self_attn\.k_proj: .* NaN or infinite"),
     ],

@@ -36,7 +36,7 @@ MODELS = {
 
 def config_for(method, name, **options):
     _, targets, more = MODELS[name]
-    return method.config(**{"target_modules": method.fitting(targets), **more, **options})
+    return method.config(**{"target_modules": targets, **more, **options})
 
 
 def trained(model):

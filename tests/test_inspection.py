@@ -39,7 +39,7 @@ LORA_SB = next(method for method in METHODS if method.name == "lora_sb")
 def saved(method, name, folder, seed=1, **options):
     """An adapter that changes the output, saved in `folder`, beside it the config of its base model only."""
     build, targets, more = MODELS[name]
-    options = {"target_modules": method.fitting(targets), "init_weights": False, **more, **options}
+    options = {"target_modules": targets, "init_weights": False, **more, **options}
     model = get_peft_model(build(), method.config(seed=seed, **options)).eval()
     config = model.get_base_model().config
     config.architectures = [type(model.get_base_model()).__name__]

@@ -28,8 +28,6 @@ def ratio(model, method):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_random_starts_are_as_large_as_that_of_lora(method, kind):
-    if {"grouped": "conv"}.get(kind, kind) not in method.kinds:
-        pytest.skip("no such layers in this method")
     ranks = [{}] if "r" not in method.options else [{"r": 1}, {"r": 8}]
     scalings = [{"alpha": 1}, {"alpha": 64}] if method.has_alpha else [{}]
     for options in ({**rank, **scaling} for rank in ranks for scaling in scalings):

@@ -91,6 +91,7 @@ def test_replicas_of_a_parameter_of_its_own_use_nothing_of_another_device(replic
     assert distance(here(x), model(x)) < 1e-6
 
 
+@pytest.mark.typical("layers")
 def test_functional_call_gives_the_same_output(method, case):
     model, x = adapt(method, case), case.inputs()
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

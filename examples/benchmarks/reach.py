@@ -130,6 +130,10 @@ def kinds() -> dict[str, Kind]:
         "one module, two names": Kind(Twice, {"target_modules": ["module", "again"]}, flat),
         "Mamba: `conv1d`, `dt_proj`": language_model(hf.MambaConfig(**mamba), ["conv1d", "dt_proj"]),
         "Falcon-Mamba: `conv1d`": language_model(hf.FalconMambaConfig(**mamba), ["conv1d"]),
+        "Falcon: `dense`, with a forward of its own": language_model(
+            hf.FalconConfig(**words, hidden_size=SIZE, num_hidden_layers=1, num_attention_heads=2),
+            ["dense"],
+        ),
         "LFM2: `conv.conv`": language_model(
             hf.Lfm2Config(**{**llama, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"]),
             ["conv.conv"],

@@ -24,7 +24,6 @@ class DoRAUpdate(Update):
     """`ΔW = m ⊙ V / ‖V‖ − W` with `V = W + B A`, norms by row, and trained `m (out,)`, `B`, `A`."""
 
     reads_weight = needs_weight = True
-    on_embeddings = False
 
     def __init__(self, config, spec):
         super().__init__(config, spec)

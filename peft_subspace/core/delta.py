@@ -52,7 +52,6 @@ class Update(LeanModule, ABC):
         from_gradient: Names of the tensors that `state_from_gradient` gives, if any; an instance may decide.
         needs_weight: Whether nothing can take the weight's place there, so that a weight that cannot be read
             is an error. Such an adapter belongs to its base weight: it carries a fingerprint of it.
-        on_embeddings: Whether embeddings can be adapted.
         can_keep_zeros: Whether `ΔW ⊙ (W ≠ 0)` has what the method promises of `ΔW`.
         full_precision: Names of parameters that stay fp32 as well.
         shared_name: Name, in files, of the tensors that all layers of an adapter share.
@@ -68,7 +67,6 @@ class Update(LeanModule, ABC):
     reads_weight: bool = False
     from_gradient: tuple[str, ...] = ()
     needs_weight: ClassVar[bool] = False
-    on_embeddings: ClassVar[bool] = True
     can_keep_zeros: ClassVar[bool] = True
     full_precision: ClassVar[tuple[str, ...]] = ()
     shared_name: ClassVar[str] = "shared"

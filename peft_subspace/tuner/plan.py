@@ -102,9 +102,6 @@ def make_plan(
     """
     include_all_linear_layers(config, model)
     found = dict(analyze_targets(model, config))
-    for name, target in found.items():
-        if target.kind.shape.lookup_axis == 1 and not update_cls.on_embeddings:
-            raise TypeError(f"{name}: {tuner} adapts no embeddings; exclude it with exclude_modules")
     if config.keep_zeros and not update_cls.can_keep_zeros:
         rule = f"would take updates of {tuner} out of the space that they are confined to; use another method"
         raise invalid("keep_zeros", True, rule)

@@ -66,7 +66,7 @@ class ContinualSVDDelta(Delta):
 
     reads_weight = True
     needs_weight = True
-    on_embeddings = can_keep_zeros = False
+    can_keep_zeros = False
     full_precision: ClassVar[tuple[str, ...]] = ("Z", "Z1", "Z2", "A", "B", "A1", "A2", "B1", "B2")
 
     def __init__(self, config: ContinualSVDConfig, spec: ContinualSVDSpec) -> None:

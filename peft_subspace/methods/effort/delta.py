@@ -37,7 +37,6 @@ class EffortDelta(Delta):
 
     full_precision: ClassVar[tuple[str, ...]] = ("U_change", "S_change", "Vh_change")
     needs_weight: ClassVar[bool] = True
-    on_embeddings: ClassVar[bool] = False
 
     U_change: nn.Parameter
     S_change: nn.Parameter
