@@ -100,8 +100,8 @@ MUTANTS = [
     ),
     Mutant(
         "linear-gradient",
-        "of_right = (rows @ left).T @ inputs",
-        "of_right = -(rows @ left).T @ inputs",
+        "of_right = (gradient @ left).T @ x",
+        "of_right = -(gradient @ left).T @ x",
         "test_continual_svd.py",
         "gradients_do_not_depend",
     ),
