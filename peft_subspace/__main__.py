@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--lora", metavar="FOLDER", required=True, help="folder to write")
     export.set_defaults(run=_export)
     merging = commands.add_parser("merge", help="make one adapter, or one model, of several")
-    merging.add_argument("adapters", nargs="+", help="folders of adapters, or of full checkpoints")
+    merging.add_argument(
+        "adapters", nargs="+", help="folders of adapters or checkpoints, adapters on the Hub"
+    )
     merging.add_argument("--method", default="task_arithmetic", help="name of the method")
     merging.add_argument("--weights", help="weights of the adapters, separated by commas")
     merging.add_argument("--density", type=float, help="part of the entries that stays")

@@ -55,6 +55,7 @@ def run(hub, method) -> dict[str, object]:
     done["unknown revision"] = {
         loader: outcome(lambda load=load: load(public, revision="never")) for loader, load in LOADERS.items()
     }
+    done["merged"] = outcome(lambda: merged([public, second], second))
     first.push_to_hub(private, private=True, token=TOKEN)
     done["private"] = {
         f"{loader}-{kind}": outcome(lambda load=load, token=token: logits(load(private, token=token)))
@@ -108,6 +109,16 @@ def cards(hub, model, repository, pushed_by_transformers) -> dict[str, object]:
     found["third"] = card(repository)
     found["transformers"] = card(pushed_by_transformers)
     return found
+
+
+def merged(sources, model):
+    """By how much the sum of two sources, of which one is read from the Hub, is twice one of them."""
+    from models import llama
+    from peft_subspace import merging
+
+    twice = merging.merge(sources, base=llama()).update("model.layers.0.self_attn.q_proj")
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    return (twice - 2 * layer.get_delta_weight("default")).norm() / twice.norm()
 
 
 def adapted(method, seed: int):

@@ -56,6 +56,12 @@ def test_upload_and_download_by_revision(done):
     assert "Can't find 'adapter_config.json'" in done["unknown revision"]["peft"]
 
 
+@pytest.mark.feature("push_to_hub / from_pretrained")
+def test_adapters_on_the_hub_are_merged_by_their_names(done):
+    assert isinstance(done["merged"], torch.Tensor), done["merged"]
+    assert done["merged"] < 1e-6
+
+
 @pytest.mark.feature("private repositories")
 def test_private_repository_needs_the_token(done):
     for loader, error in (("peft", "ValueError: Can't find"), ("own", "RepositoryNotFoundError: 401")):

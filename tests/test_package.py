@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 
+import mutation
 import peft_subspace
 from peft_subspace import continual, developer
 
@@ -129,3 +130,9 @@ def test_what_is_distributed_holds_no_benchmarks_figures_or_results(tmp_path):
     assert not [name for name in files if "benchmarks" in name or Path(name).suffix in (".png", ".svg")]
     settings = ("tests/data/", "examples/launch/")
     assert not [name for name in files if name.endswith(".json") and not name.startswith(settings)]
+
+
+def test_every_mutant_changes_one_place_of_the_package():
+    sources = mutation.texts(Path(peft_subspace.__file__).parent).values()
+    places = {mutant.id: sum(text.count(mutant.old) for text in sources) for mutant in mutation.MUTANTS}
+    assert {name: count for name, count in places.items() if count != 1} == {}

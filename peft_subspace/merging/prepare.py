@@ -37,8 +37,9 @@ def merge(
     """Prepare a merge of adapters, LoRAs and checkpoints; it is computed when it is written.
 
     Args:
-        sources: Folders of adapters or checkpoints, models, or pairs of model and adapter name; of different
-            methods and ranks. A module that a source does not change counts as an update of zero there.
+        sources: Folders of adapters or checkpoints, ids of adapters on the Hub, models, or pairs of model and
+            adapter name; of different methods and ranks. A module that a source does not change counts as an
+            update of zero there.
         method: Name in `METHODS`.
         weights: Weights of the sources; all 1 if None.
         scale: Factor of the merged update.

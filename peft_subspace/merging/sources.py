@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_subspace.core.names import in_base
 from peft_subspace.merging.checkpoints import Checkpoint, read_tensor
 from peft_subspace.merging.source import Source
+from peft_subspace.persistence.folder import adapter_folder
 from peft_subspace.persistence.lora_export import lora_state_dict
 from peft_subspace.tools.read_adapter import read_adapter
 from peft_subspace.tuner.holder import adapted_layers
@@ -64,13 +65,13 @@ def open_source(
     """Open what is to be merged.
 
     Args:
-        source: Folder of an adapter or of a full checkpoint; a model with an adapter `"default"`, of this
-            package or a LoRA of PEFT's, or a pair of model and adapter name.
+        source: Folder of an adapter or of a full checkpoint; id of an adapter on the Hub; a model with an
+            adapter `"default"`, of this package or a LoRA of PEFT's, or a pair of model and adapter name.
         base: Folder of the base model, needed for checkpoints; for adapters it may be the model itself.
         common_rows: Whether a checkpoint may have another number of rows than the base.
 
     Raises:
-        FileNotFoundError: If a folder has neither.
+        FileNotFoundError: If a folder has neither, or there is none, here or on the Hub.
         ValueError: If an adapter's update is not made of its factors, or a file is damaged.
     """
     if isinstance(source, Source):
@@ -79,20 +80,21 @@ def open_source(
         source = (source, "default")
     if isinstance(source, tuple):
         return _on_model(source[1], *source)
-    folder = Path(source)
+    name = str(source)
+    folder = Path(source) if Path(source).is_dir() else adapter_folder(name, {})
     if not (folder / CONFIG_NAME).is_file():
         return Checkpoint.open(folder, base, common_rows=common_rows)
     declared = json.loads((folder / CONFIG_NAME).read_text())
     if declared.get("peft_type") != "LORA":
-        return _on_model(str(folder), read_adapter(folder, base), "default")
+        return _on_model(name, read_adapter(folder, base), "default")
     config = PeftConfig.from_pretrained(str(folder))
-    _check_equation(str(folder), config)
+    _check_equation(name, config)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; pickled tensors are not read")
     with opened(path) as file:
         keys = list(file.keys())
-    return _of_lora(str(folder), config, {key: partial(read_tensor, path, key) for key in keys})
+    return _of_lora(name, config, {key: partial(read_tensor, path, key) for key in keys})
 
 
 def _on_model(name: str, model: nn.Module, adapter_name: str) -> LoRASource:
