@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,24 +26,25 @@ def fingerprint(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     matrix = weight.flatten(1)
     matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
-    left, right = (_waves(size).to(matrix.device) for size in matrix.shape)
-    projections = ((matrix @ right) * left).sum(0)
+    left, right = (torch.from_numpy(_waves(size)).to(matrix.device) for size in matrix.shape)
+    projections = ((left @ matrix) * right).sum(1)
     precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     rest = torch.tensor([precision], dtype=torch.float64, device=matrix.device)
-    return torch.cat([matrix.square().mean().sqrt()[None], projections, rest]).float()
+    root_mean_square = torch.linalg.vector_norm(matrix) / matrix.numel() ** 0.5
+    return torch.cat([root_mean_square[None], projections, rest]).float()
 
 
 def is_same(found: Tensor, expected: Tensor) -> bool:
     """Whether two fingerprints are those of one weight, give or take a conversion to another dtype."""
-    found, expected = found.double().cpu(), expected.double().cpu()
-    precision = max(found[-1].item(), expected[-1].item()) if found[-1] != expected[-1] else 0.0
-    limit = (_SAME + 2 * precision) * expected[0].clamp_min(torch.finfo(torch.float32).tiny)
-    return bool(((found - expected)[:-1].abs() <= limit).all())
+    (*numbers, eps), (*wanted, wanted_eps) = found.tolist(), expected.tolist()
+    precision = max(eps, wanted_eps) if eps != wanted_eps else 0.0
+    limit = (_SAME + 2 * precision) * max(wanted[0], torch.finfo(torch.float32).tiny)
+    return all(abs(a - b) <= limit for a, b in zip(numbers, wanted, strict=True))
 
 
-def _waves(size: int) -> Tensor:
-    """Unit vectors `(size, waves)` that have nothing to do with the structure of a weight."""
-    positions = torch.arange(1, size + 1, dtype=torch.float64)[:, None]
-    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0][:_WAVES], dtype=torch.float64).sqrt()
-    waves = torch.cos(positions * frequencies + frequencies)
-    return waves / waves.norm(dim=0)
+@lru_cache(maxsize=32)
+def _waves(size: int) -> Any:
+    """Unit vectors `(waves, size)` that have nothing to do with the structure of a weight."""
+    frequencies = np.sqrt([2.0, 3.0, 5.0, 7.0][:_WAVES])[:, None]
+    waves = np.cos(np.arange(1, size + 1) * frequencies + frequencies)
+    return waves / np.linalg.norm(waves, axis=1, keepdims=True)

@@ -22,6 +22,6 @@ def undo_repacking(base: nn.Module) -> None:
 
 def prevent_repacking(base: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit values, which loses precision and cannot be trained on."""
-    if hasattr(base, "support_avx512bf16_for_cpu"):
+    if "support_avx512bf16_for_cpu" in vars(base):
         undo_repacking(base)
         base.support_avx512bf16_for_cpu = False

@@ -71,19 +71,18 @@ class Update(LeanModule, ABC):
     full_precision: ClassVar[tuple[str, ...]] = ()
     shared_name: ClassVar[str] = "shared"
     fingerprint: Tensor
+    awaits: tuple[str, str] | None = None
+    penalized_at: int | None = None
+    _shared: tuple[Any, str] = ({}, "")  # a tuple hides modules from torch: one place alone holds them
 
     def __init__(self, config: Any, spec: ModuleSpec) -> None:
         super().__init__(for_inference=config.for_inference)
         self.spec, self.shape, self.random_std = spec, spec.shape, spec.shape.random_std
         self.keeps_zeros = bool(config.keep_zeros)
         self.initialized, self.frozen = bool(config.initialized), bool(config.frozen)
-        self.awaits: tuple[str, str] | None = None
         self.penalty_weights: dict[str, float] = config.penalty_weights
-        self.penalized_at: int | None = None
         if self.needs_weight:
             self.register_buffer("fingerprint", torch.zeros(FINGERPRINT, dtype=torch.float32))
-        # A tuple hides modules from torch: one place alone holds, moves and saves them.
-        self._shared: tuple[Any, str] = ({}, "")
 
     @abstractmethod
     def update(self, weight: ReadWeight) -> Tensor:

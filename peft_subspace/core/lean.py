@@ -25,9 +25,10 @@ class LeanModule(TrainedModule):
         training_only: Names of the buffers that only further training needs; None where the module is lean.
     """
 
+    training_only: tuple[str, ...] = ()
+
     def __init__(self, *, for_inference: bool) -> None:
         super().__init__()
-        self.training_only: tuple[str, ...] = ()
         self._for_inference = for_inference
 
     def register_frozen(self, name: str, tensor: Tensor, *, training_only: bool) -> None:
@@ -38,7 +39,8 @@ class LeanModule(TrainedModule):
     @property
     def frozen_in_files(self) -> set[str]:
         """Names of the frozen tensors that the update is made of, which no file goes without."""
-        return {name for name, _ in self.named_buffers(recurse=False)} - {*self.training_only, "fingerprint"}
+        there = {name for name, tensor in self._buffers.items() if tensor is not None}
+        return there - {*self.training_only, "fingerprint"}
 
     @property
     def lean(self) -> bool:

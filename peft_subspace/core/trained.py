@@ -15,10 +15,11 @@ class TrainedModule(nn.Module):
         trained_shapes: Shapes of the parameters, whole, by name.
     """
 
+    _original: tuple[Any, ...] = ()  # a tuple hides a module from torch
+
     def __init__(self) -> None:
         super().__init__()
         self.trained_shapes: dict[str, torch.Size] = {}
-        self._original: tuple[Any, ...] = ()  # a tuple hides a module from torch
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter, and remember that there is one of this name and shape."""

@@ -49,13 +49,13 @@ def usage_of(name: str, modules: Iterable[nn.Module]) -> tuple[bool, bool]:
         name: Name of the child in the module that has it.
         modules: That module, and those around it.
     """
-    return _usage(name, frozenset(cls for module in modules for cls in type(module).__mro__))
+    return _usage(name, frozenset(map(type, modules)))
 
 
 @lru_cache(maxsize=4096)
-def _usage(name: str, classes: frozenset[type]) -> tuple[bool, bool]:
+def _usage(name: str, types: frozenset[type]) -> tuple[bool, bool]:
     called = read = False
-    for cls in classes - {nn.Module, object}:
+    for cls in {cls for kind in types for cls in kind.__mro__} - {nn.Module, object}:
         for file in _files(cls):
             if re.search(rf"\.{re.escape(name)}\.weight\b", _source(file)):
                 table = _analyze(file)

@@ -12,7 +12,7 @@ from peft_subspace.runtime.files import atomic_write
 from peft_subspace.tuner import callers, frozen_file
 from peft_subspace.tuner.apart import FROZEN, TRAINING_FILE
 from peft_subspace.tuner.config import SubspaceConfig
-from peft_subspace.tuner.lean import layers_by_key, tensors_of, training_updates
+from peft_subspace.tuner.lean import by_start, layers_by_key, training_updates
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -35,9 +35,10 @@ def write_training_files(folder: Path, config: SubspaceConfig) -> None:
         return
     state = model.state_dict() if state is None else state
     trained, frozen = dict[str, Tensor](), dict[str, Tensor]()
+    tensors = by_start((start for start, _ in layers), state)
     for start, saved in layers:
         update = updates[saved]
-        for name, tensor in tensors_of(start, state).items():
+        for name, tensor in tensors[start].items():
             if update.training_only and name in dict(update.named_parameters()):
                 trained[f"{saved}{name}"] = tensor.detach().cpu().contiguous()
             elif name in update.training_only:

@@ -19,7 +19,6 @@ from torch.func import functional_call
 from peft_subspace.core.delta import ReadWeight, Update
 from peft_subspace.core.modes import is_transformed, lasting
 from peft_subspace.runtime.engines import engine_of, gathered, whole
-from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 
@@ -161,14 +160,14 @@ def version_of(delta: Update) -> int:
     return next(iter(delta.original.trained.values()))._version
 
 
-def _regularize(tuner: SubspaceModel, model: nn.Module, adapter_name: str) -> None:
+def _regularize(tuner: SubspaceModel, adapter_name: str, layers: dict[str, Any]) -> None:
     """Let a model add the loss terms of a new adapter to its loss; a layer watches that they arrive."""
     if not any(tuner.peft_config[adapter_name].penalty_weights.values()):
         return
-    for layer in list(adapted_layers(model, adapter_name, SubspaceLayer).values())[:1]:
+    for layer in list(layers.values())[:1]:
         layer.watch(adapter_name, _Watch())
-    if add_to_loss not in model._forward_hooks.values():
-        tuner.handles.append(model.register_forward_hook(add_to_loss, with_kwargs=True))
+    if add_to_loss not in tuner.model._forward_hooks.values():
+        tuner.handles.append(tuner.model.register_forward_hook(add_to_loss, with_kwargs=True))
 
 
 class _Watch:

@@ -6,11 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from peft_subspace.layers.calls import outputs_in
-from peft_subspace.tuner.holder import AdapterHolder, adapted_layers
+from peft_subspace.tuner.holder import AdapterHolder
 from peft_subspace.tuner.model import SubspaceModel
 
 
@@ -62,9 +61,8 @@ class FirstStep:
             )
 
 
-def watch_first_step(tuner: SubspaceModel, model: nn.Module, adapter_name: str) -> None:
+def watch_first_step(tuner: SubspaceModel, adapter_name: str, layers: dict[str, Any]) -> None:
     """Watch the first training step of a new adapter."""
-    layers: dict[str, Any] = adapted_layers(model, adapter_name, tuner.tuner_layer_cls)
     if len(layers) > 1:
         step = FirstStep(layers, adapter_name)
         for layer in layers.values():

@@ -21,7 +21,7 @@ from torch import Tensor
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.tuner.frozen_file import file_name, find, read
-from peft_subspace.tuner.lean import frozen_tensors, tensors_of, training_updates
+from peft_subspace.tuner.lean import by_start, frozen_tensors, training_updates
 from peft_subspace.tuner.source import opened
 from peft_subspace.tuner.weight_start import WeightStarts
 
@@ -149,9 +149,10 @@ def complete(
     }
     if lacking:
         whole |= compute_again(lacking, adapter_name, config)
+    of_file, of_all = by_start(training, state), by_start(training, whole)
     for start, update in training.items():
         with error_context(update.spec.name):
-            _check_same(update, tensors_of(start, state), tensors_of(start, whole))
+            _check_same(update, of_file[start], of_all[start])
     return whole
 
 
@@ -167,10 +168,9 @@ def drop_unfilled(updates: Mapping[str, Update], state: Mapping[str, Tensor]) ->
 def confine(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors, of which those for lean updates are in that form: a file of version 0.1 has them otherwise."""
     confined = dict(state)
-    for start, update in updates.items():
-        if update.lean:
-            own = update.inference_state(tensors_of(start, state))
-            confined |= {f"{start}{name}": tensor for name, tensor in own.items()}
+    for start, own in by_start((start for start, update in updates.items() if update.lean), state).items():
+        lean = updates[start].inference_state(own)
+        confined |= {f"{start}{name}": tensor for name, tensor in lean.items()}
     return confined
 
 

@@ -32,9 +32,10 @@ def create_adapter(
     scaling = config.scaling_for(delta)
     delta.random_std /= scaling or 1.0
     layer._deferred.pop(adapter_name, None)
-    held = [] if shared is None else _tensors(shared[adapter_name])
-    if any(tensor.is_meta for tensor in [*_tensors(delta), *held]):
-        delta.to("meta")  # PEFT leaves parameters to be loaded there, but not the rest
+    own, held = _tensors(delta), [] if shared is None else _tensors(shared[adapter_name])
+    if any(tensor.is_meta for tensor in (*own, *held)):
+        if not all(tensor.is_meta for tensor in own):
+            delta.to("meta")  # PEFT leaves parameters to be loaded there, but not the rest
         initialized = False
     else:
         copied = layer.deltas[source] if source is not None and source in layer.deltas else None

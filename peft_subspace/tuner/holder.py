@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -37,6 +37,10 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
     prefix: ClassVar[str]
     delta_cls: ClassVar[type[Update]]
     base_weight: BaseWeight
+    kept = Kept()
+    _reach: Reach | None = None
+    _shared: tuple[SharedTensors, ...] = ()
+    """A tuple hides the container from torch: its holder alone moves and saves it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,12 +60,7 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         self.add_module(f"{self.prefix}dropout", nn.ModuleDict())
         self.scaling, self.initial_scaling = {}, {}
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self._watchers: dict[str, list[Watcher]] = {}
-        self._reach: Reach | None = None
-        self.kept = Kept()
-        # A tuple hides the container from torch: its holder alone moves and saves it.
-        self._shared: tuple[SharedTensors, ...] = ()
 
     @property
     def deltas(self) -> nn.ModuleDict:
@@ -189,16 +188,20 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
         A weight on the meta device takes no adapter with it: it may be offloaded. What layers share leaves
         the host if one of them does.
         """
-        if adapter_name not in self.deltas or any(
-            tensor.is_meta for tensor in self.deltas[adapter_name].state_dict().values()
-        ):
+        if adapter_name not in self.deltas:
+            return
+        delta = self.deltas[adapter_name]
+        tensors = [*delta.parameters(), *delta.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
             return
         base = self.get_base_layer()
         base_device, dtype = self._get_base_layer_device_and_dtype(base)
         target: Any = device or base_device
         if target.type == "meta":
             target = getattr(offload_hook(base), "execution_device", None)
-        self.deltas[adapter_name].to(device=target, dtype=dtype)
+        wanted = [(t.device if target is None else target, dtype or t.dtype) for t in tensors]
+        if wanted != [(t.device, t.dtype) for t in tensors]:
+            delta.to(device=target, dtype=dtype)
         if self._shared and target is not None and torch.device(target).type != "cpu":
             for parameter in self._shared[0][adapter_name].parameters():
                 if parameter.device.type == "cpu":
@@ -215,8 +218,15 @@ class AdapterHolder(nn.Module, ScaledAdapters, BaseTunerLayer):
 
 def adapted_layers(model: nn.Module, adapter_name: str, kind: type[HolderT]) -> dict[str, HolderT]:
     """Layers of a kind that have an adapter, by their names in the base model."""
+    return adapted_among(model.named_modules(), adapter_name, kind)
+
+
+def adapted_among(
+    modules: Iterable[tuple[str, nn.Module]], adapter_name: str, kind: type[HolderT]
+) -> dict[str, HolderT]:
+    """The same of some modules with their names."""
     return {
         in_base(name): module
-        for name, module in model.named_modules()
+        for name, module in modules
         if isinstance(module, kind) and adapter_name in module.deltas
     }

@@ -19,7 +19,7 @@ from peft_subspace.tuner.apart import complete, read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.heads import planned_heads, put_heads
 from peft_subspace.tuner.layer import SubspaceLayer
-from peft_subspace.tuner.lean import layers_by_key, tensors_of
+from peft_subspace.tuner.lean import by_start, layers_by_key
 from peft_subspace.tuner.plan import Plan, Planned, plan_module
 from peft_subspace.tuner.shared import SharedTensors, hold
 from peft_subspace.tuner.weight_start import WeightStarts
@@ -59,11 +59,15 @@ class Injection:
         self.apart = self._read_apart()
         self.tied = tied_parameters(tuner.model)
         self._missed = {n for n, item in plan.modules.items() if not item.target.is_parameter}
-        of_modules = self._missed or any(item.target.part_of for item in plan.modules.values())
+        self._parts: dict[str, dict[str, Planned]] = {}
+        for name, item in plan.modules.items():
+            if item.target.part_of is not None:
+                self._parts.setdefault(item.target.part_of, {})[name] = item
+        of_modules = self._missed or self._parts
         if config.target_modules and plan.modules and not of_modules:
             warnings.warn(f"target_modules={config.target_modules!r} match no module", stacklevel=2)
         if plan.shared is not None and not of_modules:  # PEFT will be iterating over the model's children
-            hold(holder, tuner.shared_attribute())
+            hold(holder, plan.shared_attribute)
         lowered = [f"{name} to {item.spec.rank}" for name, item in plan.modules.items() if item.spec.lowered]
         if lowered and config.r != type(config).r:
             logger.warning(
@@ -77,6 +81,8 @@ class Injection:
         again = sum(config is other for other in self.tuner.peft_config.values()) > 1  # and it will be a copy
         if not config.initialized or config.format_version < 2 or config.source is None or again:
             return None
+        if config.frozen_file is None and not any(i.update.training_only for i in self.plan.modules.values()):
+            return {}
         return read_apart(self.plan.updates_by_key(self.tuner.model), config.source, config.frozen_file)
 
     def _add_apart(self, adapter_name: str) -> None:
@@ -87,8 +93,8 @@ class Injection:
         layers = layers_by_key(self.tuner.model, self.tuner.tuner_layer_cls, adapter_name)
         by_key = {saved: layer for (_, saved), layer in layers.items()}
         whole = complete(by_key, adapter_name, self.config, {}, self.apart, new=True)
-        for start, layer in by_key.items():
-            layer.deltas[adapter_name].load_state_dict(tensors_of(start, whole), strict=False)
+        for start, tensors in by_start(by_key, whole).items():
+            by_key[start].deltas[adapter_name].load_state_dict(tensors, strict=False)
 
     def _planned(self, name: str, module: nn.Module, parameter_name: str | None) -> Planned:
         """What is planned for a target; injecting by a state dict's keys reaches others as well.
@@ -128,7 +134,7 @@ class Injection:
             parameter_name: Name in the target of the parameter to adapt.
         """
         self._missed.discard(full_name)
-        parts = {n: item for n, item in self.plan.modules.items() if item.target.part_of == full_name}
+        parts = self._parts.get(full_name, {})
         for part, item in parts.items():
             self._missed.discard(part)
             own = part.rpartition(".")[2]
@@ -196,7 +202,7 @@ class Injection:
         """Tensors that the layers of each adapter share, those of the new one among them."""
         if self.plan.shared is None:
             return None
-        container = hold(self.holder, self.tuner.shared_attribute())
+        container = hold(self.holder, self.plan.shared_attribute)
         if adapter_name not in container:
             specs = [item.spec for item in self.plan.modules.values()]
             shared: Any = self.tuner.tuner_layer_cls.delta_cls.shared(self.config, specs)

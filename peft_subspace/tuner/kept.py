@@ -92,6 +92,8 @@ def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
 
 def release(layer: Any) -> None:
     """Keep nothing; tensors of adapters that lie in the stack get memory of their own again."""
+    if not layer.kept.states:
+        return
     stacks = {tensor.untyped_storage().data_ptr() for tensor in layer.kept.stacked}
     layer.kept = Kept()
     for tensor in (*layer.deltas.parameters(), *layer.deltas.buffers()) if stacks else ():

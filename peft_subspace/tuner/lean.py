@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,9 +46,16 @@ def layers_by_key(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict[t
     return layers
 
 
-def tensors_of(start: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose keys have this start, by the rest of it."""
-    return {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
+def by_start(starts: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the starts of their keys, each of which ends with a point, and by the rest of these."""
+    found: dict[str, dict[str, Tensor]] = {start: {} for start in starts}
+    for key, tensor in state.items():
+        path = key.rpartition(".")[0]
+        while path and f"{path}." not in found:
+            path = path.rpartition(".")[0]
+        if path:
+            found[f"{path}."][key.removeprefix(f"{path}.")] = tensor
+    return found
 
 
 def training_updates(updates: Mapping[str, Update]) -> dict[str, Update]:
@@ -72,8 +79,9 @@ def inference_state(
 ) -> dict[str, Tensor]:
     """Tensors of an adapter, by key in the model, that make the same updates without those for training."""
     kept = dict(state)
-    for (start, _), layer in layers_by_key(model, layer_cls, adapter_name).items():
-        update, own = layer.deltas[adapter_name], tensors_of(start, state)
+    layers = {start: layer for (start, _), layer in layers_by_key(model, layer_cls, adapter_name).items()}
+    for start, own in by_start(layers, state).items():
+        update = layers[start].deltas[adapter_name]
         if update.training_only and own:
             device = next(iter(own.values())).device.type
             with torch.autocast("cpu" if device == "meta" else device, enabled=False):

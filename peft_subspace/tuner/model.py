@@ -19,11 +19,11 @@ from peft_subspace.runtime.progress import counting
 from peft_subspace.tuner import callers, combination
 from peft_subspace.tuner.classes import layer_classes
 from peft_subspace.tuner.config import SubspaceConfig
-from peft_subspace.tuner.holder import adapted_layers
+from peft_subspace.tuner.holder import adapted_among, adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.mixed_batch import check_whole_adapters, mixed_batch
-from peft_subspace.tuner.ownership import admit, update_starts
+from peft_subspace.tuner.ownership import admit
 from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
@@ -50,8 +50,8 @@ class SubspaceModel(StateHooks):
     tuner_layer_cls: type[SubspaceLayer]
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     parameter_layer_cls: ClassVar[type[SubspaceLayer]]
-    after_injection: ClassVar[list[Callable[[SubspaceModel, nn.Module, str], None]]] = []
-    """Called, with tuner, base model and adapter name, when an adapter has been added."""
+    after_injection: ClassVar[list[Callable[[SubspaceModel, str, dict[str, SubspaceLayer]], None]]] = []
+    """Called, with tuner, adapter name and the layers that have it, when an adapter has been added."""
     target_module_mapping: Any = DEFAULT_TARGETS
     _injection: Any = None
 
@@ -117,15 +117,20 @@ class SubspaceModel(StateHooks):
                 self._injection.starts.close()
                 self._injection = None
         self._before_loading = before if callers.reads_file() else None
-        own = update_starts(self, self.tuner_layer_cls, self.shared_attribute(), [adapter_name])
-        trained = [parameter for name, parameter in self.named_parameters() if name.startswith(own)]
-        self.peft_config[adapter_name].trained = sum(parameter.numel() for parameter in trained)
-        for layer in list(adapted_layers(model, adapter_name, self.tuner_layer_cls).values())[:1]:
-            layer.watch(adapter_name, self.tuner_layer_cls.delta_cls.on_training_step)
-        for module in model.modules():
+        self._finish(adapter_name, dict(model.named_modules()))
+
+    def _finish(self, adapter_name: str, modules: dict[str, nn.Module]) -> None:
+        """Look over the modules of the model once the adapter is there."""
+        for module in modules.values():
             prevent_repacking(module)
+        layers = adapted_among(modules.items(), adapter_name, self.tuner_layer_cls)
+        parts = {part for layer in layers.values() for part in layer.deltas[adapter_name].parts}
+        trained = {parameter for part in parts for parameter in part.parameters()}
+        self.peft_config[adapter_name].trained = sum(parameter.numel() for parameter in trained)
+        for layer in list(layers.values())[:1]:
+            layer.watch(adapter_name, self.tuner_layer_cls.delta_cls.on_training_step)
         for call in self.after_injection:
-            call(self, model, adapter_name)
+            call(self, adapter_name, layers)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Plan the adapter, and check every targeted module before the first one is replaced."""
@@ -172,6 +177,8 @@ class SubspaceModel(StateHooks):
         config = self.peft_config[adapter_name]
         runs_as_before = config.format_version == 1 and (config.inference_mode or config.frozen)  # in fp32
         exact = self.tuner_layer_cls.delta_cls.full_precision if runs_as_before else ()
+        if autocast_adapter_dtype and self.shared_attribute() is None:  # PEFT has cast all that there is
+            return
         for layer in adapted_layers(self, adapter_name, self.tuner_layer_cls).values():
             layer.cast_trained(adapter_name, torch.float32 if autocast_adapter_dtype else None, exact)
 

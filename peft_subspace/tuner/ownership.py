@@ -39,7 +39,9 @@ def admit(name: Any, configs: Mapping[str, Any]) -> None:
     configs[name].number = max(others, default=-1) + 1
 
 
-def update_starts(model: nn.Module, layer_cls: Any, attribute: str, names: Iterable[str]) -> tuple[str, ...]:
+def update_starts(
+    model: nn.Module, layer_cls: Any, attribute: str | None, names: Iterable[str]
+) -> tuple[str, ...]:
     """Prefixes of the keys of some adapters' updates, and of what they share, in a model."""
     names, found = list(names), []
     for path, module in model.named_modules(remove_duplicate=False):
@@ -50,7 +52,7 @@ def update_starts(model: nn.Module, layer_cls: Any, attribute: str, names: Itera
 
 
 def owner_test(
-    model: nn.Module, layer_cls: Any, attribute: str, names: Collection[str]
+    model: nn.Module, layer_cls: Any, attribute: str | None, names: Collection[str]
 ) -> Callable[[str], bool]:
     """Function that tells whether a key is of one of these adapters, heads and trained tokens included."""
     starts = update_starts(model, layer_cls, attribute, names)

@@ -33,14 +33,11 @@ def _inside(name: str, wrapped: Mapping[str, list[str]]) -> str:
     return path[1:]
 
 
-def surroundings(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
-    """Last part of a module's name, and the modules around it, the innermost last."""
-    parts = [part for part in name.split(".") if part != "base_layer"]
-    around, path = [model], ""
-    for part in name.split(".")[:-1]:
-        path = f"{path}.{part}" if path else part
-        around.append(model.get_submodule(path))
-    return parts[-1], around
+def surroundings(modules: Mapping[str, nn.Module], name: str) -> tuple[str, list[nn.Module]]:
+    """Last part of a module's name, and the modules around it, of a model's modules by their names."""
+    parts = name.split(".")
+    around = [modules[".".join(parts[:count])] for count in range(len(parts))]
+    return next(part for part in reversed(parts) if part != "base_layer"), around
 
 
 def shared_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

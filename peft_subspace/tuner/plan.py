@@ -113,7 +113,7 @@ def make_plan(
     }
     with torch.device("meta"):
         plan = Plan(prefix, modules, update_cls.shared(config, list(specs.values())) if specs else None)
-    _check_size(plan, model, config)
+    _check_size(plan, config)
     return plan
 
 
@@ -137,14 +137,18 @@ def _on_meta(
     return known[key]
 
 
-def _check_size(plan: Plan, model: nn.Module, config: Any) -> None:
+def _check_size(plan: Plan, config: Any) -> None:
     """Raise, before anything is allocated, if an adapter is out of proportion to its weights."""
-    if not plan.modules:
-        return
-    size = sum(tensor.numel() for tensor in plan.expected_state(model).values())
+    updates = [item.update for item in plan.modules.values()]
+    sizes = {update: _size(update) for update in {*updates}}
+    size = sum(sizes[update] for update in updates) + (_size(plan.shared) if plan.shared is not None else 0)
     adapted = sum(prod(item.spec.shape.dims) for item in plan.modules.values())
     if size > _MOST_TIMES * adapted + _MOST_BESIDES:
         raise ValueError(
             f"the adapter would have {size} numbers, more than {_MOST_TIMES} times the {adapted} of the "
             f"weights that it adapts; lower its ranks, such as r={config.r!r} or those in rank_pattern"
         )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.state_dict().values())

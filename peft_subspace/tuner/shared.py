@@ -21,9 +21,9 @@ class SharedTensors(nn.ModuleDict):
         return x
 
 
-def shared_containers(model: nn.Module, attribute: str) -> Iterator[tuple[str, SharedTensors]]:
+def shared_containers(model: nn.Module, attribute: str | None) -> Iterator[tuple[str, SharedTensors]]:
     """Containers of a name anywhere in a model; the prefix that FSDP puts before names is left out."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if attribute is not None else ():
         if isinstance(module, SharedTensors) and name.rpartition(".")[2] == attribute:
             yield name.removeprefix("_fsdp_wrapped_module."), module
 

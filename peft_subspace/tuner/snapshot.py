@@ -24,9 +24,11 @@ class Snapshot:
         self.tuner, self.adapter_name = tuner, adapter_name
         self.had_config = "peft_config" in vars(tuner.model)
         self.active, self.handles = tuner.active_adapter, [*tuner.handles]
-        self.kept = [(holder, copy.copy(holder)) for module in tuner.modules() for holder in _holders(module)]
-        self.chosen = [(m, m._active_adapter) for m in tuner.modules() if isinstance(m, _SWITCHED)]
-        self.flags = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+        modules = list(tuner.modules())
+        self.kept = [(holder, copy.copy(holder)) for module in modules for holder in _holders(module)]
+        self.chosen = [(m, m._active_adapter) for m in modules if isinstance(m, _SWITCHED)]
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in parameters]
 
     def restore(self) -> None:
         """Put everything back."""

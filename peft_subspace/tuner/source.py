@@ -30,7 +30,8 @@ def check_source(folder: Path, model: nn.Module, config: Any) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; save the adapter with save_pretrained")
     with opened(path) as file:
-        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        keys = file.keys() if config.modules_to_save else ()
+        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in keys}
     for tensor, shape in _tensors_of(model, config):
         found = [shapes[key] for key in shapes if key.endswith(f".{tensor}")]
         if not found:
@@ -67,7 +68,7 @@ def _tensors_of(model: nn.Module, config: Any) -> Iterator[tuple[str, tuple[int,
     The shapes of heads that the config sizes come with them.
     """
     heads, ends = planned_heads(model, config), tuple(config.modules_to_save or ())
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if ends else ():
         if name.endswith(ends) and base_name(f"{name}.") == f"{name}.":
             for key, tensor in heads.get(name, module).state_dict().items():
                 if "modules_to_save." not in key:  # of another adapter

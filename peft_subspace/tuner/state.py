@@ -16,11 +16,12 @@ from peft_subspace.base_weights.weight import BaseWeight
 from peft_subspace.core.delta import Update
 from peft_subspace.core.errors import error_context
 from peft_subspace.core.names import BASE, in_base
-from peft_subspace.core.state import check_shapes, check_state
+from peft_subspace.core.state import check_shapes, check_values_of
 from peft_subspace.layers.base import LayerKind
 from peft_subspace.runtime.progress import progress
 from peft_subspace.tuner import callers
 from peft_subspace.tuner.declared import check_declared
+from peft_subspace.tuner.lean import by_start
 from peft_subspace.tuner.places import aliases
 from peft_subspace.tuner.plan import Plan
 from peft_subspace.tuner.shared import shared_containers
@@ -39,15 +40,28 @@ def values_checked() -> Iterator[None]:
 
 
 def check_loaded(
-    model: nn.Module, config: Any, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    own: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    prefix: str,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Raise unless tensors, by their keys in the model, may be loaded into an adapter.
+
+    Args:
+        model: The model.
+        config: Config of the adapter.
+        adapter_name: The adapter.
+        own: Tensors of the model by key.
+        layers: What `layers_of` returns.
+        prefix: Prefix of the method.
+        state: Tensors to be loaded.
 
     Raises:
         ValueError: Naming the first tensor that is unfit.
     """
-    own = model.state_dict()
-    prefix, layers = layer_cls.prefix, _layers(model, adapter_name, layer_cls)
     here = [key for key in state if key in own]
     ours = {key for key in here if f".{prefix}" in f".{key}"}
     others = [key for key in here if key not in ours]
@@ -58,13 +72,15 @@ def check_loaded(
         check_shapes({k: own[k] for k in others}, {k: tuple(state[k].shape) for k in others})
     if _values_checked.get():
         return
-    check_state({key: own[key] for key in ours}, dict(state))
-    check_values({key: layer.deltas[adapter_name] for key, layer in layers.items()}, state)
+    for key in ours:
+        check_values_of(key, state[key], own[key].dtype)
+    updates = {key: layer.deltas[adapter_name] for key, layer in layers.items()}
+    check_values(updates, {key: state[key] for key in ours})
     check_base({key: (layer.base_weight, layer.kind) for key, layer in layers.items()}, state, prefix)
 
 
-def _layers(model: nn.Module, adapter_name: str, layer_cls: Any) -> dict[str, Any]:
-    """Layers that have an adapter, by the prefix of its keys."""
+def layers_of(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict[str, Any]:
+    """Layers that have an adapter, by the prefix of its keys in the model."""
     return {
         f"{name}.{layer_cls.prefix}delta.{adapter_name}": layer
         for name, layer in model.named_modules()
@@ -73,12 +89,12 @@ def _layers(model: nn.Module, adapter_name: str, layer_cls: Any) -> dict[str, An
 
 
 def without_misfits(
-    model: nn.Module, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
+    own: Mapping[str, Tensor], layers: Iterable[str], prefix: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Tensors without those of updates of other shapes in the model; PEFT looks after heads and the like."""
-    own = {key: t for key, t in model.state_dict().items() if f".{layer_cls.prefix}" in f".{key}"}
+    adapters = {key: tensor for key, tensor in own.items() if f".{prefix}" in f".{key}"}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    wrong = mismatched(_layers(model, adapter_name, layer_cls), own, shapes)
+    wrong = mismatched(layers, adapters, shapes)
     if wrong:
         warnings.warn(
             f"ignore_mismatched_sizes=True leaves out {len(wrong)} tensors, such as {min(wrong)}, of updates "
@@ -103,10 +119,12 @@ def check_updates(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> 
     check_base(weights, state, plan.prefix)
 
 
-def in_dtypes_of(model: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_dtypes_of(own: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, those of adapters in the dtypes that they have in the model, which PEFT may replace."""
-    own = {key: tensor.dtype for key, tensor in model.state_dict().items() if f".{prefix}" in f".{key}"}
-    return {key: tensor.to(own.get(key, tensor.dtype)) for key, tensor in state.items()}
+    return {
+        key: tensor.to(own[key].dtype) if key in own and f".{prefix}" in f".{key}" else tensor
+        for key, tensor in state.items()
+    }
 
 
 def without_aliases(model: nn.Module, kind: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,15 +163,17 @@ def is_optional(key: str) -> bool:
 
 
 def missing_fingerprints(
-    model: nn.Module, adapter_name: str, layer_cls: Any, state: Mapping[str, Tensor]
+    layers: Mapping[str, Any], adapter_name: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Fingerprints of no weight, for those that a file leaves out."""
-    missing = {}
-    for start, layer in _layers(model, adapter_name, layer_cls).items():
-        for key, tensor in layer.deltas[adapter_name].named_buffers(start):
-            if is_optional(key) and key not in state and any(k.startswith(f"{start}.") for k in state):
-                missing[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    return missing
+    updates = {start: layer.deltas[adapter_name] for start, layer in layers.items()}
+    without = [s for s, u in updates.items() if u.needs_weight and f"{s}.fingerprint" not in state]
+    found = by_start((f"{start}." for start in without), state if without else {})
+    return {
+        f"{start}.fingerprint": torch.zeros_like(updates[start].fingerprint, device="cpu")
+        for start in without
+        if found[f"{start}."]
+    }
 
 
 def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> None:
@@ -162,11 +182,11 @@ def check_values(updates: Mapping[str, Update], state: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: Naming the first update with an unfit tensor.
     """
-    for key, update in updates.items():
-        tensors = {name: state[f"{key}.{name}"] for name in update.state_dict() if f"{key}.{name}" in state}
+    for start, tensors in by_start((f"{key}." for key in updates), state).items():
+        key = start.removesuffix(".")
         with error_context(key):
             if tensors:
-                update.check_values(tensors)
+                updates[key].check_values(tensors)
 
 
 def check_base(
@@ -195,14 +215,14 @@ def check_base(
 
 
 def shared_state(
-    model: nn.Module, attribute: str, adapter_name: str, state: Mapping[str, Tensor]
+    model: nn.Module, attribute: str | None, adapter_name: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Those entries of a model's state that are shared tensors of an adapter."""
     starts = tuple(f"{name}.{adapter_name}." for name, _ in shared_containers(model, attribute))
     return {key: tensor for key, tensor in state.items() if key.startswith(starts)}
 
 
-def shared_keys(model: nn.Module, attribute: str, adapter_name: str) -> dict[str, str]:
+def shared_keys(model: nn.Module, attribute: str | None, adapter_name: str) -> dict[str, str]:
     """Keys of an adapter's shared tensors in the model by their keys in a file, with and without `BASE`."""
     keys = {}
     for name, container in shared_containers(model, attribute):
@@ -212,7 +232,7 @@ def shared_keys(model: nn.Module, attribute: str, adapter_name: str) -> dict[str
     return keys
 
 
-def saved_key(key: str, attribute: str) -> str:
+def saved_key(key: str, attribute: str | None) -> str:
     """Key in a file, given that in the model without the adapter's name."""
     held_by_tuner = key.startswith(f"base_model.{attribute}.")
     return f"{BASE}{key.removeprefix('base_model.')}" if held_by_tuner else key

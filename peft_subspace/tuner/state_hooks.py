@@ -25,9 +25,10 @@ class StateHooks(BaseTuner):
     """What was found apart from the file of the adapter that is being loaded."""
 
     @classmethod
-    def shared_attribute(cls) -> str:
-        """Name, in the model and in files, of the container of tensors that layers share."""
-        return f"{cls.prefix}{cls.tuner_layer_cls.delta_cls.shared_name}"
+    def shared_attribute(cls) -> str | None:
+        """Name, in the model and in files, of the container of what layers share; None if they share nothing."""
+        update_cls = cls.tuner_layer_cls.delta_cls
+        return f"{cls.prefix}{update_cls.shared_name}" if update_cls.defines("shared") else None
 
     @classmethod
     def _get_adapter_state_dict(
@@ -58,7 +59,7 @@ class StateHooks(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Key in a file: without the name, and of shared tensors that of the base model's root."""
         attribute = cls.shared_attribute()
-        for container in (f"{cls.prefix}delta", attribute):
+        for container in filter(None, (f"{cls.prefix}delta", attribute)):
             path, found, tensor = key.rpartition(f"{container}.{adapter_name}.")
             if found and (not path or path.endswith(".")):
                 return state.saved_key(f"{path}{container}.{tensor}", attribute)
@@ -72,15 +73,18 @@ class StateHooks(BaseTuner):
         keys = state.shared_keys(model, cls.shared_attribute(), adapter_name)
         renamed = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
-        remapped |= state.missing_fingerprints(model, adapter_name, cls.tuner_layer_cls, remapped)
+        own, layers = model.state_dict(), state.layers_of(model, cls.tuner_layer_cls, adapter_name)
+        remapped |= state.missing_fingerprints(layers, adapter_name, remapped)
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         pending = None if tuner is None else tuner._apart
         try:
             if callers.ignores_mismatched_sizes():
-                remapped = state.without_misfits(model, adapter_name, cls.tuner_layer_cls, remapped)
-            state.check_loaded(model, config, adapter_name, cls.tuner_layer_cls, remapped)
-            remapped = cls._completed(model, config, adapter_name, remapped, callers.folder_read(), pending)
-            remapped = state.in_dtypes_of(model, cls.prefix, remapped)
+                remapped = state.without_misfits(own, layers, cls.prefix, remapped)
+            state.check_loaded(model, config, adapter_name, own, layers, cls.prefix, remapped)
+            if pending != {} or any(la.deltas[adapter_name].training_only for la in layers.values()):
+                folder = callers.folder_read()
+                remapped = cls._completed(model, config, adapter_name, remapped, folder, pending)
+            remapped = state.in_dtypes_of(own, cls.prefix, remapped)
         except (OSError, ValueError):
             if tuner is not None and tuner._before_loading is not None:
                 tuner._before_loading.restore()
@@ -104,9 +108,10 @@ class StateHooks(BaseTuner):
         layers = lean.layers_by_key(model, cls.tuner_layer_cls, adapter_name)
         updates = {saved: layer.deltas[adapter_name] for (_, saved), layer in layers.items()}
         own: dict[str, Tensor] = {}
+        tensors = lean.by_start((start for start, _ in layers), loaded)
         for start, saved in layers:  # PEFT does not rename what has no place in the model
             extra = updates[saved].training_only
-            own |= {f"{saved}{n}": t for n, t in lean.tensors_of(start, loaded).items()}
+            own |= {f"{saved}{n}": t for n, t in tensors[start].items()}
             own |= {f"{saved}{n}": loaded[f"{saved}{n}"] for n in extra if f"{saved}{n}" in loaded}
         if folder is None:
             apart.drop_unfilled(updates, own)
@@ -120,7 +125,5 @@ class StateHooks(BaseTuner):
                 found = apart.read_apart(updates, folder, of_file.frozen_file)
             by_key = {saved: layer for (_, saved), layer in layers.items()}
             own = apart.complete(by_key, adapter_name, config, own, found, new=pending is not None)
-        whole = apart.confine(updates, own)
-        return loaded | {
-            f"{start}{n}": t for start, saved in layers for n, t in lean.tensors_of(saved, whole).items()
-        }
+        whole = lean.by_start(updates, apart.confine(updates, own))
+        return loaded | {f"{start}{n}": t for start, saved in layers for n, t in whole[saved].items()}

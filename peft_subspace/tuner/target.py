@@ -88,7 +88,7 @@ def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Targe
     Args:
         target: The weight.
         name: Name of the module in the one that has it.
-        around: The modules that have it, innermost last.
+        around: That module, and those around it.
 
     Raises:
         TypeError: If the model reads packed values and never calls the module.
@@ -99,7 +99,7 @@ def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Targe
             "the model reads this weight, which is quantized, and never calls the layer, so an adapter would "
             "have no effect; load the base model unquantized, or exclude the module with exclude_modules"
         )
-    return replace(target, is_read=read and target.backend is None)
+    return replace(target, is_read=True) if read and target.backend is None else target
 
 
 def analyze_parameter(owner: nn.Module, name: str) -> Target:

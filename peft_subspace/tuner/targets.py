@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -100,29 +100,29 @@ def include_all_linear_layers(config: SubspaceConfig, model: nn.Module) -> None:
     _maybe_include_all_linear_layers(config, model)
     if config.target_modules is given:
         return
-    found = set(config.target_modules or ())
-    dead = {name for name in found if usage_of(*surroundings(model, name)) == (False, True)}
-    dead |= {name for name in found if _is_held_by_compiler(name, model.get_submodule(name))}
+    modules, found = dict(model.named_modules()), set(config.target_modules or ())
+    dead = {name for name in found if usage_of(*surroundings(modules, name)) == (False, True)}
+    dead |= {name for name in found if _is_held_by_compiler(name, modules[name])}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     more = {
         name
-        for name, module in _outermost(model)
+        for name, module in _outermost(modules)
         if not isinstance(module, nn.Linear | nn.Embedding) and module is not head and quantization_of(module)
     }
     config.target_modules = sorted((more | found) - dead)
 
 
-def targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that PEFT will hand over for replacement."""
-    for name, module in _outermost(model):
+def targets(modules: Mapping[str, nn.Module], config: SubspaceConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Those of a model's modules that PEFT will hand over for replacement."""
+    for name, module in _outermost(modules):
         if BaseTuner._check_target_module_exists(config, name):
             yield name, module
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a model that lie in no tuner layer, but for those of a module with adapted parameters."""
+def _outermost(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules, of a model's, that lie in no tuner layer, but for those of one with adapted parameters."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if not name or name.startswith(inside or ("\0",)):
             continue
         if isinstance(module, ParameterLayer):
@@ -143,8 +143,8 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
         TypeError: If a targeted module's type cannot be adapted.
         ValueError: If one of a module's parameters is adapted.
     """
-    backend_kwargs = get_quantization_kwargs(model)
-    for name, module in targets(model, config):
+    backend_kwargs, modules = get_quantization_kwargs(model), dict(model.named_modules())
+    for name, module in targets(modules, config):
         with error_context(name):
             try:
                 target = analyze_module(module, **backend_kwargs)
@@ -164,7 +164,7 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
                     "torch.compile holds this layer itself, so an adapter in its place would never run; "
                     "adapt the model before the layer is compiled, or compile the layer with layer.compile()"
                 )
-            yield name, analyze_use(target, *surroundings(model, name))
+            yield name, analyze_use(target, *surroundings(modules, name))
     for name, owner, parameter_name in targeted_parameters(model, config):
         with error_context(name):
             yield name, analyze_parameter(owner, parameter_name)
