@@ -47,7 +47,7 @@ def layers_by_key(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict[t
 
 
 def by_start(starts: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the starts of their keys, each of which ends with a point, and by the rest of these."""
+    """Tensors by the prefixes of their keys, each of which ends with a point, and by the rest of these."""
     found: dict[str, dict[str, Tensor]] = {start: {} for start in starts}
     for key, tensor in state.items():
         path = key.rpartition(".")[0]
