@@ -62,7 +62,9 @@ class FirstStep:
 
 
 def watch_first_step(tuner: SubspaceModel, adapter_name: str, layers: dict[str, Any]) -> None:
-    """Watch the first training step of a new adapter."""
+    """Watch the first training step of a new adapter, and let its update look at those that it wants to."""
+    for layer in list(layers.values())[:1]:
+        layer.watch(adapter_name, tuner.tuner_layer_cls.delta_cls.on_training_step)
     if len(layers) > 1:
         step = FirstStep(layers, adapter_name)
         for layer in layers.values():

@@ -23,7 +23,7 @@ from peft_subspace.tuner.holder import adapted_among, adapted_layers
 from peft_subspace.tuner.injection import Injection
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.mixed_batch import check_whole_adapters, mixed_batch
-from peft_subspace.tuner.ownership import admit
+from peft_subspace.tuner.ownership import admit, count_trained
 from peft_subspace.tuner.places import shared_places
 from peft_subspace.tuner.plan import Plan, make_plan
 from peft_subspace.tuner.registry import register
@@ -97,8 +97,8 @@ class SubspaceModel(StateHooks):
         The packed values of 4-bit layers stay as they are from then on, in the layers without adapter as
         well: what bitsandbytes makes of them when a CPU evaluates in bf16 passes no gradient on.
         """
-        held = [container for _, container in shared_containers(self, self.shared_attribute())]
-        flags = [(parameter, parameter.requires_grad) for c in held for parameter in c.parameters()]
+        held = shared_containers(self, self.shared_attribute())
+        flags = [(parameter, parameter.requires_grad) for _, c in held for parameter in c.parameters()]
         before = Snapshot(self, adapter_name)
         try:
             admit(adapter_name, self.peft_config)
@@ -117,29 +117,21 @@ class SubspaceModel(StateHooks):
                 self._injection.starts.close()
                 self._injection = None
         self._before_loading = before if callers.reads_file() else None
-        self._finish(adapter_name, dict(model.named_modules()))
-
-    def _finish(self, adapter_name: str, modules: dict[str, nn.Module]) -> None:
-        """Look over the modules of the model once the adapter is there."""
+        modules = dict(model.named_modules())
         for module in modules.values():
             prevent_repacking(module)
         layers = adapted_among(modules.items(), adapter_name, self.tuner_layer_cls)
-        parts = {part for layer in layers.values() for part in layer.deltas[adapter_name].parts}
-        trained = {parameter for part in parts for parameter in part.parameters()}
-        self.peft_config[adapter_name].trained = sum(parameter.numel() for parameter in trained)
-        for layer in list(layers.values())[:1]:
-            layer.watch(adapter_name, self.tuner_layer_cls.delta_cls.on_training_step)
+        self.peft_config[adapter_name].trained = count_trained(layers, adapter_name)
         for call in self.after_injection:
             call(self, adapter_name, layers)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Plan the adapter, and check every targeted module before the first one is replaced."""
-        holder = self if self._stays else model
         plan = self.plan(model, peft_config)
         check_same_parameters(model, {n for n, item in plan.modules.items() if item.target.is_parameter})
         if peft_config.source is not None and callers.reads_file():
             check_source(peft_config.source, model, peft_config)
-        self._injection = Injection(self, plan, peft_config, holder)
+        self._injection = Injection(self, plan, peft_config, self if self._stays else model)
         self._places = shared_places(model)
 
     def _create_and_replace(
@@ -165,8 +157,8 @@ class SubspaceModel(StateHooks):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model, but not tensors that layers share and its root holds."""
-        held = [container for _, container in shared_containers(model, self.shared_attribute())]
-        trained = [p for container in held for p in container.parameters() if p.requires_grad]
+        held = shared_containers(model, self.shared_attribute())
+        trained = [p for _, container in held for p in container.parameters() if p.requires_grad]
         super()._mark_only_adapters_as_trainable(model)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -179,7 +171,8 @@ class SubspaceModel(StateHooks):
         exact = self.tuner_layer_cls.delta_cls.full_precision if runs_as_before else ()
         if autocast_adapter_dtype and self.shared_attribute() is None:  # PEFT has cast all that there is
             return
-        for layer in adapted_layers(self, adapter_name, self.tuner_layer_cls).values():
+        layers = list(adapted_layers(self, adapter_name, self.tuner_layer_cls).values())
+        for layer in layers[:1] if autocast_adapter_dtype else layers:  # one has all that they share
             layer.cast_trained(adapter_name, torch.float32 if autocast_adapter_dtype else None, exact)
 
     def _check_merge_allowed(self) -> None:

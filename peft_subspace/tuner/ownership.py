@@ -51,6 +51,12 @@ def update_starts(
     return tuple(start.removeprefix(_FSDP) for start in found)
 
 
+def count_trained(layers: Mapping[str, Any], adapter_name: str) -> int:
+    """Numbers that an adapter trains in its layers, and in what these share."""
+    parts = {part for layer in layers.values() for part in layer.deltas[adapter_name].parts}
+    return sum(p.numel() for p in {parameter for part in parts for parameter in part.parameters()})
+
+
 def owner_test(
     model: nn.Module, layer_cls: Any, attribute: str | None, names: Collection[str]
 ) -> Callable[[str], bool]:

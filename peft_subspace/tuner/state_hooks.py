@@ -26,7 +26,7 @@ class StateHooks(BaseTuner):
 
     @classmethod
     def shared_attribute(cls) -> str | None:
-        """Name, in the model and in files, of the container of what layers share; None if they share nothing."""
+        """Name, in the model and in files, of the container of what layers share; None if they share none."""
         update_cls = cls.tuner_layer_cls.delta_cls
         return f"{cls.prefix}{update_cls.shared_name}" if update_cls.defines("shared") else None
 

@@ -46,7 +46,8 @@ class MoSDelta(Delta):
     @classmethod
     def shared(cls, config: MoSConfig, specs: Sequence[Any]) -> Pools:
         """Make the pools of all groups."""
-        return Pools(specs, {s.group: config.scaling_for(cls(config, s)) for s in reversed(specs)})
+        first = {spec.group: spec for spec in reversed(specs)}
+        return Pools(specs, {group: config.scaling_for(cls(config, spec)) for group, spec in first.items()})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `B` of shape `(out, r)` and `A` of shape `(r, in, *kernel)`."""
