@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -494,18 +495,20 @@ def test_loss_terms_that_are_looked_at_in_inference_mode_train_as_without():
 
 
 class Sharpness(torch.optim.Optimizer):
-    """A wrapper that has parameters of its own, by name and in a list, beside the optimizer inside."""
+    """A wrapper that has parameters of its own, by name, by identity and in a tuple, beside one inside."""
 
     def __init__(self, parameters):
         parameters = list(parameters)
         super().__init__(parameters, {})
         self.inner = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9)]
-        self.own, self.named = list(parameters), {f"p{i}": p for i, p in enumerate(parameters)}
+        self.own, self.named = tuple(parameters), {f"p{i}": p for i, p in enumerate(parameters)}
+        self.sizes, self.all = {id(p): 0.01 for p in parameters}, set(parameters)
 
     def step(self, closure=None):
         loss = closure()
         for parameter in self.own:
-            parameter.data += 0.01 * parameter.grad
+            parameter.data += self.sizes[id(parameter)] * parameter.grad
+        assert self.all == set(self.own)
         closure()
         for parameter in self.named.values():
             parameter.data -= 0.01 * parameter.grad
@@ -551,6 +554,38 @@ def test_the_next_task_trains_as_with_a_fresh_optimizer(optimizer, r):
     for parameter, expected in zip(trainables(model).values(), trainables(twin).values(), strict=True):
         assert torch.equal(parameter, expected)
     assert any(not torch.equal(parameter, start[name]) for name, parameter in trainables(model).items())
+
+
+def test_rows_of_tokens_go_on_with_the_optimizer():
+    for keep in ("merge", "stack"):
+        base = nn.Sequential(OrderedDict(words=nn.Embedding(5, 6), body=nn.Linear(6, 4)))
+        options = {"target_modules": ["body"], "trainable_token_indices": {"words": [1, 2]}}
+        model = get_peft_model(base, ContinualSVDConfig(r=2, preserve=2, **options), "one")
+        optimizer = torch.optim.SGD(trainables(model).values(), lr=0.1)
+        next_task(model, "two", keep=keep, optimizer=optimizer)
+        start = {name: p.detach().clone() for name, p in trainables(model).items()}
+        for _ in range(2):  # in the first step B is zero
+            model(torch.arange(5)).square().sum().backward()
+            optimizer.step()
+        assert any("trainable_tokens_delta.two" in name for name in start)
+        assert all(not torch.equal(start[name], p) for name, p in trainables(model).items())
+
+
+class Lookahead(torch.optim.SGD):
+    """An optimizer with slow copies of its parameters."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+
+
+def test_an_optimizer_with_copies_of_the_parameters_is_refused():
+    model = get_peft_model(Network(), ContinualSVDConfig(r=2, preserve=2, target_modules=TARGETS), "one")
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Lookahead has, as 'slow', copies .* make a new one afterwards"):
+        next_task(model, "two", optimizer=Lookahead(trainables(model).values()))
+    assert list(model.peft_config) == ["one"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------ transforms, exports

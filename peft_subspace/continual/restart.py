@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-Swaps = dict[int, tuple[Tensor, Tensor | None]]
-"""Old parameters, by identity, and those that take their places."""
+_GROUPS = ("param_groups", "state", "defaults")
 
 
 def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, str]:
     """Names of the model's parameters by identity, where there is an optimizer to take them over.
 
     Raises:
-        ValueError: If the optimizer has none of the task's.
+        ValueError: If the optimizer has none of the task's, or copies of them all, which would be mixed with
+            those of the next task.
     """
     if optimizer is None:
         return {}
     names, own = {id(p): name for name, p in model.named_parameters()}, _parameters_of(task)
-    groups = getattr(optimizer, "optimizer", optimizer).param_groups
-    if not any(own.search(names.get(id(p), "")) for group in groups for p in group["params"]):
+    shapes = Counter(p.shape for p in _parameters(optimizer) if own.search(names.get(id(p), "")))
+    if not shapes:
         raise ValueError(
             f"the optimizer has no parameter of the current task, {task!r}, so it cannot take those of "
             "another in their place; leave it out, and make a new one afterwards"
         )
+    for one in _inside(optimizer):
+        for name, value in vars(one).items():
+            found = [t for t in tree_leaves(value) if isinstance(t, Tensor) and id(t) not in names]
+            if name not in _GROUPS and shapes <= Counter(t.shape for t in found):
+                raise ValueError(
+                    f"{type(one).__name__} has, as {name!r}, copies of the parameters of the current task, "
+                    f"{task!r}, and would mix them with those of another; leave optimizer= out, and make a "
+                    "new one afterwards"
+                )
     return names
 
 
 def _parameters_of(task: str) -> re.Pattern[str]:
     # The adapter's name stands behind the container's; elsewhere in a path it means something else.
-    return re.compile(rf"(continualsvd_delta|modules_to_save)\.{re.escape(task)}(?=\.|$)")
+    held = "continualsvd_delta|modules_to_save|trainable_tokens_delta"
+    return re.compile(rf"({held})\.{re.escape(task)}(?=\.|$)")
 
 
 def restart_optimizer(
     optimizer: Any,
     model: nn.Module,
-    names: dict[int, str],
+    names: Mapping[int, str],
     task: str,
     name: str,
     *,
     keep_state: bool = False,
 ) -> None:
-    """Replace one task's parameters in an optimizer by another's, in place, and forget its state.
+    """Hand one task's parameters in an optimizer over to another task, and forget their state.
 
-    Some optimizers keep lists of parameters besides their groups, or other optimizers that have them.
+    They become those of the task that begins, with its values, and the task that is over gets others: what
+    an optimizer, a wrapper or a hook knows parameters by stays right, whatever that is.
 
     Args:
         optimizer: The optimizer, or accelerate's wrapper around one; None does nothing.
@@ -57,22 +71,36 @@ def restart_optimizer(
     """
     if optimizer is None:
         return
-    parameters = dict(model.named_parameters())
-    own = _parameters_of(task)
-    swaps: Swaps = {}
-    optimizers = _inside(optimizer)
-    for group in (group for one in optimizers for group in one.param_groups):
-        for old in (p for p in group["params"] if id(p) in names):
-            new = own.sub(lambda found: f"{found[1]}.{name}", names[id(old)])
-            swaps[id(old)] = old, parameters.get(new)
-    seen: set[int] = set()
-    for one in optimizers:
+    parameters, own = dict(model.named_parameters()), _parameters_of(task)
+    swaps: dict[Tensor, Tensor] = {}
+    for old in _parameters(optimizer):
+        new = parameters.get(own.sub(lambda found: f"{found[1]}.{name}", names.get(id(old), "")))
+        if new is not None and new is not old:
+            swaps |= {old: new, new: old}
+            _exchange(old, new)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            module._parameters[key] = swaps.get(parameter, parameter)
+    for one in _inside(optimizer):
         if not keep_state:
             getattr(one, "state", {}).clear()
         if hasattr(one, "_numel_cache"):  # of LBFGS
             one._numel_cache = None
-        for attribute in vars(one).values():
-            _swap(attribute, swaps, seen)
+
+
+def _exchange(first: Tensor, second: Tensor) -> None:
+    """Exchange the values of two parameters, and whether they train."""
+    first.data, second.data = second.data, first.data
+    train = first.requires_grad
+    first.requires_grad_(second.requires_grad)
+    second.requires_grad_(train)
+    first.grad = second.grad = None
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    """Parameters of an optimizer and of those inside, each once."""
+    groups = (group for one in _inside(optimizer) for group in one.param_groups)
+    return list(dict.fromkeys(p for group in groups for p in group["params"]))
 
 
 def _inside(optimizer: Any) -> list[Any]:
@@ -87,28 +115,6 @@ def _inside(optimizer: Any) -> list[Any]:
             found.append(one)
             to_see.extend(vars(one).values())
     return found
-
-
-def _swap(container: Any, swaps: Swaps, seen: set[int]) -> None:
-    """Put new parameters, if there are any, in the place of old ones in lists and dictionaries."""
-    if not isinstance(container, list | dict) or id(container) in seen:
-        return
-    seen.add(id(container))
-
-    def new(value: Any) -> Any:
-        return swaps[id(value)][1] if id(value) in swaps else value
-
-    def stays(value: Any) -> bool:
-        return id(value) not in swaps or swaps[id(value)][1] is not None
-
-    if isinstance(container, list):
-        container[:] = [new(value) for value in container if stays(value)]
-    elif any(id(value) in swaps for pair in container.items() for value in pair):
-        entries = [(new(key), new(value)) for key, value in container.items() if stays(key) and stays(value)]
-        container.clear()
-        container.update(entries)
-    for value in container if isinstance(container, list) else container.values():
-        _swap(value, swaps, seen)
 
 
 def restart_scheduler(scheduler: Any, *, dry_run: bool = False) -> None:
