@@ -49,7 +49,7 @@ PAIRS = [
     ("U0", "S_change"),
     ("task", "task2"),
     ("base_layer", "modules_to_save"),
-    ("deltas", "scaling"),
+    ("deltas", "original_module"),
 ]
 
 

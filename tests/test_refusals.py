@@ -174,6 +174,50 @@ def test_adapter_of_another_rank_is_refused(method, saved, tmp_path, other):
     model.load_adapter(saved, "one")
 
 
+class Words(nn.Module):
+    """A body and a head on words, of which a few are trained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.body = nn.Embedding(9, 12), Net()
+
+    def forward(self, x):
+        return self.body(self.words.weight[:2] + self.words(torch.arange(2)) + x)
+
+
+def test_rows_of_tokens_and_heads_that_are_refused_change_nothing(method, tmp_path):
+    options = {"trainable_token_indices": {"words": [1, 4]}}
+    torch.manual_seed(1)
+    get_peft_model(Words(), config(method, **options)).save_pretrained(tmp_path / "saved")
+    damages = {
+        "narrower": edit(lambda s: s.update({(k := part(s, "tokens")): s[k][:, 1:].clone()})),
+        "fewer": edit(lambda s: s.update({(k := part(s, "tokens")): s[k][1:].clone()})),
+        "gone": edit(lambda s: s.pop(part(s, "tokens"))),
+        "not finite": fill("tokens", float("nan")),
+        "head not finite": fill("head", float("inf")),
+        "head of whole numbers": edit(lambda s: s.update({(k := part(s, "head")): s[k].long()})),
+    }
+    for name, damage in damages.items():
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+        damage(tmp_path / name)
+        torch.manual_seed(2)
+        model = get_peft_model(Words(), config(method, **options), "one")
+        model.add_adapter("two", config(method, **options))
+        for target, calls in ((model.eval(), (model.load_adapter,)), (Words().eval(), ())):
+            before = everything(target)
+            for call in (*calls, lambda *a, to=target: peft_subspace.load(to, *a)):
+                with pytest.raises(ValueError, match=r"words|tokens|head"):
+                    call(tmp_path / name, "new")
+                assert_same(target, before)
+        base = Words().eval()
+        before = everything(base)
+        with pytest.raises(ValueError, match=r"words|tokens|head"):
+            PeftModel.from_pretrained(base, tmp_path / name)
+        assert_same(base, before)
+        model.load_adapter(tmp_path / "saved", "new")
+
+
 def test_adapter_that_loads_after_a_refusal_is_sound(method, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "bad")
     DAMAGES["not finite"](tmp_path / "bad")

@@ -12,6 +12,7 @@ from torch import nn
 _WRAPPERS = re.compile(
     r"\b(base_layer|original_module|modules_to_save|token_adapter|_fsdp_wrapped_module|_orig_mod)\."
 )
+_ORIGINAL = re.compile(r"(?<!\bmodules_to_save)\.original_module\.")  # an adapter may have this name, too
 
 
 def base_name(key: str) -> str:
@@ -44,7 +45,7 @@ def check_declared(model: nn.Module, config: Any, keys: Iterable[str]) -> None:
             name in embeddings
             or (name.endswith("bias") and config.bias != "none")
             or ("trainable_tokens_delta" in name and config.trainable_token_indices is not None)
-            or (".original_module." not in key and any(parent.endswith(heads) for parent in parents))
+            or (not _ORIGINAL.search(key) and any(parent.endswith(heads) for parent in parents))
         ):
             raise ValueError(
                 f"{key} in the file is no part of the adapter, and may replace weights of the base model; "

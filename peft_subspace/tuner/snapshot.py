@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -50,10 +51,11 @@ class Snapshot:
 
 
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_BY_NAME = (*_SWITCHED, nn.ParameterDict, BufferDict)
 
 
 def _holders(module: nn.Module) -> list[Any]:
     """What a module keeps by name: its children, and in PEFT's layers all that is kept for each adapter."""
     content = vars(module)
-    names = content if isinstance(module, _SWITCHED) else ("_modules",)
+    names = content if isinstance(module, _BY_NAME) else ("_modules",)
     return [content[name] for name in names if isinstance(content[name], dict | set)]

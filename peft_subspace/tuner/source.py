@@ -16,7 +16,9 @@ from peft_subspace.tuner.heads import planned_heads
 
 
 def check_source(folder: Path, model: nn.Module, config: Any) -> None:
-    """Raise unless a folder has a complete file with tensors for all of a config's `modules_to_save`.
+    """Raise unless a folder has a complete file with all that a config brings besides its update.
+
+    These are the tensors of its `modules_to_save`, and the rows of its `trainable_token_indices`.
 
     Nothing is checked of a folder that is still on the Hub, or of pickled tensors.
 
@@ -30,8 +32,12 @@ def check_source(folder: Path, model: nn.Module, config: Any) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; save the adapter with save_pretrained")
     with opened(path) as file:
-        keys = file.keys() if config.modules_to_save else ()
-        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in keys}
+        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    tokens = config.trainable_token_indices or ()
+    for name in tokens if isinstance(tokens, dict) else [""] * bool(tokens):
+        if not any(key.endswith(f"{name}.trainable_tokens_delta") for key in shapes):
+            rule = f"{path} has no rows of trainable_token_indices={tokens}; save the adapter again"
+            raise ValueError(rule)
     for tensor, shape in _tensors_of(model, config):
         found = [shapes[key] for key in shapes if key.endswith(f".{tensor}")]
         if not found:

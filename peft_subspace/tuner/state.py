@@ -72,7 +72,7 @@ def check_loaded(
         check_shapes({k: own[k] for k in others}, {k: tuple(state[k].shape) for k in others})
     if _values_checked.get():
         return
-    for key in ours:
+    for key in here if callers.reads_file() else ours:
         check_values_of(key, state[key], own[key].dtype)
     updates = {key: layer.deltas[adapter_name] for key, layer in layers.items()}
     check_values(updates, {key: state[key] for key in ours})
