@@ -319,7 +319,73 @@ def test_lora_export_gives_the_same_outputs_or_is_refused(method, use, tmp_path)
         assert distance(run(served, use.x), run(use.model(), use.x)) > 1e-3
 
 
+class Renamer(nn.Module):
+    """Reads the weights of layers under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.stack = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.named = nn.ModuleDict({"own": nn.Linear(6, 6)})
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        layer = self.first
+        x = torch.tanh(F.linear(x, layer.weight, layer.bias))
+        x = F.linear(x, torch.stack([part.weight for part in (self.second, self.third)]).sum(0))
+        for index, part in enumerate(self.stack):
+            x = torch.tanh(x @ part.weight.T + index)
+        for _, (part, scale) in enumerate(zip(self.named.values(), (2,), strict=True)):
+            x = scale * F.linear(x, part.weight)
+        return self.head(self.block[1](x @ self.block[0].weight))
+
+
+RENAMED = Use(Renamer, modules("first", "second", "third", "stack.0", "stack.1", "own", "block.0", "head"))
+
+
+def test_weights_are_followed_under_other_names(method, tmp_path):
+    test_weight_is_updated_wherever_it_is_used_trains_and_merges(method, RENAMED)
+    model = get_peft_model(RENAMED.model(), fitting(method, RENAMED, target_modules="all-linear"))
+    assert list(layers(model)) == ["block.0", "head"]  # a part of what is called
+    for name in ("first", "stack.1"):
+        targets = {"target_modules": None, "target_parameters": [f"{name}.weight"]}
+        model = get_peft_model(RENAMED.model(), fitting(method, RENAMED, **targets))
+        with pytest.raises(ValueError, match=f"{name} .a weight that the model computes with"):
+            peft_subspace.export_lora(model, tmp_path)
+
+
+def test_parameter_that_a_fused_path_reads_has_no_lora_form(method, tmp_path):
+    use = Use(
+        encoder,
+        {"target_modules": None, "target_parameters": ["self_attn.in_proj_weight"]},
+        USES["encoder"].x,
+    )
+    model = get_peft_model(use.model(), fitting(method, use)).eval()
+    assert distance(run(model, use.x), run(plain(model, use), use.x)) < 1e-5
+    with pytest.raises(ValueError, match="a weight that the model computes with"):
+        peft_subspace.export_lora(model, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------- computed
+
+
+def test_what_makes_a_weight_is_no_target_whatever_its_name(method, tmp_path):
+    use = Use(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh()), modules("0"))
+    test_weight_is_updated_wherever_it_is_used_trains_and_merges(method, use)
+    test_lora_export_gives_the_same_outputs_or_is_refused(method, use, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_copy_of_a_module_that_copies_itself_is_adapted(method):
+    def half_parametrized():
+        return Wrapped(parametrizations.weight_norm(nn.LSTM(6, 5), "weight_hh_l0"))
+
+    use = Use(half_parametrized, {"target_parameters": ["module.weight_ih_l0"]}, normal(4, 3, 6))
+    model = get_peft_model(use.model(), fitting(method, use))
+    with torch.no_grad():
+        assert torch.equal(run(copy.deepcopy(model), use.x), run(model, use.x))
+        assert distance(run(model, use.x), run(use.model(), use.x)) > 1e-3
 
 
 def routed(**options):

@@ -2,6 +2,7 @@
 
 A model that reads `self.conv1d.weight` and computes with it never sees what stands in place of a call of
 `self.conv1d`. Reading a property such as the dtype is no use of the weight, nor is what initializes it.
+Names that a function gives to layers are followed within the function.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from torch import nn
+
+from peft_subspace.layers.local_names import LocalNames
 
 _PROPERTIES = {
     "dtype",
@@ -34,33 +37,38 @@ _NO_FORWARD = re.compile(r"init|reset|load|save|tie_|^fuse_")
 
 @dataclass
 class Usage:
-    """Names of attributes that a class, or a file's functions, call, and of which they read the weight."""
+    """Attributes that a class, or a file's functions, call, and those of which they read an attribute."""
 
     called: set[str] = field(default_factory=set)
-    read: set[str] = field(default_factory=set)
+    read: set[tuple[str, str]] = field(default_factory=set)
 
 
-def usage_of(name: str, modules: Iterable[nn.Module]) -> tuple[bool, bool]:
+def usage_of(name: str, modules: Iterable[nn.Module], weight: str = "weight") -> tuple[bool, bool]:
     """Whether a child of this name is called, and whether its weight is read, by some modules.
 
-    What the source does not say, such as of a child in a list, counts as neither.
+    What the source does not say, such as of a child that is handed to a function, counts as neither.
 
     Args:
-        name: Name of the child in the module that has it.
+        name: Name of the child, or of the list that has it, in the module that has it.
         modules: That module, and those around it.
+        weight: Name of the weight in the child.
     """
-    return _usage(name, frozenset(map(type, modules)))
+    return _usage(name, frozenset(map(type, modules)), weight)
 
 
 @lru_cache(maxsize=4096)
-def _usage(name: str, types: frozenset[type]) -> tuple[bool, bool]:
+def _usage(name: str, types: frozenset[type], weight: str) -> tuple[bool, bool]:
     called = read = False
+    # The weight is read right there, or the child is mentioned and neither called, looked into nor set.
+    own, mentioned = re.escape(weight), r"(?![\[(.])(?! *=[^=])|\.(?:values|items)\("
+    mention = re.compile(rf"\.{re.escape(name)}\b(?:\[[^\]\n]*\])?(?:\.{own}\b|{mentioned})")
     for cls in {cls for kind in types for cls in kind.__mro__} - {nn.Module, object}:
         for file in _files(cls):
-            if re.search(rf"\.{re.escape(name)}\.weight\b", _source(file)):
+            if mention.search(_source(file)):
                 table = _analyze(file)
                 for usage in (table.get(cls.__qualname__, Usage()), table[""]):
-                    called, read = called or name in usage.called, read or name in usage.read
+                    called = called or name in usage.called
+                    read = read or (name, weight) in usage.read
     return called, read
 
 
@@ -84,31 +92,31 @@ def _analyze(file: str) -> dict[str, Usage]:
         return table
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-    _visit(tree, [], "", table, imported)
+    _visit(tree, [], "", table, LocalNames(imported))
     return table
 
 
-def _visit(node: ast.AST, path: list[str], owner: str, table: dict[str, Usage], imported: set[str]) -> None:
+def _visit(node: ast.AST, path: list[str], owner: str, table: dict[str, Usage], names: LocalNames) -> None:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             inner = ".".join([*path, child.name])
             table.setdefault(inner, Usage())
-            _visit(child, [*path, child.name], inner, table, imported)
+            _visit(child, [*path, child.name], inner, table, names)
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             if not _NO_FORWARD.search(child.name.strip("_")):
-                _visit(child, [*path, child.name, "<locals>"], owner, table, imported)
+                _visit(child, [*path, child.name, "<locals>"], owner, table, names.inner())
         else:
-            _note(child, node, table[owner], imported)
-            _visit(child, path, owner, table, imported)
+            names.note(child)
+            _note(child, node, table[owner], names)
+            _visit(child, path, owner, table, names)
 
 
-def _note(node: ast.AST, parent: ast.AST, usage: Usage, imported: set[str]) -> None:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        if getattr(node.func.value, "id", None) not in imported:  # such as `F.conv1d(…)`
-            usage.called.add(node.func.attr)
-    elif isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute):
+def _note(node: ast.AST, parent: ast.AST, usage: Usage, names: LocalNames) -> None:
+    if isinstance(node, ast.Call):
+        usage.called |= names.attributes(node.func)  # not of `F.conv1d(…)`
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         asked = isinstance(parent, ast.Call) and getattr(parent.func, "id", None) in _QUESTIONS
         described = isinstance(parent, ast.Attribute) and parent.attr in _PROPERTIES
         compared = isinstance(parent, ast.Compare) and isinstance(parent.ops[0], ast.Is | ast.IsNot)
-        if isinstance(node.ctx, ast.Load) and not (asked or described or compared):
-            usage.read.add(node.value.attr)
+        if not (asked or described or compared):
+            usage.read |= {(name, node.attr) for name in names.attributes(node.value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,17 @@ def _lora_config(
     )
 
 
-def _shortest_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Last parts of the names, such as `q_proj`, if they match no other modules; else the full names."""
+def _shortest_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """Last parts of the names, such as `q_proj`, if they match no other modules; else the full names.
+
+    Where a full name is the end of another module's as well, as `"0"` is, it is an expression for all.
+    """
     names = set(names)
     suffixes = {name.rpartition(".")[2] for name in names}
-    everything = (in_base(name) for name, _ in model.named_modules())
-    matched = {
-        name for name in everything if name.rpartition(".")[2] in suffixes and "base_layer" not in name
-    }
-    return sorted(suffixes if matched == names else names)
+    everything = {in_base(name).replace(".base_layer", "") for name, _ in model.named_modules()}
+    others = everything - names
+    if not any(name.rpartition(".")[2] in suffixes for name in others):
+        return sorted(suffixes)
+    if any(name.endswith(tuple(f".{own}" for own in names)) for name in others):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)

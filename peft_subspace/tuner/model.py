@@ -31,7 +31,7 @@ from peft_subspace.tuner.shared import shared_containers
 from peft_subspace.tuner.snapshot import Snapshot
 from peft_subspace.tuner.source import check_source
 from peft_subspace.tuner.state_hooks import StateHooks
-from peft_subspace.tuner.targets import DEFAULT_TARGETS, check_same_parameters
+from peft_subspace.tuner.targets import DEFAULT_TARGETS, check_same_parameters, is_targeted
 
 
 class SubspaceModel(StateHooks):
@@ -47,12 +47,12 @@ class SubspaceModel(StateHooks):
     """
 
     peft_config: dict[str, Any]
-    tuner_layer_cls: type[SubspaceLayer]
     linear_layer_cls: ClassVar[type[SubspaceLayer]]
     parameter_layer_cls: ClassVar[type[SubspaceLayer]]
     after_injection: ClassVar[list[Callable[[SubspaceModel, str, dict[str, SubspaceLayer]], None]]] = []
     """Called, with tuner, adapter name and the layers that have it, when an adapter has been added."""
     target_module_mapping: Any = DEFAULT_TARGETS
+    _check_target_module_exists = staticmethod(is_targeted)
     _injection: Any = None
 
     def __init_subclass__(

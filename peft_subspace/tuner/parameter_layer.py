@@ -40,8 +40,8 @@ class ParameterLayer(SubspaceLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _OWN or "base_layer" not in self._modules:
-                raise
+            if name in _OWN or name.startswith("__") or "base_layer" not in self._modules:
+                raise  # what Python asks for, such as how to copy, is no matter of the module's
         if name == self.parameter_name:
             return self.updated_weight()
         return getattr(self.base_layer, name)

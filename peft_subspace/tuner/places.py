@@ -33,11 +33,20 @@ def _inside(name: str, wrapped: Mapping[str, list[str]]) -> str:
     return path[1:]
 
 
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 def surroundings(modules: Mapping[str, nn.Module], name: str) -> tuple[str, list[nn.Module]]:
-    """Last part of a module's name, and the modules around it, of a model's modules by their names."""
-    parts = name.split(".")
+    """Last part of a module's name, and the modules around it, of a model's modules by their names.
+
+    A module in a list goes by the name of the list.
+    """
+    parts = [part for part in name.split(".") if part != "base_layer"]
     around = [modules[".".join(parts[:count])] for count in range(len(parts))]
-    return next(part for part in reversed(parts) if part != "base_layer"), around
+    while len(parts) > 1 and type(around[-1]) in _LISTS:
+        parts.pop()
+        around.pop()
+    return parts[-1], around
 
 
 def shared_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

@@ -93,7 +93,7 @@ def analyze_use(target: Target, name: str, around: Sequence[nn.Module]) -> Targe
     Raises:
         TypeError: If the model reads packed values and never calls the module.
     """
-    called, read = usage_of(name, around)
+    called, read = usage_of(name, around, target.parameter_name)
     if read and not called and target.backend is not None:
         raise TypeError(
             "the model reads this weight, which is quantized, and never calls the layer, so an adapter would "

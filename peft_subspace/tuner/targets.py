@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,8 @@ _VISION: dict[str, Any] = {
     "mobilenet_v2": ["convolution"],
     "convnext": ["dwconv", "pwconv1", "pwconv2"],
 }
+
+_MADE_BY = re.compile(r"(^|\.)parametrizations\.\w+\.\d+$")
 
 DEFAULT_TARGETS = ChainMap(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _VISION)
 """Modules to adapt by type of model: PEFT's own table, as it is now, and vision models that it lacks."""
@@ -74,7 +77,7 @@ def _check_owner(config: SubspaceConfig, name: str, module: nn.Module) -> None:
     if not name:
         raise ValueError("the model itself cannot be wrapped; leave it out of target_parameters")
     adapted = isinstance(module, BaseTunerLayer) and not isinstance(module, ParameterLayer)
-    if adapted or BaseTuner._check_target_module_exists(config, name):
+    if adapted or is_targeted(config, name):
         raise ValueError(
             "its module is adapted as a whole; leave the module out of target_modules, or the parameter out "
             "of target_parameters"
@@ -112,10 +115,15 @@ def include_all_linear_layers(config: SubspaceConfig, model: nn.Module) -> None:
     config.target_modules = sorted((more | found) - dead)
 
 
+def is_targeted(peft_config: Any, key: str) -> bool | re.Match[str] | None:
+    """PEFT's test of a module's name; what makes a weight of other tensors, named `"0"`, never passes it."""
+    return not _MADE_BY.search(key) and BaseTuner._check_target_module_exists(peft_config, key)
+
+
 def targets(modules: Mapping[str, nn.Module], config: SubspaceConfig) -> Iterator[tuple[str, nn.Module]]:
     """Those of a model's modules that PEFT will hand over for replacement."""
     for name, module in _outermost(modules):
-        if BaseTuner._check_target_module_exists(config, name):
+        if is_targeted(config, name):
             yield name, module
 
 
@@ -149,7 +157,7 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
             try:
                 target = analyze_module(module, **backend_kwargs)
             except UnknownLayerError:
-                parts = _analyze_parts(name, without_adapters(module))
+                parts = _analyze_parts(name, without_adapters(module), surroundings(modules, name))
                 if not parts:
                     raise
                 yield from parts.items()
@@ -167,14 +175,16 @@ def analyze_targets(model: nn.Module, config: SubspaceConfig) -> Iterator[tuple[
             yield name, analyze_use(target, *surroundings(modules, name))
     for name, owner, parameter_name in targeted_parameters(model, config):
         with error_context(name):
-            yield name, analyze_parameter(owner, parameter_name)
+            around = surroundings(modules, name.removesuffix(f".{parameter_name}"))
+            yield name, analyze_use(analyze_parameter(owner, parameter_name), *around)
 
 
-def _analyze_parts(name: str, base: nn.Module) -> dict[str, Target]:
+def _analyze_parts(name: str, base: nn.Module, around: tuple[str, Sequence[nn.Module]]) -> dict[str, Target]:
     parts = {}
     for own, parameter in base.named_parameters(recurse=False):
         if "weight" in own and not is_vector(parameter):
-            parts[f"{name}.{own}"] = replace(analyze_parameter(base, own), part_of=name)
+            target = analyze_use(analyze_parameter(base, own), *around)
+            parts[f"{name}.{own}"] = replace(target, part_of=name)
     for own, child in base.named_children():
         if usage_of(own, [base]) == (False, True):
             parts[f"{name}.{own}"] = replace(analyze_use(analyze_module(child), own, [base]), part_of=name)
