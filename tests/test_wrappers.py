@@ -23,7 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layers import BOTH, Net, activate, adapt, distance, trainables, tuner_layer, two_adapters
 from methods import METHODS
-from peft_subspace import ContinualSVDConfig, EffortConfig, FLoRAConfig, load, regularization_loss
+from peft_subspace import (
+    ContinualSVDConfig,
+    EffortConfig,
+    FLoRAConfig,
+    LoRASBConfig,
+    load,
+    regularization_loss,
+)
 from peft_subspace.continual import next_task
 from processes import losses_of, run_in_two_processes
 
@@ -456,6 +463,17 @@ def test_what_is_written_in_inference_mode_can_be_trained_with(method, action, t
     with torch.inference_mode():
         model = action(model, method, tmp_path) or model
     check_that_it_trains(model)
+
+
+def test_an_adapter_of_a_mixed_batch_in_inference_mode_trains_afterwards():
+    for config in (LoRASBConfig, FLoRAConfig):
+        base = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 6))
+        model = get_peft_model(base, config(r=3, target_modules=["0", "2"], init_weights=False))
+        with torch.inference_mode():  # frozen tensors move together, and apart again
+            model.eval()(torch.ones(2, 20), adapter_names=["default", "__base__"])
+            model.train()
+        assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+        model(torch.ones(2, 20)).sum().backward()
 
 
 @pytest.mark.parametrize("config", [EffortConfig, ContinualSVDConfig])

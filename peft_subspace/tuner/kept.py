@@ -90,6 +90,7 @@ def keep(layer: Any, names: Iterable[str], memo: dict[int, Stamps]) -> Kept:
     return kept
 
 
+@lasting()
 def release(layer: Any) -> None:
     """Keep nothing; tensors of adapters that lie in the stack get memory of their own again."""
     if not layer.kept.states:
