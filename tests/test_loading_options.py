@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 import peft_subspace
@@ -69,10 +72,35 @@ def test_names_of_another_version_are_mapped(method, tmp_path, old, new, mapping
     assert all(torch.equal(model(X), saved(X)) for model in loaded)
 
 
+def test_a_mapping_may_move_everything(method, tmp_path):
+    config = method.config(target_modules=["fc"], modules_to_save=["head"], init_weights=False)
+    saved = get_peft_model(Model("enc"), config).eval()
+    saved.save_pretrained(tmp_path)
+    for load in (peft_subspace.load, PeftModel.from_pretrained):
+        moved = load(nn.Sequential(OrderedDict(outer=Model("enc"))), tmp_path, key_mapping={"^": "outer."})
+        assert torch.equal(moved(X), saved(X))
+
+
 def test_mapping_that_leads_nowhere_is_refused(method, tmp_path):
     get_peft_model(Model("enc"), method.config(target_modules=["fc"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="in the file"):
         peft_subspace.load(Model("enc"), tmp_path, key_mapping={"^enc": "dec"})
+
+
+def test_file_without_a_tensor_of_the_adapter_is_refused(method, tmp_path):
+    config = method.config(target_modules=["fc"])
+    get_peft_model(Model("enc"), config).save_pretrained(tmp_path)
+    save_file({"base_model.model.enc.fc.lora_A.weight": X}, tmp_path / "adapter_model.safetensors")
+    model = get_peft_model(Model("enc"), config)
+    before = dict(model.state_dict())
+    for call in (
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: model.load_adapter(tmp_path, "new"),
+        lambda: PeftModel.from_pretrained(Model("enc"), tmp_path),
+    ):
+        with pytest.raises(ValueError, match="the file has no tensor of adapter"):
+            call()
+    assert list(model.state_dict()) == list(before)
 
 
 class Words(nn.Module):

@@ -316,6 +316,8 @@ def test_heads_biases_and_tokens_are_checked_too(method, tmp_path, options, key,
 
 def test_tokens_beyond_the_embedding_are_refused(saved):
     change_config(saved, trainable_token_indices={"embed": [1, 10**6]})
+    assert_refuses(saved, ValueError, "no rows of trainable_token_indices|annot combine")
+    add_tensor(saved, "base_model.model.embed.token_adapter.trainable_tokens_delta", torch.ones(2, 4))
     assert_refuses(saved, ValueError, "annot (load the|combine) adapter")
     change_config(saved, trainable_token_indices={"embed": [-1]})
     assert_refuses(saved, ValueError, r"trainable_token_indices\['embed'\]=-1 must be at least 0")

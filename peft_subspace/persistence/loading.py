@@ -26,7 +26,7 @@ from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
 from peft_subspace.tuner.heads import planned_heads
 from peft_subspace.tuner.source import opened
-from peft_subspace.tuner.state import check_updates, is_optional, mismatched, values_checked
+from peft_subspace.tuner.state import at_root, check_updates, is_optional, mismatched, values_checked
 
 
 @lasting()
@@ -102,7 +102,8 @@ def check_adapter(
     apart = read_apart(plan.updates_by_key(model), folder, config.frozen_file)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     with opened(path) as file:
-        in_file = {_mapped(key, key_mapping or {}): key for key in file.keys()}  # noqa: SIM118
+        shared = None if plan.shared is None else plan.shared_attribute
+        in_file = {at_root(_mapped(key, key_mapping or {}), shared): key for key in file.keys()}  # noqa: SIM118
         found = {key: tuple(file.get_slice(name).get_shape()) for key, name in in_file.items()}
         needed = {key for key in expected if key in found or not is_optional(key)} - set(apart)
         expected = {key: expected[key] for key in needed}

@@ -66,6 +66,11 @@ def check_loaded(
     ours = {key for key in here if f".{prefix}" in f".{key}"}
     others = [key for key in here if key not in ours]
     if callers.reads_file():
+        if layers and not ours:
+            raise ValueError(
+                f"the file has no tensor of adapter {adapter_name!r}; it is another method's, or for other "
+                "modules: load it on the base model that it was trained on, or give key_mapping="
+            )
         check_declared(model, config, others)
     check_shapes({key: own[key] for key in ours}, {key: tuple(state[key].shape) for key in ours})
     if not callers.ignores_mismatched_sizes():
@@ -223,13 +228,19 @@ def shared_state(
 
 
 def shared_keys(model: nn.Module, attribute: str | None, adapter_name: str) -> dict[str, str]:
-    """Keys of an adapter's shared tensors in the model by their keys in a file, with and without `BASE`."""
+    """Keys of an adapter's shared tensors in the model by their keys in a file."""
     keys = {}
     for name, container in shared_containers(model, attribute):
         for tensor in container[adapter_name].state_dict() if adapter_name in container else ():
             key = f"{name}.{adapter_name}.{tensor}"
-            keys[f"{attribute}.{tensor}"] = keys[f"{BASE}{attribute}.{tensor}"] = key
+            keys[f"{BASE}{attribute}.{tensor}"] = key
     return keys
+
+
+def at_root(key: str, attribute: str | None) -> str:
+    """Key in a file of what is at the root, if it is a shared tensor's that a mapping of names has moved."""
+    _, found, tensor = f".{key}".rpartition(f".{attribute}.")
+    return f"{BASE}{attribute}.{tensor}" if found else key
 
 
 def saved_key(key: str, attribute: str | None) -> str:

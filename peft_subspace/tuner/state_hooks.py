@@ -70,8 +70,9 @@ class StateHooks(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check the tensors that PEFT is about to load; if they are unfit, all is as before the call."""
-        keys = state.shared_keys(model, cls.shared_attribute(), adapter_name)
-        renamed = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        shared = cls.shared_attribute()
+        keys = state.shared_keys(model, shared, adapter_name)
+        renamed = {keys.get(state.at_root(key, shared), key): t for key, t in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         own, layers = model.state_dict(), state.layers_of(model, cls.tuner_layer_cls, adapter_name)
         remapped |= state.missing_fingerprints(layers, adapter_name, remapped)
