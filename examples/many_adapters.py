@@ -58,8 +58,11 @@ for number in range(0 if folders else options.count):
 # 2. All of them on one base. `peft_subspace.load` checks each before the model is touched.
 names = [f"{number}-{folder.name}" for number, folder in enumerate(folders)]
 model = base
-for name, folder in zip(names, folders, strict=True):
-    model = peft_subspace.load(model, folder, name)
+try:
+    for name, folder in zip(names, folders, strict=True):
+        model = peft_subspace.load(model, folder, name)
+except (OSError, TypeError, ValueError) as error:
+    sys.exit(f"{folder} cannot be loaded onto {options.model}: {error}".splitlines()[0])
 model.eval()
 
 # 3. A batch with a request for every adapter, and one for the base model.

