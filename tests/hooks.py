@@ -32,6 +32,7 @@ IMPORTED = [
     Hook("peft.config.PeftConfigMixin", "configs are read from files"),
     Hook("peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING", "a method is registered again after a reload"),
     Hook("peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING", "a method is registered again after a reload"),
+    Hook("peft.tuners._buffer_dict.BufferDict", "buffers by adapter, which a refused load takes back"),
     Hook(MODEL, "tuner models are subclasses"),
     Hook(LAYER, "tuner layers are subclasses"),
     Hook(f"{TUNERS}._get_in_out_features", "sizes of quantized layers", ("module",)),
@@ -70,6 +71,11 @@ OVERRIDDEN = [
         f"{MODEL}._cast_adapter_dtype", "what must stay fp32 does", ("adapter_name", "autocast_adapter_dtype")
     ),
     Hook(f"{MODEL}._check_merge_allowed", "merges are refused before anything changes"),
+    Hook(
+        f"{MODEL}._check_target_module_exists",
+        "what makes a weight of other tensors is no target",
+        ("peft_config", "key"),
+    ),
     Hook(
         f"{MODEL}._create_and_replace",
         "a module gets its tuner layer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib.metadata
 import json
 import os
@@ -54,6 +55,7 @@ def run(monkeypatch, tmp_path, capsys):
     verbosity = transformers.logging.get_verbosity()
     yield lambda name, *arguments: run_here(monkeypatch, capsys, name, *arguments)
     transformers.logging.set_verbosity(verbosity)
+    gc.collect()  # datasets leaves the file of a stream that was not read to its end open until then
 
 
 def run_here(monkeypatch, capsys, name, *arguments):
@@ -92,7 +94,7 @@ def test_examples_are_short_and_stand_alone():
     names = {script.stem for script in SCRIPTS}
     for script in SCRIPTS:
         code = script.read_text()
-        assert len(code.splitlines()) <= 95, script
+        assert len(code.splitlines()) <= 90, script
         assert set(re.findall(r"^(?:from|import) (\w+)", code, re.M)).isdisjoint(
             {*names, "support", "benchmarks"}
         )
@@ -227,11 +229,11 @@ def test_notebook_runs(notebook, monkeypatch, tmp_path):
         ("image_classification", ["--model", "llama"], r"cannot load llama or data: .*Llama"),
         ("image_classification", ["--model", "no/such"], r"cannot load no/such or data: "),
         ("causal_lm_4bit", ["--data", "rows.jsonl"], r"no column 'text' among \['body'\]; see --text-column"),
-        ("causal_lm_4bit", ["--data", "rows.jsonl", "--text-column", "body"], r"cannot be loaded: "),
+        ("causal_lm_4bit", ["--data", "rows.jsonl", "--text-column", "body"], r"cannot load .*: "),
         (
             "causal_lm_4bit",
             ["--data", "rows.jsonl", "--text-column", "body", "--model", "images"],
-            r"images or rows.jsonl cannot be loaded: .*ViT",
+            r"cannot load images or rows.jsonl: .*ViT",
         ),
         ("causal_lm_4bit", ["--method", "dora"], r"argument --method: invalid choice: 'dora'"),
         ("many_adapters", ["--model", "llama", "--adapters", "empty"], r"empty is no folder of an adapter"),
