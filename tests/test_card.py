@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def assert_complete(card, method):
 
 def trainable_parameters(model):
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"| Trainable parameters | {count:,} |"
+    return f"| Trainable parameters, heads left out | {count:,} |"
 
 
 def test_saving_completes_the_card(method, tmp_path):
@@ -102,7 +103,7 @@ def test_a_folder_as_base_is_no_metadata_which_the_hub_would_refuse(method, tmp_
         card = card_of(tmp_path)
         assert card.data.base_model is None
         assert not [tag for tag in card.data.tags if place in tag]
-        assert f"| Base model | {place} |" in card.text
+        assert f"| Base model | {Path(place).name}, a folder |" in card.text
 
 
 def test_data_results_and_words_of_the_user_stay_and_are_repeated(method, tmp_path):
@@ -148,7 +149,7 @@ def test_each_adapter_gets_a_card_in_its_folder(method, tmp_path):
         card = card_of(folder)
         assert_complete(card, method)
         count = sum(p.numel() for key, p in model.named_parameters() if f".{name}." in key)
-        assert f"| Trainable parameters | {count:,} |" in card.text
+        assert f"| Trainable parameters, heads left out | {count:,} |" in card.text
 
 
 def test_model_of_transformers_with_an_added_adapter_gets_a_card(method, tmp_path):

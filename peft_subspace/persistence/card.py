@@ -35,6 +35,7 @@ PEFT stops with `KeyError: '{peft_type}'`:
 import peft_subspace  # registers the type with PEFT
 from peft import PeftModel
 
+# base_model: the one that the adapter was trained on, loaded as for training
 model = PeftModel.from_pretrained(base_model, {place})
 ```
 
@@ -99,8 +100,8 @@ def _facts(folder: Path, config: SubspaceConfig, data: Any) -> dict[str, str]:
     facts = {
         "Method": equation_of(tuner.tuner_layer_cls.delta_cls),
         "Reference": _reference_of(type(config)),
-        "Base model": ", ".join(_bases(data, config)),
-        "Trainable parameters": f"{config.trained:,}" if config.trained else "",
+        "Base model": ", ".join(map(_shown, _bases(data, config))),
+        "Trainable parameters, heads left out": f"{config.trained:,}" if config.trained else "",
         "Data": ", ".join(_listed(data.datasets)),
         "Results": ", ".join(results),
         "As a LoRA, which needs no import": _lora_export(folder),
@@ -136,6 +137,11 @@ def _is_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).exists()
+
+
+def _shown(base: str) -> str:
+    """A base model as the card names it: of a folder its name alone, for the rest is of one machine."""
+    return base if _is_id(base) else f"{Path(base).name}, a folder"
 
 
 def _listed(value: Any) -> list[str]:
