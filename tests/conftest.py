@@ -96,9 +96,8 @@ def _typical(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
     tests: dict[Any, dict[str, list[pytest.Item]]] = {}
     for item in items:
         mark, method = item.get_closest_marker("typical"), _argument(item, "method")
-        if mark and not _is_typical(
-            *mark.args, case=_argument(item, "case"), setting=_argument(item, "setting")
-        ):
+        asked = {name: _argument(item, name) for name in ("method", "case", "setting")}
+        if mark and not _is_typical(*mark.args, **asked):
             continue
         if isinstance(method, Method):
             rest = item.callspec.id.replace(str(method), "", 1)
@@ -135,7 +134,9 @@ def _is_possible(method=None, setting=None, **_) -> bool:
     return not (method and setting and method.stays_fp32 and setting.needs_cast)
 
 
-def _is_typical(what, case=None, setting=None, **_) -> bool:
+def _is_typical(what, method=None, case=None, setting=None, **_) -> bool:
+    if what == "methods":
+        return method is None or method.is_typical
     if what == "layers":
         return all(value is None or value.is_typical for value in (case, setting))
     return setting == SETTINGS[0] or (case.is_typical and setting.is_typical)

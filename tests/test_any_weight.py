@@ -344,7 +344,7 @@ class Renamer(nn.Module):
 RENAMED = Use(Renamer, modules("first", "second", "third", "stack.0", "stack.1", "own", "block.0", "head"))
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_weights_are_followed_under_other_names(method, tmp_path):
     test_weight_is_updated_wherever_it_is_used_trains_and_merges(method, RENAMED)
     model = get_peft_model(RENAMED.model(), fitting(method, RENAMED, target_modules="all-linear"))
@@ -356,7 +356,7 @@ def test_weights_are_followed_under_other_names(method, tmp_path):
             peft_subspace.export_lora(model, tmp_path)
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_parameter_that_a_fused_path_reads_has_no_lora_form(method, tmp_path):
     use = Use(
         encoder,
@@ -372,7 +372,7 @@ def test_parameter_that_a_fused_path_reads_has_no_lora_form(method, tmp_path):
 # ------------------------------------------------------------------------------------------- computed
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_what_makes_a_weight_is_no_target_whatever_its_name(method, tmp_path):
     use = Use(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh()), modules("0"))
     test_weight_is_updated_wherever_it_is_used_trains_and_merges(method, use)
@@ -380,7 +380,7 @@ def test_what_makes_a_weight_is_no_target_whatever_its_name(method, tmp_path):
     assert (tmp_path / "adapter_config.json").is_file()
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_copy_of_a_module_that_copies_itself_is_adapted(method):
     def half_parametrized():
         return Wrapped(parametrizations.weight_norm(nn.LSTM(6, 5), "weight_hh_l0"))

@@ -80,7 +80,7 @@ def test_saving_completes_the_card(method, tmp_path):
     assert "base_model:adapter:" not in card.data.tags
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_base_model_is_named(method, tmp_path):
     base = llama()
     base.name_or_path = base.config._name_or_path = "org/base"
@@ -92,7 +92,7 @@ def test_base_model_is_named(method, tmp_path):
     assert "| Base model | org/base |" in card.text
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_a_folder_as_base_is_no_metadata_which_the_hub_would_refuse(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("models/base")
@@ -108,7 +108,7 @@ def test_a_folder_as_base_is_no_metadata_which_the_hub_would_refuse(method, tmp_
         assert f"| Base model | {Path(place).name}, a folder |" in card.text
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_data_results_and_words_of_the_user_stay_and_are_repeated(method, tmp_path):
     (tmp_path / "README.md").write_text(DATA)
     model = adapted(method)
@@ -144,7 +144,7 @@ def test_half_a_section_costs_no_words(method, tmp_path):
     assert card.text.count("Some words of my own.") == card.text.count("More words.") == 1
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_each_adapter_gets_a_card_in_its_folder(method, tmp_path):
     model = adapted(method)
     model.add_adapter("other", method.config(target_modules=["k_proj", "o_proj"], seed=2))

@@ -87,7 +87,7 @@ def test_mapping_that_leads_nowhere_is_refused(method, tmp_path):
         peft_subspace.load(Model("enc"), tmp_path, key_mapping={"^enc": "dec"})
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_file_without_a_tensor_of_the_adapter_is_refused(method, tmp_path):
     config = method.config(target_modules=["fc"])
     get_peft_model(Model("enc"), config).save_pretrained(tmp_path)

@@ -186,7 +186,7 @@ class Words(nn.Module):
         return self.body(self.words.weight[:2] + self.words(torch.arange(2)) + x)
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_rows_of_tokens_and_heads_that_are_refused_change_nothing(method, tmp_path):
     options = {"trainable_token_indices": {"words": [1, 4]}}
     torch.manual_seed(1)

@@ -314,7 +314,7 @@ def test_heads_biases_and_tokens_are_checked_too(method, tmp_path, options, key,
     model(X)
 
 
-@pytest.mark.where(method="is_typical")
+@pytest.mark.typical("methods")
 def test_tokens_beyond_the_embedding_are_refused(saved):
     change_config(saved, trainable_token_indices={"embed": [1, 10**6]})
     assert_refuses(saved, ValueError, "no rows of trainable_token_indices|annot combine")
