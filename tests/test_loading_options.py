@@ -81,6 +81,14 @@ def test_a_mapping_may_move_everything(method, tmp_path):
         assert torch.equal(moved(X), saved(X))
 
 
+def test_a_module_may_be_named_none(tmp_path):
+    config = peft_subspace.FLoRAConfig(r=2, target_modules=["fc"], init_weights=False)
+    saved = get_peft_model(Model("stage.None"), config).eval()
+    saved.save_pretrained(tmp_path)
+    for load in (peft_subspace.load, PeftModel.from_pretrained):
+        assert torch.equal(load(Model("stage.None"), tmp_path)(X), saved(X))
+
+
 def test_mapping_that_leads_nowhere_is_refused(method, tmp_path):
     get_peft_model(Model("enc"), method.config(target_modules=["fc"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="in the file"):

@@ -240,7 +240,7 @@ def shared_keys(model: nn.Module, attribute: str | None, adapter_name: str) -> d
 def at_root(key: str, attribute: str | None) -> str:
     """Key in a file of what is at the root, if it is a shared tensor's that a mapping of names has moved."""
     _, found, tensor = f".{key}".rpartition(f".{attribute}.")
-    return f"{BASE}{attribute}.{tensor}" if found else key
+    return f"{BASE}{attribute}.{tensor}" if attribute and found else key
 
 
 def saved_key(key: str, attribute: str | None) -> str:
