@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-_GROUPS = ("param_groups", "state", "defaults")
+_GROUPS = {"param_groups", "state", "defaults"}
 
 
 def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, str]:
@@ -30,9 +30,10 @@ def parameter_names(model: nn.Module, optimizer: Any, task: str) -> dict[int, st
             "another in their place; leave it out, and make a new one afterwards"
         )
     for one in _inside(optimizer):
-        for name, value in vars(one).items():
-            found = [t for t in tree_leaves(value) if isinstance(t, Tensor) and id(t) not in names]
-            if name not in _GROUPS and shapes <= Counter(t.shape for t in found):
+        for name in (name for name in vars(one) if name not in _GROUPS):
+            leaves = tree_leaves(vars(one)[name])
+            found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in names]
+            if shapes <= Counter(leaf.shape for leaf in found):
                 raise ValueError(
                     f"{type(one).__name__} has, as {name!r}, copies of the parameters of the current task, "
                     f"{task!r}, and would mix them with those of another; leave optimizer= out, and make a "

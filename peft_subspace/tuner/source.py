@@ -32,7 +32,8 @@ def check_source(folder: Path, model: nn.Module, config: Any) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; save the adapter with save_pretrained")
     with opened(path) as file:
-        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        keys = file.keys() if config.modules_to_save or config.trainable_token_indices else ()
+        shapes = {f".{base_name(key)}": tuple(file.get_slice(key).get_shape()) for key in keys}
     tokens = config.trainable_token_indices or ()
     for name in tokens if isinstance(tokens, dict) else [""] * bool(tokens):
         if not any(key.endswith(f"{name}.trainable_tokens_delta") for key in shapes):
