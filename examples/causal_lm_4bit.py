@@ -30,6 +30,8 @@ parser.add_argument("--method", choices=METHODS, default="flora", help="fine-tun
 parser.add_argument("--rows", type=int, default=2000, help="rows to use")
 parser.add_argument("--steps", type=int, default=100, help="steps of 8 rows")
 options = parser.parse_args()
+if min(options.rows, options.steps) < 1:
+    parser.error("--rows and --steps must be at least 1")
 
 nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
@@ -42,9 +44,9 @@ try:  # the first row tells the columns, before all of them and the model are do
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset(*source, split=f"train[:{options.rows}]")
-    rows = rows.filter(lambda row: isinstance(row[options.text_column], str))
-    if len(rows) < 2:
-        sys.exit(f"{options.data} has {len(rows)} rows with a text; at least two are needed")
+    whole = rows.filter(lambda row: isinstance(row[options.text_column], str))
+    if len(whole) < max(len(rows), 2):
+        sys.exit(f"{len(whole)} of {len(rows)} rows have a text; all must, and two rows at least")
 except Exception as error:  # of many kinds, from several libraries
     sys.exit(f"cannot load {options.model} or {options.data}: {str(error) or repr(error)}".splitlines()[0])
 

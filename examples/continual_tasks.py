@@ -27,6 +27,8 @@ parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="A,B", help="pa
 parser.add_argument("--rows", type=int, default=200, help="articles of each task to train on")
 parser.add_argument("--epochs", type=float, default=2, help="passes over the articles of each task")
 options = parser.parse_args()
+if options.rows < 1:
+    parser.error("--rows must be at least 1")
 transformers.logging.set_verbosity_error()  # no reports of new heads
 
 try:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import peft_subspace
 
 OUTPUT = "outputs/detector"
+SUFFIXES = (".jpg", ".jpeg", ".png")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--real", type=Path, required=True, help="folder of photos")
 parser.add_argument("--generated", type=Path, required=True, help="folder of a generator's, to train on")
@@ -30,21 +31,20 @@ parser.add_argument("--model", default="openai/clip-vit-base-patch16", help="CLI
 parser.add_argument("--rank", type=int, default=1, help="singular triples to train; 0 trains the head alone")
 parser.add_argument("--epochs", type=float, default=2, help="passes over the images")
 options = parser.parse_args()
-
 found = {}
 for folder in (options.real, options.generated, options.unseen):
-    found[folder] = sorted(
-        file for file in folder.glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png")
-    )
+    found[folder] = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
     if len(found[folder]) < 5:
         sys.exit(f"{folder} has {len(found[folder])} image files (.jpg, .jpeg, .png); at least 5 are needed")
 try:
+    for file in [file for files in found.values() for file in files]:
+        Image.open(file).verify()
     if not (kind := AutoConfig.from_pretrained(options.model).model_type).startswith("clip"):
         sys.exit(f"{options.model} has no image tower of CLIP: it is of the type {kind}")
     processor = AutoImageProcessor.from_pretrained(options.model)
     tower = CLIPVisionModel.from_pretrained(options.model)
 except (OSError, ValueError) as error:
-    sys.exit(f"{options.model} cannot be loaded: {str(error).splitlines()[0]}")
+    sys.exit(f"images or {options.model} cannot be loaded: {str(error).splitlines()[0]}")
 
 
 class Detector(torch.nn.Module):

@@ -27,6 +27,8 @@ parser.add_argument("--rank", type=int, default=16, help="rank r: each layer tra
 parser.add_argument("--rows", type=int, default=400, help="articles to train on")
 parser.add_argument("--steps", type=int, default=25, help="steps of 16 articles")
 options = parser.parse_args()
+if min(options.rank, options.rows, options.steps) < 1:
+    parser.error("--rank, --rows and --steps must be at least 1")
 transformers.logging.set_verbosity_error()  # no reports of new heads
 
 try:

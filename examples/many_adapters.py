@@ -25,6 +25,8 @@ parser.add_argument("--adapters", nargs="+", default=[], help="adapters of that 
 parser.add_argument("--count", type=int, default=20, help="adapters to make")
 parser.add_argument("--layers", type=int, default=8, help="layers of the model with random weights")
 options = parser.parse_args()
+if min(options.count, options.layers) < 1:
+    parser.error("--count and --layers must be at least 1")
 if options.adapters and not options.model:
     sys.exit("--adapters belong to a model: give --model, too")
 if absent := [path for path in options.adapters if not Path(path, "adapter_config.json").is_file()]:
@@ -47,9 +49,8 @@ except (OSError, ValueError) as error:
     sys.exit(f"{options.model} cannot be loaded: {str(error).splitlines()[0]}")
 folders = [Path(adapter) for adapter in options.adapters]
 for number in range(0 if folders else options.count):
-    config = peft_subspace.MoSConfig(
-        r=16, equivalent_r=2, target_modules="all-linear", init_weights=False, seed=number
-    )
+    config = peft_subspace.MoSConfig(r=16, equivalent_r=2, target_modules="all-linear", seed=number)
+    config.init_weights = False  # as if it had been trained
     made = get_peft_model(base, config)
     folders.append(OUTPUT / f"adapter{number}")
     made.save_pretrained(folders[-1])

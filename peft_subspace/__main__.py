@@ -1,7 +1,7 @@
 """Inspection, export and merging of adapters from the command line.
 
-python -m peft_subspace inspect ADAPTER [OTHER] [--base MODEL] [--plot adapter.png]
-python -m peft_subspace export ADAPTER --lora FOLDER [--base MODEL]
+python -m peft_subspace inspect ADAPTER [OTHER] [--base MODEL] [--revision NAME] [--plot adapter.png]
+python -m peft_subspace export ADAPTER --lora FOLDER [--base MODEL] [--revision NAME]
 python -m peft_subspace merge A B … --method ties --density 0.2 (--lora FOLDER --rank 32 | --model FOLDER)
 
 The commands need the config of the base model, by default of the one that an adapter names, and its weights
@@ -39,12 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspecting = commands.add_parser("inspect", help="ranks, counts, norms, spectra and overlap of adapters")
-    inspecting.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
+    export = commands.add_parser("export", help="write an adapter as a plain LoRA")
+    for command in (inspecting, export):
+        command.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
+        command.add_argument("--revision", help="branch, tag or commit of ADAPTER on the Hub")
+        command.add_argument("--subfolder", help="folder of ADAPTER in its repository")
     inspecting.add_argument("other", nargs="?", help="adapter to compare it with")
     inspecting.add_argument("--plot", metavar="FILE", help="write a picture of spectra and overlap")
     inspecting.set_defaults(run=_inspect)
-    export = commands.add_parser("export", help="write an adapter as a plain LoRA")
-    export.add_argument("adapter", help="folder of an adapter, or its id on the Hub")
     export.add_argument("--lora", metavar="FOLDER", required=True, help="folder to write")
     export.set_defaults(run=_export)
     merging = commands.add_parser("merge", help="make one adapter, or one model, of several")
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    found = inspect(options.adapter, options.other, base=options.base)
+    found = inspect(options.adapter, options.other, base=options.base, **_place(options))
     print(found)
     if options.plot:
         found.save_plot(options.plot)
@@ -82,8 +84,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    export_lora(read_adapter(options.adapter, options.base), options.lora)
+    export_lora(read_adapter(options.adapter, options.base, **_place(options)), options.lora)
     print(f"LoRA: {options.lora}")
+
+
+def _place(options: argparse.Namespace) -> dict[str, str]:
+    given = {name: getattr(options, name) for name in ("revision", "subfolder")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _merge(options: argparse.Namespace) -> None:

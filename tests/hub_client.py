@@ -56,6 +56,7 @@ def run(hub, method) -> dict[str, object]:
         loader: outcome(lambda load=load: load(public, revision="never")) for loader, load in LOADERS.items()
     }
     done["merged"] = outcome(lambda: merged([public, second], second))
+    done["cosines"] = [outcome(lambda at=at: cosine(public, at)) for at in commits]
     first.push_to_hub(private, private=True, token=TOKEN)
     done["private"] = {
         f"{loader}-{kind}": outcome(lambda load=load, token=token: logits(load(private, token=token)))
@@ -119,6 +120,15 @@ def merged(sources, model):
     twice = merging.merge(sources, base=llama()).update("model.layers.0.self_attn.q_proj")
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     return (twice - 2 * layer.get_delta_weight("default")).norm() / twice.norm()
+
+
+def cosine(repository, revision):
+    """Cosine between one revision of an adapter and its newest."""
+    from models import llama
+    from peft_subspace import inspect
+
+    found = inspect(repository, repository, base=llama(), revision=revision).overlaps
+    return found["model.layers.0.self_attn.q_proj"].cosine
 
 
 def adapted(method, seed: int):

@@ -239,10 +239,16 @@ def test_notebook_runs(notebook, monkeypatch, tmp_path):
         ("many_adapters", ["--model", "llama", "--adapters", "empty"], r"empty is no folder of an adapter"),
         ("many_adapters", ["--model", "images"], r"images cannot be loaded: .*ViT"),
         ("continual_tasks", ["--model", "images"], r"images cannot be loaded: .*ViT"),
+        ("lora_sb_gradient_start", ["--rows", "0"], r"--rank, --rows and --steps must be at least 1"),
         ("lora_sb_gradient_start", ["--model", "no/such"], r"no/such cannot be loaded: "),
         ("lora_sb_gradient_start", ["--model", "images"], r"images cannot be loaded: .*ViT"),
         ("detector", [*FOLDERS, "--model", "llama"], r"llama has no image tower of CLIP: .* llama"),
         ("detector", [*FOLDERS, "--model", "no/such"], r"no/such cannot be loaded: "),
+        (
+            "detector",
+            ["--real", "broken", "--generated", "broken", "--unseen", "broken"],
+            r"images .* cannot be loaded: cannot identify image file 'broken/0.png'",
+        ),
         ("many_adapters", ["--adapters", "here"], r"--adapters belong to a model: give --model, too"),
         ("many_adapters", ["--model", "no/such"], r"no/such cannot be loaded: "),
         (
@@ -256,6 +262,9 @@ def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys, name, argu
     table(tmp_path / "rows.csv")
     (tmp_path / "rows.jsonl").write_text('{"body": "w1"}\n' * 20)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for number in range(5):
+        (tmp_path / "broken" / f"{number}.png").write_bytes(b"no image")
     pictures(tmp_path / "pictures")
     transformers.ViTConfig(hidden_size=16).save_pretrained(tmp_path / "images")
     llama().save_pretrained(tmp_path / "llama")

@@ -54,6 +54,9 @@ def test_upload_and_download_by_revision(done):
         assert same(done["loaded"][f"{loader}-first"], first)
     assert done["unknown revision"]["own"].startswith("RevisionNotFoundError")
     assert "Can't find 'adapter_config.json'" in done["unknown revision"]["peft"]
+    old, new = done["cosines"]
+    assert abs(old) < 0.99
+    assert abs(new - 1) < 1e-5
 
 
 @pytest.mark.feature("push_to_hub / from_pretrained")

@@ -714,6 +714,8 @@ def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
     lora(tmp_path / "a")
     with pytest.raises(ValueError, match=r"sources=.* must name at least one"):
         merge([])
+    with pytest.raises(TypeError, match="sources must be a list, and is one str"):
+        merge("organization/adapter")
     with pytest.raises(ValueError, match="must differ; give an adapter once"):
         merge([tmp_path / "a", tmp_path / "a"])
     (tmp_path / "empty").mkdir()

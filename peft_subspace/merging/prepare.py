@@ -57,6 +57,8 @@ def merge(
         TypeError: If an argument or option has the wrong type.
         ValueError: If the sources do not fit each other, or the method.
     """
+    if isinstance(sources, str | Path | nn.Module):
+        raise TypeError(f"sources must be a list, and is one {type(sources).__name__}; write [source]")
     check_choice("method", method, METHODS)
     check_choice("space", space, SPACES)
     check_choice("rows", rows, ROWS)

@@ -31,20 +31,24 @@ _HEADS = ("classifier", "score")
 """Names of classifier heads in models of transformers."""
 
 
-def read_adapter(path: str | Path, base: str | Path | nn.Module | None = None) -> PeftModel:
+def read_adapter(path: str | Path, base: str | Path | nn.Module | None = None, **kwargs: Any) -> PeftModel:
     """Put a saved adapter on a base model without weights; only the config of the base model is needed.
 
     Args:
         path: Folder of the adapter, or its id on the Hub.
         base: Folder or id of the base model, or the model itself, of which nothing is changed; by default the
             one that the adapter's config names.
+        kwargs: Where the Hub has it: `revision`, `subfolder`, `token`, `cache_dir`.
 
     Raises:
         FileNotFoundError: If the folder has no config or no safetensors file.
         ValueError: If the adapter is broken, belongs to another package, or does not fit the base model, or
             if the base model's config cannot be read.
+        TypeError: If an argument is unknown.
     """
-    folder = adapter_folder(str(path), {})
+    folder = adapter_folder(str(path), kwargs)
+    if kwargs:
+        raise TypeError(f"{sorted(kwargs)} are no arguments; revision, subfolder, token and cache_dir are")
     config = read_config(folder / CONFIG_NAME)
     base = config.base_model_name_or_path if base is None else base
     if isinstance(base, nn.Module):

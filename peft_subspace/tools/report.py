@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 
 from peft_subspace.tools.inspection import LayerUpdate, Overlap, layer_overlaps, layer_updates
 from peft_subspace.tools.plots import draw_plot, save_plot
@@ -73,7 +74,11 @@ class Inspection:
 
 
 def inspect(
-    adapter: str | Path, other: str | Path | None = None, *, base: str | Path | None = None
+    adapter: str | Path,
+    other: str | Path | None = None,
+    *,
+    base: str | Path | nn.Module | None = None,
+    **kwargs: Any,
 ) -> Inspection:
     """Look into a saved adapter: ranks, norms and spectra of its updates, and its overlap with another one.
 
@@ -82,7 +87,8 @@ def inspect(
     Args:
         adapter: Folder of the adapter, or its id on the Hub.
         other: Adapter of the same base model to compare it with.
-        base: Folder or id of the base model; by default the one that the adapter names.
+        base: Folder or id of the base model, or the model; by default the one that the adapter names.
+        kwargs: Where the Hub has `adapter`: `revision`, `subfolder`, `token`, `cache_dir`.
 
     Returns:
         What was found; `print` shows it as tables.
@@ -92,7 +98,7 @@ def inspect(
         ValueError: If an adapter is broken or does not fit the base model, or the base model's config cannot
             be read.
     """
-    model = read_adapter(adapter, base)
+    model = read_adapter(adapter, base, **kwargs)
     found = Inspection(_title(adapter, model), layer_updates(model))
     if other is not None:
         second = read_adapter(other, base)

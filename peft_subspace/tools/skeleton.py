@@ -62,9 +62,10 @@ def skeleton_from(base: str | Path, architecture: str | None = None, **options: 
     try:
         config: Any = transformers.AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"the config of the base model {str(base)!r} cannot be read; give the folder, or the id on the "
-            "Hub, of a model of transformers (--base on the command line)"
+            f"the config of the base model {str(base)!r} cannot be read ({reason}); give the folder, or the "
+            "id on the Hub, of a model of transformers (base, or --base on the command line)"
         ) from error
     name = architecture or (config.architectures or ["AutoModel"])[0]
     model_cls: Any = getattr(transformers, name, None)
