@@ -14,6 +14,7 @@ import peft_subspace
 from layers import Net, distance
 from models import bert, gpt2, llama, resnet
 from peft_subspace import ContinualSVDConfig
+from peft_subspace.base_weights.fingerprint import _waves, fingerprint
 from peft_subspace.continual import (
     METRIC,
     continual_metrics,
@@ -405,13 +406,25 @@ def test_adapter_is_refused_on_another_base(load, tmp_path):
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("back", [False, True], ids=["there", "and back"])
-def test_adapter_fits_its_base_in_another_dtype(dtype, back, tmp_path):
+@pytest.mark.parametrize("shape", [(24, 3, 3, 3), (700, 400)], ids=str)
+def test_fingerprint_is_that_of_its_definition(shape):
+    weight = torch.randn(shape)
+    matrix = weight.flatten(1).double()
+    left, right = (torch.from_numpy(_waves(size)) for size in matrix.shape)
+    projections = torch.einsum("wo,oi,wi->w", left, matrix, right)
+    found = fingerprint(weight, weight.dtype)
+    assert torch.allclose(found[1:-1], projections.float(), rtol=1e-5, atol=1e-7)
+    assert found[0].item() == pytest.approx(matrix.square().mean().sqrt().item())
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,), (torch.float16,), (torch.float64,), (torch.float64, torch.float32)], ids=str
+)
+def test_adapter_fits_its_base_in_another_dtype(dtypes, tmp_path):
     adapted(llama(), r=3, target_modules=LINEARS).save_pretrained(tmp_path)
-    base = llama().to(dtype)
-    if back and dtype == torch.float64:
-        base = base.float()
+    base = llama()
+    for dtype in dtypes:
+        base = base.to(dtype)
     assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].initialized
 
 

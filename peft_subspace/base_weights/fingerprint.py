@@ -12,8 +12,7 @@ from torch import Tensor
 from peft_subspace.core.delta import FINGERPRINT
 
 _WAVES = FINGERPRINT - 2  # beside the root mean square of the weight and the precision of its dtype
-
-
+_PART = 2**17  # entries in double precision at a time: they stay in a cache, and no weight is copied whole
 _SAME = 1e-4
 """Change, relative to the weight, below which two weights of one dtype are the same."""
 
@@ -25,13 +24,18 @@ def fingerprint(weight: Tensor, dtype: torch.dtype) -> Tensor:
     `W` by some part of its norm changes each of them by about the same part, wherever in `W` it lies.
     """
     matrix = weight.flatten(1)
-    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    matrix = matrix.cpu() if matrix.device.type == "mps" else matrix
     left, right = (torch.from_numpy(_waves(size)).to(matrix.device) for size in matrix.shape)
-    projections = ((left @ matrix) * right).sum(1)
+    rows = 1 + _PART // (1 + matrix.shape[1])
+    sums, squares = torch.zeros_like(right), right.new_zeros(())
+    for waves, part in zip(left.split(rows, 1), matrix.split(rows), strict=True):
+        part = part.double()
+        sums += waves @ part
+        squares += torch.linalg.vector_norm(part).square()
     precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     rest = torch.tensor([precision], dtype=torch.float64, device=matrix.device)
-    root_mean_square = torch.linalg.vector_norm(matrix) / matrix.numel() ** 0.5
-    return torch.cat([root_mean_square[None], projections, rest]).float()
+    root_mean_square = (squares / matrix.numel()).sqrt()
+    return torch.cat([root_mean_square[None], (sums * right).sum(1), rest]).float()
 
 
 def is_same(found: Tensor, expected: Tensor) -> bool:
