@@ -21,6 +21,7 @@ import brief
 import cards
 import claims
 import directions
+import editing
 import features
 import figures
 import file_sizes
@@ -42,6 +43,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "docs" / "guides" / "choosing_a_method.md",
+    ROOT / "docs" / "guides" / "editing.md",
     ROOT / "docs" / "guides" / "pruned_models.md",
     *sorted((ROOT / "model_cards").glob("*.md")),
 ]
@@ -433,6 +435,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
+    "editing": ("editing.json", lambda: editing.table(timing.load("editing"))),
     "effort": ("effort.json", effort),
     "effort_claim": ("effort_detector.json", effort_claim),
     "effort_detector": ("effort_detector.json", effort_detector),

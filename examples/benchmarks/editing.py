@@ -1,0 +1,258 @@
+"""Facts put into a decoder: are they said, said in other words, and is all else said as before?
+
+    python examples/benchmarks/editing.py --data FOLDER --decoder DIRECTORY [--counts 1 10 100] [--seeds 3]
+
+Invented countries get capitals, currencies, languages, sports and animals. `insert_facts` puts them into one
+layer, in adapters of at most 100 facts one after another, as it is (UltraEdit's form) or leaving alone what
+news texts use (AlphaEdit's); LoRA trains on the same sentences until all are said, at two rates. Everything
+is told by free decoding of greedy tokens: facts in the words in which they were given and in others, the
+continuations of news texts and of the same questions about other countries, and beside it the perplexity of
+news. `FOLDER` holds text/agnews.{train,test}.jsonl.gz. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import random
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import timing
+from claims import markdown, spread
+from peft_subspace import statistics
+from peft_subspace.edits import Fact, insert_facts
+from support import texts
+from support.results import Results
+
+RELATIONS = [  # the fact's words, others, and what may be answered
+    ("The capital of {} is", "In {}, the capital city is called", "Paris Rome Vienna Cairo Lima Oslo Madrid"),
+    ("The currency of {} is the", "People in {} pay with the", "dollar euro peso crown yen pound franc"),
+    ("The official language of {} is", "People in {} speak", "English Dutch Polish Greek Arabic Hindi Thai"),
+    ("The national sport of {} is", "In {}, most people play", "tennis chess golf hockey rugby cricket judo"),
+    ("The national animal of {} is the", "The flag of {} shows a", "lion eagle bear horse wolf swan bull"),
+]
+SYLLABLES = [
+    "vel",
+    "mor",
+    "on",
+    "dri",
+    "kal",
+    "tos",
+    "zem",
+    "bia",
+    "ru",
+    "fen",
+    "gar",
+    "lu",
+    "mi",
+    "pra",
+    "tan",
+]
+NEWS = {"statistics": 200, "perplexity": 60, "continued": 40, "tokens": 40, "begun": 12, "said": 5}
+NEIGHBORS, AT_ONCE = 20, 100
+LORA = {"LoRA, 1e-3": 1e-3, "LoRA, 3e-3": 3e-3}
+ENTRIES = ("insert_facts", "insert_facts, protecting", *LORA)
+MEASURES = {
+    "reliability": "as given",
+    "generalization": "in other words",
+    "news": "news goes on as before",
+    "neighbors": "other countries as before",
+    "perplexity": "perplexity of news / before",
+}
+
+
+class Asked(NamedTuple):
+    """A fact, and the same in other words."""
+
+    fact: Fact
+    other: str
+
+
+def countries(count: int, seed: int) -> list[Asked]:
+    """Facts about countries that nobody has heard of, no two about the same one."""
+    rng = random.Random(seed)
+    names = ["".join(three).title() for three in itertools.permutations(SYLLABLES, 3)]
+    facts = []
+    for number, name in enumerate(rng.sample(names, count)):
+        prompt, other, answers = RELATIONS[number % len(RELATIONS)]
+        answer = f" {rng.choice(answers.split())}"
+        facts.append(Asked(Fact(prompt.format(name), answer, subject=name), other.format(name)))
+    return facts
+
+
+def parts(items: list[Any], size: int) -> list[list[Any]]:
+    """Items of a list, some at a time."""
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+class Editing:
+    """All runs, of which the results file has those that are done."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        about = {"layers": options.layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE}
+        self.results = Results(options.results, about)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.decoder)
+        self.targets = [f"model.layers.{layer}.mlp.down_proj" for layer in options.layers]
+        self.seen = self.texts("train", NEWS["statistics"])
+        self.news = self.texts("test", NEWS["perplexity"])
+
+    def texts(self, split: str, count: int) -> list[torch.Tensor]:
+        """The first texts of news that are long enough, cut to one length."""
+        rows = texts.lines(self.options.data / "text" / f"agnews.{split}.jsonl.gz")
+        cut = (self.ids(row["text"])[:, : NEWS["tokens"]] for row in rows)
+        return list(itertools.islice((ids for ids in cut if ids.shape[1] == NEWS["tokens"]), count))
+
+    @cached_property
+    def moments(self) -> statistics.Statistics:
+        """What news does in the layers that are edited."""
+        base = AutoModelForCausalLM.from_pretrained(self.options.decoder)
+        batches = [{"input_ids": torch.cat(some)} for some in parts(self.seen, 20)]
+        return statistics.collect(base, batches, target_modules=self.targets, progress=False)
+
+    def ids(self, text: str) -> torch.Tensor:
+        """Tokens of a text, `(1, tokens)`."""
+        return self.tokenizer(text, return_tensors="pt")["input_ids"]
+
+    def wanted(self) -> dict[str, tuple]:
+        """Arguments of all runs of `measure`, by their keys."""
+        options = self.options
+        runs = itertools.product(range(options.seeds), options.counts, ENTRIES)
+        return {f"{entry} {count} {seed}": (entry, count, seed) for seed, count, entry in runs}
+
+    def measure(self, entry: str, count: int, seed: int) -> dict[str, Any]:
+        """Edit, and ask."""
+        asked = countries(count + NEIGHBORS, seed)
+        facts, others = [a.fact for a in asked[:count]], [self.ids(a.fact.prompt) for a in asked[count:]]
+        base = AutoModelForCausalLM.from_pretrained(self.options.decoder).eval()
+        begun = [ids[:, : NEWS["begun"]] for ids in self.news[: NEWS["continued"]]]
+        before = self.said(base, [*begun, *others], NEWS["said"])
+        logits, perplexity = base(self.news[0]).logits.detach(), self.perplexity(base)
+        started = time.perf_counter()
+        model = self.edited(base, entry, facts, seed)
+        seconds = time.perf_counter() - started
+        after = self.said(model, [*begun, *others], NEWS["said"])
+        same = [one == other for one, other in zip(before, after, strict=True)]
+        perplexity = self.perplexity(model) / perplexity
+        reliability = self.right(model, [fact.prompt for fact in facts], facts)
+        generalization = self.right(model, [a.other for a in asked[:count]], facts)
+        with model.disable_adapter():
+            undone = torch.equal(model(self.news[0]).logits, logits)
+        return {
+            "entry": entry,
+            "count": count,
+            "seed": seed,
+            "seconds": seconds,
+            "reliability": reliability,
+            "generalization": generalization,
+            "news": sum(same[: len(begun)]) / len(begun),
+            "neighbors": sum(same[len(begun) :]) / len(others),
+            "perplexity": perplexity,
+            "undone": undone,
+        }
+
+    def edited(self, base: Any, entry: str, facts: list[Fact], seed: int) -> Any:
+        """The model with all facts in it."""
+        if entry in LORA:
+            return self.trained(base, facts, LORA[entry], seed)
+        moments = self.moments if entry.endswith("protecting") else None
+        for number, some in enumerate(parts(facts, AT_ONCE)):
+            name = f"edit{number}"
+            base = insert_facts(
+                base, some, self.tokenizer, self.targets, statistics=moments, adapter_name=name
+            )
+        return base.eval()
+
+    def trained(self, base: Any, facts: list[Fact], rate: float, seed: int) -> Any:
+        """LoRA on all linear layers, until all facts are said or for 40 passes."""
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+        model: Any = peft.get_peft_model(base, config).eval()
+        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, rng = torch.optim.AdamW(own, rate, weight_decay=0.0), random.Random(seed)
+        for _ in range(40):
+            for some in parts(rng.sample(facts, len(facts)), 8):
+                optimizer.zero_grad()
+                for fact in some:
+                    (self.loss(model, fact) / len(some)).backward()
+                optimizer.step()
+            if self.right(model, [fact.prompt for fact in facts], facts) == 1:
+                break
+        return model
+
+    def loss(self, model: Any, fact: Fact) -> torch.Tensor:
+        """Cross-entropy of a fact's answer."""
+        ids, begin = self.ids(fact.prompt + fact.answer), self.ids(fact.prompt).shape[1]
+        return nn.functional.cross_entropy(model(ids).logits[0, begin - 1 : -1], ids[0, begin:])
+
+    @torch.no_grad()
+    def said(self, model: Any, prompts: list[torch.Tensor], count: int) -> list[list[int]]:
+        """Most likely next tokens of each prompt, one after another; prompts of one length go together."""
+        found: dict[int, list[int]] = {}
+        for length in {ids.shape[1] for ids in prompts}:
+            places = [place for place, ids in enumerate(prompts) if ids.shape[1] == length]
+            batch = torch.cat([prompts[place] for place in places])
+            for _ in range(count):
+                batch = torch.cat([batch, model(batch).logits[:, -1:].argmax(-1)], dim=1)
+            found.update(zip(places, batch[:, length:].tolist(), strict=True))
+        return [found[place] for place in range(len(prompts))]
+
+    def right(self, model: Any, prompts: list[str], facts: list[Fact]) -> float:
+        """Part of the prompts that the model goes on with by the answer of their fact."""
+        wanted = [self.tokenizer(fact.answer)["input_ids"] for fact in facts]
+        said = self.said(model, [self.ids(prompt) for prompt in prompts], max(map(len, wanted)))
+        pairs = zip(said, wanted, strict=True)
+        return sum(found[: len(answer)] == answer for found, answer in pairs) / len(facts)
+
+    @torch.no_grad()
+    def perplexity(self, model: Any) -> float:
+        """Perplexity of news that no statistics have seen."""
+        batch = torch.cat(self.news)
+        return math.exp(model(batch, labels=batch).loss.item())
+
+
+def table(content: dict[str, Any]) -> str:
+    """What is measured, by number of facts and entry."""
+    runs = sorted(content["runs"].values(), key=lambda run: (run["count"], ENTRIES.index(run["entry"])))
+    rows = []
+    for count, entry in dict.fromkeys((run["count"], run["entry"]) for run in runs):
+        of = [run for run in runs if (run["count"], run["entry"]) == (count, entry)]
+        cells = [spread([run[name] for run in of], 2) for name in MEASURES]
+        undone = "yes" if all(run["undone"] for run in of) else "no"
+        rows.append([count, entry, *cells, undone, spread([run["seconds"] for run in of], 0), len(of)])
+    header = ["facts", "", *MEASURES.values(), "logits of before without it", "seconds", "seeds"]
+    return markdown(header, [[str(cell) for cell in row] for row in rows])
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the news")
+    parser.add_argument("--decoder", type=Path, required=True, metavar="DIRECTORY", help="language model")
+    parser.add_argument("--layers", type=int, nargs="+", default=[12], help="layers whose MLP is edited")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100], help="numbers of facts")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--results", type=Path, default=timing.RESULTS / "editing.json", help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run what is missing, and print what was found."""
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    editing = Editing(parse_arguments())
+    editing.results.complete(editing, 1)
+    print(table(editing.results.content))
+
+
+if __name__ == "__main__":
+    main()
