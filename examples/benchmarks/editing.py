@@ -4,10 +4,11 @@
 
 Invented countries get capitals, currencies, languages, sports and animals. `insert_facts` puts them into one
 layer, in adapters of at most 100 facts one after another, as it is (UltraEdit's form) or leaving alone what
-news texts use (AlphaEdit's); LoRA trains on the same sentences until all are said, at two rates. Everything
-is told by free decoding of greedy tokens: facts in the words in which they were given and in others, the
-continuations of news texts and of the same questions about other countries, and beside it the perplexity of
-news. `FOLDER` holds text/agnews.{train,test}.jsonl.gz. An interrupted run goes on where it stopped.
+news texts use (AlphaEdit's), or the same questions about a hundred more countries; LoRA trains on the same
+sentences until all are said, at two rates. Everything is told by free decoding of greedy tokens: facts in the
+words in which they were given and in others, and the continuations of news texts and of the same questions
+about other countries; beside it stands the perplexity of news. `FOLDER` holds
+text/agnews.{train,test}.jsonl.gz. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import math
 import os
 import random
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +59,10 @@ SYLLABLES = [
     "tan",
 ]
 NEWS = {"statistics": 200, "perplexity": 60, "continued": 40, "tokens": 40, "begun": 12, "said": 5}
-NEIGHBORS, AT_ONCE = 20, 100
+NEIGHBORS, AT_ONCE, QUESTIONS = 20, 100, 100
 LORA = {"LoRA, 1e-3": 1e-3, "LoRA, 3e-3": 3e-3}
-ENTRIES = ("insert_facts", "insert_facts, protecting", *LORA)
+PROTECTING = ("news", "such questions")
+ENTRIES = ("insert_facts", *(f"insert_facts, protecting {what}" for what in PROTECTING), *LORA)
 MEASURES = {
     "reliability": "as given",
     "generalization": "in other words",
@@ -113,11 +114,11 @@ class Editing:
         cut = (self.ids(row["text"])[:, : NEWS["tokens"]] for row in rows)
         return list(itertools.islice((ids for ids in cut if ids.shape[1] == NEWS["tokens"]), count))
 
-    @cached_property
-    def moments(self) -> statistics.Statistics:
-        """What news does in the layers that are edited."""
+    def moments(self, what: str, questions: list[torch.Tensor]) -> statistics.Statistics:
+        """What news, or questions, do in the edited layers."""
+        kept = parts(self.seen, 20) if what == "news" else parts(questions, 1)
         base = AutoModelForCausalLM.from_pretrained(self.options.decoder)
-        batches = [{"input_ids": torch.cat(some)} for some in parts(self.seen, 20)]
+        batches = [{"input_ids": torch.cat(some)} for some in kept]
         return statistics.collect(base, batches, target_modules=self.targets, progress=False)
 
     def ids(self, text: str) -> torch.Tensor:
@@ -132,14 +133,15 @@ class Editing:
 
     def measure(self, entry: str, count: int, seed: int) -> dict[str, Any]:
         """Edit, and ask."""
-        asked = countries(count + NEIGHBORS, seed)
-        facts, others = [a.fact for a in asked[:count]], [self.ids(a.fact.prompt) for a in asked[count:]]
+        asked = countries(count + NEIGHBORS + QUESTIONS, seed)
+        facts, questions = [a.fact for a in asked[:count]], [self.ids(a.fact.prompt) for a in asked[count:]]
+        others, kept = questions[:NEIGHBORS], questions[NEIGHBORS:]
         base = AutoModelForCausalLM.from_pretrained(self.options.decoder).eval()
         begun = [ids[:, : NEWS["begun"]] for ids in self.news[: NEWS["continued"]]]
         before = self.said(base, [*begun, *others], NEWS["said"])
         logits, perplexity = base(self.news[0]).logits.detach(), self.perplexity(base)
         started = time.perf_counter()
-        model = self.edited(base, entry, facts, seed)
+        model = self.edited(base, entry, facts, kept, seed)
         seconds = time.perf_counter() - started
         after = self.said(model, [*begun, *others], NEWS["said"])
         same = [one == other for one, other in zip(before, after, strict=True)]
@@ -161,11 +163,14 @@ class Editing:
             "undone": undone,
         }
 
-    def edited(self, base: Any, entry: str, facts: list[Fact], seed: int) -> Any:
-        """The model with all facts in it."""
+    def edited(
+        self, base: Any, entry: str, facts: list[Fact], questions: list[torch.Tensor], seed: int
+    ) -> Any:
+        """The model with all facts in it; the questions are those that may be left alone."""
         if entry in LORA:
             return self.trained(base, facts, LORA[entry], seed)
-        moments = self.moments if entry.endswith("protecting") else None
+        what = entry.partition(" protecting ")[2]
+        moments = self.moments(what, questions) if what else None
         for number, some in enumerate(parts(facts, AT_ONCE)):
             name = f"edit{number}"
             base = insert_facts(
