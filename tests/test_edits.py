@@ -207,6 +207,8 @@ def test_edit_is_a_chain_of_rank_at_most_the_edit_tokens_and_an_exact_lora(token
     model = insert_facts(llama(), FACTS, tokenizer, TARGETS)
     for name in TARGETS:
         assert torch.linalg.matrix_rank(update(model, name).float(), rtol=1e-5) <= 1 + 2 + 1 + 2
+        at_subjects = insert_facts(llama(), FACTS[::2], tokenizer, TARGETS, at="subject")
+        assert torch.linalg.matrix_rank(update(at_subjects, name).float(), rtol=1e-5) == 2
     assert not any(p.requires_grad for p in model.parameters())
     peft_subspace.export_lora(model, tmp_path / "lora")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(model))
@@ -307,6 +309,7 @@ def test_facts_that_cannot_be_inserted_are_refused(tokenizer):
 
     refused("subject='w9' is not in the prompt 'w3 w4'", insert(Fact("w3 w4", " w5", subject="w9")))
     refused("no tokens before or in the answer", insert(Fact("w3", "")))
+    refused("at='answer'", lambda net: insert_facts(net, FACTS, tokenizer, TARGETS, at="answer"))
     refused(r"must have at least one", insert())
     many = [Fact(f"w{i} w3", f" w{i}") for i in range(4, 22)]
     refused("18 edit tokens exceed 16, the rank of its weight; insert fewer facts", insert(*many))

@@ -3,12 +3,12 @@
     python examples/benchmarks/editing.py --data FOLDER --decoder DIRECTORY [--counts 1 10 100] [--seeds 3]
 
 Invented countries get capitals, currencies, languages, sports and animals. `insert_facts` puts them into one
-layer, in adapters of at most 100 facts one after another, as it is (UltraEdit's form) or leaving alone what
-news texts use (AlphaEdit's), or the same questions about a hundred more countries; LoRA trains on the same
-sentences until all are said, at two rates. Everything is told by free decoding of greedy tokens: facts in the
-words in which they were given and in others, and the continuations of news texts and of the same questions
-about other countries; beside it stands the perplexity of news. `FOLDER` holds
-text/agnews.{train,test}.jsonl.gz. An interrupted run goes on where it stopped.
+layer, or, at the subjects alone, into three, in adapters of at most 100 facts one after another, as it is
+(UltraEdit's form) or leaving alone what news texts use (AlphaEdit's), or the same questions about a hundred
+more countries; LoRA trains on the same sentences until all are said, at two rates. Everything is told by free
+decoding of greedy tokens: facts in the words in which they were given and in others, and the continuations of
+news texts and of the same questions about other countries; beside it stands the perplexity of news. `FOLDER`
+holds text/agnews.{train,test}.jsonl.gz. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,14 @@ NEWS = {"statistics": 200, "perplexity": 60, "continued": 40, "tokens": 40, "beg
 NEIGHBORS, AT_ONCE, QUESTIONS = 20, 100, 100
 LORA = {"LoRA, 1e-3": 1e-3, "LoRA, 3e-3": 3e-3}
 PROTECTING = ("news", "such questions")
-ENTRIES = ("insert_facts", *(f"insert_facts, protecting {what}" for what in PROTECTING), *LORA)
+SUBJECTS = "at subjects, three layers"
+ENTRIES = (
+    "insert_facts",
+    *(f"insert_facts, protecting {what}" for what in PROTECTING),
+    f"insert_facts, {SUBJECTS}",
+    f"insert_facts, {SUBJECTS}, protecting such questions",
+    *LORA,
+)
 MEASURES = {
     "reliability": "as given",
     "generalization": "in other words",
@@ -101,10 +108,10 @@ class Editing:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        about = {"layers": options.layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE}
+        layers = {"layers": options.layers, "layers at subjects": options.subject_layers}
+        about = {**layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE}
         self.results = Results(options.results, about)
         self.tokenizer = AutoTokenizer.from_pretrained(options.decoder)
-        self.targets = [f"model.layers.{layer}.mlp.down_proj" for layer in options.layers]
         self.seen = self.texts("train", NEWS["statistics"])
         self.news = self.texts("test", NEWS["perplexity"])
 
@@ -114,12 +121,12 @@ class Editing:
         cut = (self.ids(row["text"])[:, : NEWS["tokens"]] for row in rows)
         return list(itertools.islice((ids for ids in cut if ids.shape[1] == NEWS["tokens"]), count))
 
-    def moments(self, what: str, questions: list[torch.Tensor]) -> statistics.Statistics:
+    def moments(self, what: str, questions: list[torch.Tensor], targets: list[str]) -> statistics.Statistics:
         """What news, or questions, do in the edited layers."""
         kept = parts(self.seen, 20) if what == "news" else parts(questions, 1)
         base = AutoModelForCausalLM.from_pretrained(self.options.decoder)
         batches = [{"input_ids": torch.cat(some)} for some in kept]
-        return statistics.collect(base, batches, target_modules=self.targets, progress=False)
+        return statistics.collect(base, batches, target_modules=targets, progress=False)
 
     def ids(self, text: str) -> torch.Tensor:
         """Tokens of a text, `(1, tokens)`."""
@@ -169,12 +176,14 @@ class Editing:
         """The model with all facts in it; the questions are those that may be left alone."""
         if entry in LORA:
             return self.trained(base, facts, LORA[entry], seed)
-        what = entry.partition(" protecting ")[2]
-        moments = self.moments(what, questions) if what else None
+        at, what = "subject" if SUBJECTS in entry else "all", entry.partition(" protecting ")[2]
+        layers = self.options.subject_layers if at == "subject" else self.options.layers
+        targets = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+        moments = self.moments(what, questions, targets) if what else None
         for number, some in enumerate(parts(facts, AT_ONCE)):
             name = f"edit{number}"
             base = insert_facts(
-                base, some, self.tokenizer, self.targets, statistics=moments, adapter_name=name
+                base, some, self.tokenizer, targets, statistics=moments, at=at, adapter_name=name
             )
         return base.eval()
 
@@ -245,6 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the news")
     parser.add_argument("--decoder", type=Path, required=True, metavar="DIRECTORY", help="language model")
     parser.add_argument("--layers", type=int, nargs="+", default=[12], help="layers whose MLP is edited")
+    parser.add_argument("--subject-layers", type=int, nargs="+", default=[2, 5, 8], help="those at subjects")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100], help="numbers of facts")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--results", type=Path, default=timing.RESULTS / "editing.json", help="JSON file")

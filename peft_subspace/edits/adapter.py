@@ -160,7 +160,7 @@ def bases(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Modu
     known = dict(base.named_modules())
     for name in names:
         if name not in known:
-            remedy = "gather the statistics on the model that is edited"
+            remedy = "name modules of it, and gather statistics on the model that is edited"
             raise ValueError(f"{name!r} is no module of {type(base).__name__}; {remedy}")
         yield name, known[name]
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_subspace.core.linalg import column_basis
-from peft_subspace.core.validation import check_count, check_number, invalid
+from peft_subspace.core.validation import check_choice, check_count, check_number, invalid
 from peft_subspace.layers.calls import innermost
 from peft_subspace.tuner.layer import SubspaceLayer
 
@@ -45,6 +45,7 @@ def insert_facts(
     rounds: int = 20,
     step: float = 0.5,
     ridge: float = 0.01,
+    at: str = "all",
     adapter_name: str = "default",
 ) -> PeftModel:
     r"""Make a model answer prompts as it is told, by a frozen update of low rank that can be taken out again.
@@ -67,6 +68,8 @@ def insert_facts(
         rounds: Most steps of `V`.
         step: Length of a step, relative to the outputs at the edit tokens.
         ridge: `λ` relative to the mean square of the rows of `H`.
+        at: `"all"` edit tokens, or those of the `"subject"` alone for facts that have one. In a large model's
+            early layers other sentences about the subject then know the fact, too.
         adapter_name: Name of the new adapter.
 
     Raises:
@@ -80,7 +83,7 @@ def insert_facts(
     check_count("rounds", rounds)
     for name, value, limit in (("energy", energy, 1.0), ("step", step, 1e6), ("ridge", ridge, 1e6)):
         check_number(name, value, minimum=0.0, maximum=limit)
-    rows = [_encoded(fact, tokenizer) for fact in facts]
+    rows = [_encoded(fact, tokenizer, at) for fact in facts]
     if not rows:
         raise invalid("facts", facts, "must have at least one; give a list of Fact")
     layers = {name: _Edited(module) for name, module in bases(model, targets)}
@@ -89,10 +92,10 @@ def insert_facts(
         if not all(layer.sizes):
             raise invalid("targets", name, f"is {type(layer.module).__name__}; name linear layers")
         if tokens > min(layer.sizes):
-            rule = (
-                f"exceed {min(layer.sizes)}, the rank of its weight; insert fewer facts, in several adapters"
+            remedy = "insert fewer facts, in several adapters"
+            raise ValueError(
+                f"{name}: {tokens} edit tokens exceed {min(layer.sizes)}, the rank of its weight; {remedy}"
             )
-            raise ValueError(f"{name}: {tokens} edit tokens {rule}")
         moment = statistics and checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1])
         protected[name] = layer.basis(moment, energy)
     with _watched(model, layers.values()):
@@ -101,8 +104,7 @@ def insert_facts(
                 break
             for name, layer in layers.items():
                 layer.move(protected[name], step, ridge)
-    states = {name: {"left": layer.left, "right": layer.right} for name, layer in layers.items()}
-    return add_edit(model, "chain", states, adapter_name)
+    return add_edit(model, "chain", {n: layer.factors() for n, layer in layers.items()}, adapter_name)
 
 
 class _Edited:
@@ -115,6 +117,10 @@ class _Edited:
         self.rows: list[Tensor] = []
         self.leaf = torch.empty(0)
         self.added = self.left = self.right = torch.empty(0)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The two factors by their names in the adapter."""
+        return {"left": self.left, "right": self.right}
 
     def basis(self, moment: Any, energy: float) -> Tensor:
         """Orthonormal directions that stay untouched: of inputs that were seen, and of earlier edits."""
@@ -166,12 +172,13 @@ def _watched(model: nn.Module, layers: Iterable[_Edited]) -> Iterator[None]:
             handle.remove()
 
 
-def _encoded(fact: Fact, tokenizer: Any) -> tuple[Tensor, int, list[int]]:
+def _encoded(fact: Fact, tokenizer: Any, at: str) -> tuple[Tensor, int, list[int]]:
     """Tokens, where the answer begins, and the positions of the edit tokens.
 
     Raises:
-        ValueError: If the subject is not in the prompt, or prompt or answer are empty.
+        ValueError: If the subject is not in the prompt, prompt or answer are empty, or `at` is unknown.
     """
+    check_choice("at", at, ("all", "subject"))
     if fact.subject is not None and fact.subject not in fact.prompt:
         raise invalid("subject", fact.subject, f"is not in the prompt {fact.prompt!r}; give words of it")
     prompt, whole = (tokenizer(text)["input_ids"] for text in (fact.prompt, fact.prompt + fact.answer))
@@ -179,6 +186,7 @@ def _encoded(fact: Fact, tokenizer: Any) -> tuple[Tensor, int, list[int]]:
         raise ValueError(f"{fact} has no tokens before or in the answer; give both")
     positions = set(range(len(prompt) - 1, len(whole) - 1))
     if fact.subject:
+        positions = positions if at == "all" else set()
         end = fact.prompt.index(fact.subject) + len(fact.subject)
         positions.add(max(0, len(tokenizer(fact.prompt[:end])["input_ids"]) - 1))
     return torch.tensor(whole), len(prompt), sorted(positions)

@@ -60,21 +60,14 @@ def test_facts_are_put_in_and_taken_out(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "AT_ONCE", 2)
     write_texts(tmp_path, "agnews", {"a": "the train to the coast leaves at noon today"}, 8)
     given = [
-        "--data",
-        str(tmp_path),
-        "--decoder",
-        str(decoder),
-        "--layers",
-        "1",
-        "--counts",
-        "3",
-        "--seeds",
-        "1",
-    ]
+        "--data", str(tmp_path), "--decoder", str(decoder), "--layers", "1", "--subject-layers", "0",
+        "--counts", "3", "--seeds", "1",
+    ]  # fmt: skip
     work = editing.Editing(editing.parse_arguments([*given, "--results", str(tmp_path / "results.json")]))
     work.results.complete(work, 1)
     found = {run["entry"]: run for run in work.results.content["runs"].values()}
     assert set(found) == set(editing.ENTRIES)
     assert all(run["undone"] and run["perplexity"] > 0.5 for run in found.values())
-    assert all(found[entry]["reliability"] == 1 for entry in editing.ENTRIES if entry not in editing.LORA)
+    for entry in ("insert_facts", *(f"insert_facts, protecting {what}" for what in editing.PROTECTING)):
+        assert found[entry]["reliability"] == 1
     assert editing.table(work.results.content).count("\n") == 1 + len(editing.ENTRIES)
