@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,9 +146,7 @@ class Editing:
         begun = [ids[:, : NEWS["begun"]] for ids in self.news[: NEWS["continued"]]]
         before = self.said(base, [*begun, *others], NEWS["said"])
         logits, perplexity = base(self.news[0]).logits.detach(), self.perplexity(base)
-        started = time.perf_counter()
         model = self.edited(base, entry, facts, kept, seed)
-        seconds = time.perf_counter() - started
         after = self.said(model, [*begun, *others], NEWS["said"])
         same = [one == other for one, other in zip(before, after, strict=True)]
         perplexity = self.perplexity(model) / perplexity
@@ -161,7 +158,6 @@ class Editing:
             "entry": entry,
             "count": count,
             "seed": seed,
-            "seconds": seconds,
             "reliability": reliability,
             "generalization": generalization,
             "news": sum(same[: len(begun)]) / len(begun),
@@ -243,8 +239,8 @@ def table(content: dict[str, Any]) -> str:
         of = [run for run in runs if (run["count"], run["entry"]) == (count, entry)]
         cells = [spread([run[name] for run in of], 2) for name in MEASURES]
         undone = "yes" if all(run["undone"] for run in of) else "no"
-        rows.append([count, entry, *cells, undone, spread([run["seconds"] for run in of], 0), len(of)])
-    header = ["facts", "", *MEASURES.values(), "logits of before without it", "seconds", "seeds"]
+        rows.append([count, entry, *cells, undone, len(of)])
+    header = ["facts", "", *MEASURES.values(), "logits of before without it", "seeds"]
     return markdown(header, [[str(cell) for cell in row] for row in rows])
 
 
