@@ -205,9 +205,9 @@ def test_edited_model_gives_the_answers_by_free_decoding(tokenizer):
 
 def test_edit_is_a_chain_of_rank_at_most_the_edit_tokens_and_an_exact_lora(tokenizer, tmp_path):
     model = insert_facts(llama(), FACTS, tokenizer, TARGETS)
+    at_subjects = insert_facts(llama(), FACTS[::2], tokenizer, TARGETS, at="subject")
     for name in TARGETS:
         assert torch.linalg.matrix_rank(update(model, name).float(), rtol=1e-5) <= 1 + 2 + 1 + 2
-        at_subjects = insert_facts(llama(), FACTS[::2], tokenizer, TARGETS, at="subject")
         assert torch.linalg.matrix_rank(update(at_subjects, name).float(), rtol=1e-5) == 2
     assert not any(p.requires_grad for p in model.parameters())
     peft_subspace.export_lora(model, tmp_path / "lora")

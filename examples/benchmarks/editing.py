@@ -108,7 +108,7 @@ class Editing:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         layers = {"layers": options.layers, "layers at subjects": options.subject_layers}
-        about = {**layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE}
+        about = {**layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE, "questions": QUESTIONS}
         self.results = Results(options.results, about)
         self.tokenizer = AutoTokenizer.from_pretrained(options.decoder)
         self.seen = self.texts("train", NEWS["statistics"])
@@ -120,10 +120,11 @@ class Editing:
         cut = (self.ids(row["text"])[:, : NEWS["tokens"]] for row in rows)
         return list(itertools.islice((ids for ids in cut if ids.shape[1] == NEWS["tokens"]), count))
 
-    def moments(self, what: str, questions: list[torch.Tensor], targets: list[str]) -> statistics.Statistics:
+    def moments(
+        self, base: Any, what: str, questions: list[torch.Tensor], targets: list[str]
+    ) -> statistics.Statistics:
         """What news, or questions, do in the edited layers."""
         kept = parts(self.seen, 20) if what == "news" else parts(questions, 1)
-        base = AutoModelForCausalLM.from_pretrained(self.options.decoder)
         batches = [{"input_ids": torch.cat(some)} for some in kept]
         return statistics.collect(base, batches, target_modules=targets, progress=False)
 
@@ -175,7 +176,7 @@ class Editing:
         at, what = "subject" if SUBJECTS in entry else "all", entry.partition(" protecting ")[2]
         layers = self.options.subject_layers if at == "subject" else self.options.layers
         targets = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
-        moments = self.moments(what, questions, targets) if what else None
+        moments = self.moments(base, what, questions, targets) if what else None
         for number, some in enumerate(parts(facts, AT_ONCE)):
             name = f"edit{number}"
             base = insert_facts(

@@ -81,6 +81,7 @@ def insert_facts(
     """
     check_name(model, adapter_name)
     check_count("rounds", rounds)
+    check_choice("at", at, ("all", "subject"))
     for name, value, limit in (("energy", energy, 1.0), ("step", step, 1e6), ("ridge", ridge, 1e6)):
         check_number(name, value, minimum=0.0, maximum=limit)
     rows = [_encoded(fact, tokenizer, at) for fact in facts]
@@ -89,13 +90,7 @@ def insert_facts(
     layers = {name: _Edited(module) for name, module in bases(model, targets)}
     protected, tokens = {}, sum(len(positions) for _, _, positions in rows)
     for name, layer in layers.items():
-        if not all(layer.sizes):
-            raise invalid("targets", name, f"is {type(layer.module).__name__}; name linear layers")
-        if tokens > min(layer.sizes):
-            remedy = "insert fewer facts, in several adapters"
-            raise ValueError(
-                f"{name}: {tokens} edit tokens exceed {min(layer.sizes)}, the rank of its weight; {remedy}"
-            )
+        layer.check(name, tokens)
         moment = statistics and checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1])
         protected[name] = layer.basis(moment, energy)
     with _watched(model, layers.values()):
@@ -104,7 +99,8 @@ def insert_facts(
                 break
             for name, layer in layers.items():
                 layer.move(protected[name], step, ridge)
-    return add_edit(model, "chain", {n: layer.factors() for n, layer in layers.items()}, adapter_name)
+    states = {name: {"left": layer.left, "right": layer.right} for name, layer in layers.items()}
+    return add_edit(model, "chain", states, adapter_name)
 
 
 class _Edited:
@@ -118,9 +114,13 @@ class _Edited:
         self.leaf = torch.empty(0)
         self.added = self.left = self.right = torch.empty(0)
 
-    def factors(self) -> dict[str, Tensor]:
-        """The two factors by their names in the adapter."""
-        return {"left": self.left, "right": self.right}
+    def check(self, name: str, tokens: int) -> None:
+        """Raise unless the layer is linear, and its weight has a rank of at least so many edit tokens."""
+        if not all(self.sizes):
+            raise invalid("targets", name, f"is {type(self.module).__name__}; name linear layers")
+        if tokens > min(self.sizes):
+            rule = f"exceed {min(self.sizes)}, the rank of its weight"
+            raise ValueError(f"{name}: {tokens} edit tokens {rule}; insert fewer facts, in several adapters")
 
     def basis(self, moment: Any, energy: float) -> Tensor:
         """Orthonormal directions that stay untouched: of inputs that were seen, and of earlier edits."""
@@ -176,17 +176,16 @@ def _encoded(fact: Fact, tokenizer: Any, at: str) -> tuple[Tensor, int, list[int
     """Tokens, where the answer begins, and the positions of the edit tokens.
 
     Raises:
-        ValueError: If the subject is not in the prompt, prompt or answer are empty, or `at` is unknown.
+        ValueError: If the subject is not in the prompt, or prompt or answer are empty.
     """
-    check_choice("at", at, ("all", "subject"))
     if fact.subject is not None and fact.subject not in fact.prompt:
         raise invalid("subject", fact.subject, f"is not in the prompt {fact.prompt!r}; give words of it")
     prompt, whole = (tokenizer(text)["input_ids"] for text in (fact.prompt, fact.prompt + fact.answer))
     if not prompt or len(whole) <= len(prompt):
         raise ValueError(f"{fact} has no tokens before or in the answer; give both")
-    positions = set(range(len(prompt) - 1, len(whole) - 1))
+    only_subject = fact.subject and at == "subject"
+    positions = set() if only_subject else set(range(len(prompt) - 1, len(whole) - 1))
     if fact.subject:
-        positions = positions if at == "all" else set()
         end = fact.prompt.index(fact.subject) + len(fact.subject)
         positions.add(max(0, len(tokenizer(fact.prompt[:end])["input_ids"]) - 1))
     return torch.tensor(whole), len(prompt), sorted(positions)
