@@ -205,7 +205,8 @@ def test_edited_model_gives_the_answers_by_free_decoding(tokenizer):
 
 def test_edit_is_a_chain_of_rank_at_most_the_edit_tokens_and_an_exact_lora(tokenizer, tmp_path):
     model = insert_facts(llama(), FACTS, tokenizer, TARGETS)
-    at_subjects = insert_facts(llama(), FACTS[::2], tokenizer, TARGETS, at="subject")
+    with pytest.warns(UserWarning, match="2 of 2 facts are not learned"):  # no early layer of a large model
+        at_subjects = insert_facts(llama(), FACTS[::2], tokenizer, TARGETS, at="subject")
     for name in TARGETS:
         assert torch.linalg.matrix_rank(update(model, name).float(), rtol=1e-5) <= 1 + 2 + 1 + 2
         assert torch.linalg.matrix_rank(update(at_subjects, name).float(), rtol=1e-5) == 2
@@ -220,7 +221,8 @@ def test_edit_is_a_chain_of_rank_at_most_the_edit_tokens_and_an_exact_lora(token
 def test_one_round_is_the_closed_form(tokenizer):
     """`ΔWᵀ = (HᵀH + λI)⁻¹ HᵀV`, with `V` along the gradients at the edit tokens."""
     fact, name = FACTS[1], TARGETS[1]
-    model = insert_facts(llama(), [fact], tokenizer, [name], rounds=1, step=0.3, ridge=0.1)
+    with pytest.warns(UserWarning, match="1 of 1 facts are not learned; raise rounds"):
+        model = insert_facts(llama(), [fact], tokenizer, [name], rounds=1, step=0.3, ridge=0.1)
     base, seen = llama(), {}
 
     def look(module, args, output):
@@ -254,6 +256,9 @@ def test_edits_stack_and_each_can_be_taken_out(tokenizer):
     first = logits(model)
     model = insert_facts(model, FACTS[1:2], tokenizer, TARGETS, adapter_name="second")
     assert all(decoded(model, tokenizer, fact) == fact.answer.strip() for fact in FACTS[:2])
+    both = logits(model)
+    model = insert_facts(model, FACTS[:2], tokenizer, TARGETS, adapter_name="known")
+    assert torch.equal(logits(model), both)
     model.base_model.set_adapter(["first"])
     model.delete_adapter("second")
     assert torch.equal(logits(model), first)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import random
 from pathlib import Path
@@ -24,13 +23,13 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import timing
 from claims import markdown, spread
 from peft_subspace import statistics
 from peft_subspace.edits import Fact, insert_facts
-from support import texts
+from support import decoding
+from support.decoding import Decoder, said
 from support.results import Results
 
 RELATIONS = [  # the fact's words, others, and what may be answered
@@ -110,15 +109,11 @@ class Editing:
         layers = {"layers": options.layers, "layers at subjects": options.subject_layers}
         about = {**layers, "news": NEWS, "neighbors": NEIGHBORS, "at once": AT_ONCE, "questions": QUESTIONS}
         self.results = Results(options.results, about)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.decoder)
-        self.seen = self.texts("train", NEWS["statistics"])
-        self.news = self.texts("test", NEWS["perplexity"])
-
-    def texts(self, split: str, count: int) -> list[torch.Tensor]:
-        """The first texts of news that are long enough, cut to one length."""
-        rows = texts.lines(self.options.data / "text" / f"agnews.{split}.jsonl.gz")
-        cut = (self.ids(row["text"])[:, : NEWS["tokens"]] for row in rows)
-        return list(itertools.islice((ids for ids in cut if ids.shape[1] == NEWS["tokens"]), count))
+        self.decoder = Decoder(options.decoder)
+        self.seen, self.news = (
+            self.decoder.cut(options.data / "text" / f"agnews.{split}.jsonl.gz", count, NEWS["tokens"])
+            for split, count in {"train": NEWS["statistics"], "test": NEWS["perplexity"]}.items()
+        )
 
     def moments(
         self, base: Any, what: str, questions: list[torch.Tensor], targets: list[str]
@@ -127,10 +122,6 @@ class Editing:
         kept = parts(self.seen, 20) if what == "news" else parts(questions, 1)
         batches = [{"input_ids": torch.cat(some)} for some in kept]
         return statistics.collect(base, batches, target_modules=targets, progress=False)
-
-    def ids(self, text: str) -> torch.Tensor:
-        """Tokens of a text, `(1, tokens)`."""
-        return self.tokenizer(text, return_tensors="pt")["input_ids"]
 
     def wanted(self) -> dict[str, tuple]:
         """Arguments of all runs of `measure`, by their keys."""
@@ -141,16 +132,19 @@ class Editing:
     def measure(self, entry: str, count: int, seed: int) -> dict[str, Any]:
         """Edit, and ask."""
         asked = countries(count + NEIGHBORS + QUESTIONS, seed)
-        facts, questions = [a.fact for a in asked[:count]], [self.ids(a.fact.prompt) for a in asked[count:]]
+        facts, questions = (
+            [a.fact for a in asked[:count]],
+            [self.decoder.ids(a.fact.prompt) for a in asked[count:]],
+        )
         others, kept = questions[:NEIGHBORS], questions[NEIGHBORS:]
-        base = AutoModelForCausalLM.from_pretrained(self.options.decoder).eval()
+        base = self.decoder.load()
         begun = [ids[:, : NEWS["begun"]] for ids in self.news[: NEWS["continued"]]]
-        before = self.said(base, [*begun, *others], NEWS["said"])
-        logits, perplexity = base(self.news[0]).logits.detach(), self.perplexity(base)
+        before = said(base, [*begun, *others], NEWS["said"])
+        logits, perplexity = base(self.news[0]).logits.detach(), decoding.perplexity(base, self.news)
         model = self.edited(base, entry, facts, kept, seed)
-        after = self.said(model, [*begun, *others], NEWS["said"])
+        after = said(model, [*begun, *others], NEWS["said"])
         same = [one == other for one, other in zip(before, after, strict=True)]
-        perplexity = self.perplexity(model) / perplexity
+        perplexity = decoding.perplexity(model, self.news) / perplexity
         reliability = self.right(model, [fact.prompt for fact in facts], facts)
         generalization = self.right(model, [a.other for a in asked[:count]], facts)
         with model.disable_adapter():
@@ -180,7 +174,7 @@ class Editing:
         for number, some in enumerate(parts(facts, AT_ONCE)):
             name = f"edit{number}"
             base = insert_facts(
-                base, some, self.tokenizer, targets, statistics=moments, at=at, adapter_name=name
+                base, some, self.decoder.tokenizer, targets, statistics=moments, at=at, adapter_name=name
             )
         return base.eval()
 
@@ -203,33 +197,15 @@ class Editing:
 
     def loss(self, model: Any, fact: Fact) -> torch.Tensor:
         """Cross-entropy of a fact's answer."""
-        ids, begin = self.ids(fact.prompt + fact.answer), self.ids(fact.prompt).shape[1]
+        ids, begin = self.decoder.ids(fact.prompt + fact.answer), self.decoder.ids(fact.prompt).shape[1]
         return nn.functional.cross_entropy(model(ids).logits[0, begin - 1 : -1], ids[0, begin:])
-
-    @torch.no_grad()
-    def said(self, model: Any, prompts: list[torch.Tensor], count: int) -> list[list[int]]:
-        """Most likely next tokens of each prompt, one after another; prompts of one length go together."""
-        found: dict[int, list[int]] = {}
-        for length in {ids.shape[1] for ids in prompts}:
-            places = [place for place, ids in enumerate(prompts) if ids.shape[1] == length]
-            batch = torch.cat([prompts[place] for place in places])
-            for _ in range(count):
-                batch = torch.cat([batch, model(batch).logits[:, -1:].argmax(-1)], dim=1)
-            found.update(zip(places, batch[:, length:].tolist(), strict=True))
-        return [found[place] for place in range(len(prompts))]
 
     def right(self, model: Any, prompts: list[str], facts: list[Fact]) -> float:
         """Part of the prompts that the model goes on with by the answer of their fact."""
-        wanted = [self.tokenizer(fact.answer)["input_ids"] for fact in facts]
-        said = self.said(model, [self.ids(prompt) for prompt in prompts], max(map(len, wanted)))
-        pairs = zip(said, wanted, strict=True)
+        wanted = [self.decoder.tokenizer(fact.answer)["input_ids"] for fact in facts]
+        answers = said(model, [self.decoder.ids(prompt) for prompt in prompts], max(map(len, wanted)))
+        pairs = zip(answers, wanted, strict=True)
         return sum(found[: len(answer)] == answer for found, answer in pairs) / len(facts)
-
-    @torch.no_grad()
-    def perplexity(self, model: Any) -> float:
-        """Perplexity of news that no statistics have seen."""
-        batch = torch.cat(self.news)
-        return math.exp(model(batch, labels=batch).loss.item())
 
 
 def table(content: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from peft_subspace.layers.calls import innermost
 from peft_subspace.tuner.layer import SubspaceLayer
 
 from .adapter import add_edit, bases, check_name, checked
+
+_Row = tuple[Tensor, int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,12 @@ def insert_facts(
     if not rows:
         raise invalid("facts", facts, "must have at least one; give a list of Fact")
     layers = {name: _Edited(module) for name, module in bases(model, targets)}
-    protected, tokens = {}, sum(len(positions) for _, _, positions in rows)
+    tokens = sum(len(positions) for _, _, positions in rows)
     for name, layer in layers.items():
         layer.check(name, tokens)
         moment = statistics and checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1])
-        protected[name] = layer.basis(moment, energy)
-    with _watched(model, layers.values()):
-        for _ in range(rounds):
-            if _pass(model, rows, layers):
-                break
-            for name, layer in layers.items():
-                layer.move(protected[name], step, ridge)
+        layer.protect(moment, energy)
+    _learn(model, rows, list(layers.values()), rounds, step, ridge)
     states = {name: {"left": layer.left, "right": layer.right} for name, layer in layers.items()}
     return add_edit(model, "chain", states, adapter_name)
 
@@ -111,8 +109,8 @@ class _Edited:
         self.sizes = (getattr(base, "out_features", 0), getattr(base, "in_features", 0))
         self.seen: list[Tensor] = []
         self.rows: list[Tensor] = []
-        self.leaf = torch.empty(0)
-        self.added = self.left = self.right = torch.empty(0)
+        self.untouched = torch.zeros(self.sizes[1], 0)  # orthonormal columns
+        self.added = self.left = self.right = self.leaf = torch.empty(0)
 
     def check(self, name: str, tokens: int) -> None:
         """Raise unless the layer is linear, and its weight has a rank of at least so many edit tokens."""
@@ -122,17 +120,16 @@ class _Edited:
             rule = f"exceed {min(self.sizes)}, the rank of its weight"
             raise ValueError(f"{name}: {tokens} edit tokens {rule}; insert fewer facts, in several adapters")
 
-    def basis(self, moment: Any, energy: float) -> Tensor:
-        """Orthonormal directions that stay untouched: of inputs that were seen, and of earlier edits."""
+    def protect(self, moment: Any, energy: float) -> None:
+        """Find the directions that stay untouched: of inputs that were seen, and of earlier edits."""
         deltas = self.module.deltas.values() if isinstance(self.module, SubspaceLayer) else ()
         kept = [d.right.T.double().cpu() for d in deltas if d.form == "chain"]
         if moment is not None:
             values, vectors = torch.linalg.eigh(moment.dense().cpu())
             count = int((values.flip(0).cumsum(0) < energy * values.sum()).sum()) + 1
             kept.append(vectors.flip(1)[:, :count])
-        if not kept:
-            return torch.zeros(self.sizes[1], 0)
-        return column_basis(torch.cat([k / k.norm() for k in kept], dim=1)).float()
+        if kept:
+            self.untouched = column_basis(torch.cat([k / k.norm() for k in kept], dim=1)).float()
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Add the update, and a leaf whose gradient is that of the output."""
@@ -142,14 +139,20 @@ class _Edited:
         self.rows = [x[0].float(), output[0].detach().float()]
         return output + self.leaf
 
-    def move(self, basis: Tensor, step: float, ridge: float) -> None:
-        """Take a step of `V`, and solve for the factors; the keys are those of the model before the edit."""
+    def begin(self) -> None:
+        """Keep the keys, those of the model before the edit, and add nothing yet."""
         m, n = self.sizes
-        inputs, outputs, gradients = torch.cat(self.seen).split([n, m, m], dim=1)
+        inputs, outputs, _ = torch.cat(self.seen).split([n, m, m], dim=1)
+        untouched = self.untouched.to(inputs)
+        self.right = inputs - (inputs @ untouched) @ untouched.T
+        self.added = torch.zeros_like(outputs)
+        self.left = self.added.T
+
+    def move(self, step: float, ridge: float) -> None:
+        """Take a step of `V`, and solve for the factors."""
+        m, n = self.sizes
+        _, outputs, gradients = torch.cat(self.seen).split([n, m, m], dim=1)
         self.seen.clear()
-        if not self.right.numel():
-            basis = basis.to(inputs)
-            self.right, self.added = inputs - (inputs @ basis) @ basis.T, torch.zeros_like(gradients)
         largest = gradients.norm(dim=1).max().clamp_min(torch.finfo(torch.float32).tiny)
         self.added = self.added - step * outputs.norm(dim=1).mean() * gradients / largest
         gram = (self.right @ self.right.T).double()
@@ -157,12 +160,27 @@ class _Edited:
         self.left = torch.linalg.solve(gram, self.added.double()).float().T
 
 
+def _learn(
+    model: Any, rows: Sequence[_Row], edited: Sequence[_Edited], rounds: int, step: float, ridge: float
+) -> None:
+    """Move what is added until all answers are the likeliest ones; those that are not are warned of."""
+    with _watched(model, edited):
+        wrong = _pass(model, rows, edited)
+        for layer in edited:
+            layer.begin()
+        while wrong and rounds:
+            for layer in edited:
+                layer.move(step, ridge)
+            wrong, rounds = _pass(model, rows, edited), rounds - 1
+    if wrong:
+        remedy = "raise rounds, name more layers, or insert fewer facts at a time"
+        warnings.warn(f"{wrong} of {len(rows)} facts are not learned; {remedy}", stacklevel=3)
+
+
 @contextmanager
 def _watched(model: nn.Module, layers: Iterable[_Edited]) -> Iterator[None]:
-    handles, was_training = (
-        [layer.module.register_forward_hook(layer.hook) for layer in layers],
-        model.training,
-    )
+    handles = [layer.module.register_forward_hook(layer.hook) for layer in layers]
+    was_training = model.training
     model.eval()
     try:
         yield
@@ -172,7 +190,7 @@ def _watched(model: nn.Module, layers: Iterable[_Edited]) -> Iterator[None]:
             handle.remove()
 
 
-def _encoded(fact: Fact, tokenizer: Any, at: str) -> tuple[Tensor, int, list[int]]:
+def _encoded(fact: Fact, tokenizer: Any, at: str) -> _Row:
     """Tokens, where the answer begins, and the positions of the edit tokens.
 
     Raises:
@@ -191,9 +209,9 @@ def _encoded(fact: Fact, tokenizer: Any, at: str) -> tuple[Tensor, int, list[int
     return torch.tensor(whole), len(prompt), sorted(positions)
 
 
-def _pass(model: Any, rows: Sequence[tuple[Tensor, int, list[int]]], layers: dict[str, _Edited]) -> bool:
-    """Run all facts, one by one, for their gradients; whether all answers are the likeliest ones."""
-    right, device, edited = True, next(model.parameters()).device, list(layers.values())
+def _pass(model: Any, rows: Sequence[_Row], edited: Sequence[_Edited]) -> int:
+    """Run all facts, one by one, for their gradients; how many answers are not the likeliest ones."""
+    wrong, device = 0, next(model.parameters()).device
     for tokens, begin, positions in rows:
         ids = tokens.to(device)
         with torch.enable_grad():
@@ -202,5 +220,5 @@ def _pass(model: Any, rows: Sequence[tuple[Tensor, int, list[int]]], layers: dic
         gradients = torch.autograd.grad(loss, [layer.leaf for layer in edited])
         for layer, gradient in zip(edited, gradients, strict=True):
             layer.seen.append(torch.cat([*layer.rows, gradient[0].float()], dim=1)[positions])
-        right = right and bool((logits.argmax(-1) == ids[begin:]).all())
-    return right
+        wrong += not bool((logits.argmax(-1) == ids[begin:]).all())
+    return wrong

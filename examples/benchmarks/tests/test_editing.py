@@ -55,6 +55,7 @@ def decoder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:.* facts are not learned")  # at subjects of a random model
 def test_facts_are_put_in_and_taken_out(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "NEWS", editing.NEWS | {"perplexity": 4, "continued": 3, "begun": 8})
     monkeypatch.setattr(editing, "AT_ONCE", 2)
