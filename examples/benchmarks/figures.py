@@ -20,6 +20,7 @@ import claims
 import learning_rates
 import pareto as parameters
 import timing
+import unlearning
 from claims import SMALL_TASKS, TASKS, Entry
 from peft_subspace.continual.metrics import draw_heatmap
 from support import sequences
@@ -40,6 +41,8 @@ OURS = {  # colors that most color-blind readers tell apart
 OTHERS = "#8a8a8a"
 LOOKS = tuple(zip("sDv^<>pPhHdX", 3 * ("#8a8a8a", "#8c6d31", "#5254a3", "#a04a4b"), strict=True))
 """Markers and muted colors of the methods that are not ours."""
+
+_COLORS = ("#d55e00", "#8a8a8a", "#5254a3", "#0072b2", "#e69f00", "#a06f00", "#009e73", "#006b4f")
 
 Drawn = tuple[Figure, str]
 
@@ -240,6 +243,36 @@ def _line(name: str) -> dict[str, Any]:
     return {"color": "black", "lw": 1.4, "ls": "--" if name == "lora" else ":"}
 
 
+def forgetting(content: dict[str, Any]) -> Drawn:
+    """What else is lost against what is still recited, of all strengths, by the means over seeds."""
+    told = {
+        "perplexity": "perplexity of news",
+        "problems": "loss of GSM8K's answers",
+        "topics": "topics told",
+    }
+    figure, charts = _panels(len(told), width=3.4, height=3.1)
+    entries = [entry for entry in unlearning.ENTRIES if entry not in (unlearning.BEFORE, unlearning.AFTER)]
+    for entry, color in zip(entries, _COLORS, strict=False):
+        of = [run["points"] for run in content["runs"].values() if run["entry"] == entry]
+        points = [
+            [point for points in of for point in points[n : n + 1]]
+            for n in range(max(map(len, of), default=0))
+        ]
+        for chart, measure in zip(charts, told, strict=True):
+            lines = ([statistics.fmean(p[name] for p in at) for at in points] for name in ("strict", measure))
+            chart.plot(*lines, marker="o", ms=4, color=color, label=entry)
+    for chart, (measure, title) in zip(charts, told.items(), strict=True):
+        for entry, style in {unlearning.BEFORE: ":", unlearning.AFTER: "--"}.items():
+            of = [run["points"][0][measure] for run in content["runs"].values() if run["entry"] == entry]
+            if of:
+                chart.axhline(statistics.fmean(of), ls=style, color="black", lw=0.8, label=entry)
+        chart.set(title=title, yscale="linear" if measure == "topics" else "log")
+        chart.grid(alpha=0.25)
+    figure.supxlabel("part of the texts that are still recited", fontsize="medium")
+    _legend(figure, charts)
+    return figure, f"{', '.join(told.values())} against the part of memorized texts that are still recited"
+
+
 def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Any]]:
     """A figure with as many charts in rows, those that are left over taken away."""
     columns = min(count, columns)
@@ -274,6 +307,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # 
     "spectra": ("spectra", spectra),
     "learning_rates": ("learning_rates", rates),
     "converged": ("pareto", converged),
+    "forgetting": ("unlearning", forgetting),
 }
 
 

@@ -34,6 +34,7 @@ import merging_quality
 import mixed_batch
 import pareto
 import timing
+import unlearning
 import verdicts
 from claims import kind_of, markdown, spread
 from figures import sequences
@@ -468,6 +469,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     **{f"file_sizes_{name}": ("file_sizes.json", partial(sizes, name)) for name in file_sizes.TITLES},
     "methods": ("quality.json", brief.table),
     "spectra": ("spectra.json", spectra),
+    "unlearning": ("unlearning.json", lambda: unlearning.table(timing.load("unlearning"))),
     "growth": ("speed-growth.json", growth),
     **{
         f"speed_{of}": (f"speed-{of}.json", partial(speed, f"speed-{of}"))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import string
-
 import pytest
-import tokenizers
-import torch
-import transformers
 from given import write_texts
 
 import editing
@@ -37,22 +32,6 @@ def test_facts_are_about_different_countries():
     assert len({each.fact.subject for each in asked}) == 200
     assert all(each.fact.subject in each.other and each.fact.subject in each.fact.prompt for each in asked)
     assert asked == editing.countries(200, seed=0) != editing.countries(200, seed=1)
-
-
-@pytest.fixture
-def decoder(tmp_path):
-    """A language model of characters."""
-    model = tokenizers.models.WordLevel({c: i for i, c in enumerate(string.printable)}, unk_token="?")
-    fast = tokenizers.Tokenizer(model)
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="?").save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(string.printable), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.* facts are not learned")  # at subjects of a random model

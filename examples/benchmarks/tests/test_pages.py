@@ -20,6 +20,7 @@ PAGES = [
     README,
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "docs" / "guides" / "choosing_a_method.md",
+    ROOT / "docs" / "guides" / "editing.md",
     ROOT / "docs" / "guides" / "pruned_models.md",
     *CARDS,
 ]
