@@ -42,7 +42,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links between places in the repository into links between places in the site."""
+    """Turn links between places in the repository into links within the site; no line breaks at a `±`."""
     source = _repository_path(page.file.src_uri)
     parts = CODE.split(re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.S))
 
@@ -55,7 +55,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         relative = posixpath.relpath(_site_path(target), posixpath.dirname(page.file.src_uri))
         return f"{found[1]}{relative}{found[3] or ''})"
 
-    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+    parts = [part if part.startswith("```") else LINK.sub(link, part) for part in parts]
+    return "".join(parts).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _outside(page: Path, markdown: str) -> list[tuple[str, Path]]:
