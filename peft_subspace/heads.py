@@ -23,7 +23,7 @@ class GrassmannHead(nn.Module):
     """A subspace per class: `logit_c = γ ‖P_c x‖ / ‖x‖`, where `P_c` projects on the span of `V_c (in, r)`.
 
     With the Cholesky factor `L` of `V_cᵀ V_c` it is `γ ‖L⁻¹ V_cᵀ x‖ / ‖x‖`, which depends on the subspace
-    alone, whatever basis `V_c` is. So any optimizer does, with weight decay, in several processes, and
+    alone, whatever basis `V_c` is. So any optimizer will do, with weight decay, in several processes, and
     nothing has to be made orthonormal again. `r` times as many parameters train as in a linear head.
 
     Args:
