@@ -68,7 +68,7 @@ class Estimate:
 
     @property
     def total(self) -> Cost:
-        """Sum of the rows."""
+        """Sum of the rows: `trained`, `frozen`, and bytes of tensors, gradients and optimizer states."""
         return sum(self.rows.values(), start=Cost())
 
     @property

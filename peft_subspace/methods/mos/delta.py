@@ -1,4 +1,4 @@
-r"""MoS: `ΔW_k = (α / r) B_k A_k`, both factors assembled from shards of pools that modules share.
+r"""MoS: `ΔW_k = s · B_k A_k`, both factors assembled from shards of pools that modules share.
 
 A group of `L` modules owns `P^A` of shape `(e·L·l, in / l)` and `P^B` of shape `(e·L·l, out / l)`. Row `j` of
 `A_k` is the concatenation of the rows `idx[j·l], …, idx[j·l + l − 1]` of `P^A`; column `j` of `B_k` likewise,
