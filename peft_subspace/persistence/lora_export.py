@@ -39,8 +39,8 @@ def lora_state_dict(
     Args:
         model: Model with the adapter, wrapped by PEFT or injected.
         adapter_name: Adapter to convert.
-        key_prefix: Start of all keys; by default PEFT's. The pipelines of diffusers read `"unet"`,
-            `"transformer"`, `"text_encoder"` and the like, the names of their models.
+        key_prefix: Start of all keys; by default PEFT's, `"base_model.model"`. The pipelines of diffusers
+            read `"unet"`, `"transformer"`, `"text_encoder"` and the like, the names of their models.
 
     Returns:
         Configuration and state dict of a LoRA adapter, as PEFT saves it. All tensors are contiguous.
@@ -49,7 +49,8 @@ def lora_state_dict(
         ValueError: If the model has no such adapter of this package, or the adapter has layers whose update
             is no LoRA that PEFT runs: grouped, dilated or transposed convolutions, convolutions with a
             `padding_mode` other than `"zeros"`, layers with a forward of their own that does more than their
-            type's, layers with several names, and layers whose weight the model reads.
+            type's, layers with several names, layers whose weight the model reads, updates masked by
+            `keep_zeros`, and those that are no chain of matrices.
     """
     layers = adapted_layers(model, adapter_name, SubspaceLayer)
     if not layers:
