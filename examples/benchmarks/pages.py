@@ -28,6 +28,7 @@ import file_sizes
 import first_step
 import keep_zeros
 import learning_rates
+import memorized_images
 import merging
 import merging_backdoor
 import merging_quality
@@ -452,6 +453,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
         lambda: learning_rates.table(timing.load("learning_rates"), before=False),
     ),
     "lora_sb": ("lora_sb.json", lora_sb),
+    "memorized_images": (
+        "memorized_images.json",
+        lambda: memorized_images.table(timing.load("memorized_images")),
+    ),
     "merging": ("merging.json", lambda: merging.table(timing.load("merging"))),
     "merging_backdoor": (
         "merging_backdoor.json",

@@ -18,14 +18,12 @@ import difflib
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 import timing
@@ -33,6 +31,7 @@ from claims import markdown, spread
 from peft_subspace.edits import edit_by_curvature, prune_by_contrast, sampled_loss
 from peft_subspace.statistics import collect
 from support import texts
+from support.changes import added, changed
 from support.decoding import Decoder, perplexity, said
 from support.results import Results, Run
 
@@ -244,27 +243,6 @@ def recitation(model: Any, recited: list[Tensor]) -> dict[str, float]:
         "strict": sum(one == 1 for one in alike) / len(alike),
         "loose": sum(one >= 0.75 for one in alike) / len(alike),
     }
-
-
-def added(edited: PeftModel) -> dict[str, Tensor]:
-    """What an edit adds to the weights; it is taken out of the model."""
-    layers = {name: edited.get_base_model().get_submodule(name) for name in edited.targeted_module_names}
-    updates = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
-    edited.unload()
-    return updates
-
-
-@contextmanager
-def changed(model: Any, update: Mapping[str, Tensor]) -> Iterator[None]:
-    """A model whose weights have something added."""
-    weights = {name: model.get_submodule(name).weight for name in update}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight += update[name]
-        yield
-        for name, weight in weights.items():
-            weight.copy_(before[name])
 
 
 def chosen(run: Run) -> Run:
