@@ -145,7 +145,7 @@ def table(content: dict[str, Any]) -> str:
             if best:
                 keys = ("zeros_left", "test_accuracy", "merged_accuracy")
                 means = [statistics.mean(run[key] for run in best) for key in keys]
-                rows.append([pattern, name, f"{means[0]:.1%}", f"{means[1]:.3f}", f"{means[2]:.3f}"])
+                rows.append([pattern, name, f"{100 * means[0]:.1f} %", f"{means[1]:.3f}", f"{means[2]:.3f}"])
     zeros = markdown(["pruned to", "method", "zeros left", "accuracy", "merged"], rows)
     steps = [
         [where, name, f"{1000 * times['seconds']:.0f}", f"{times['median']:.2f}"]
