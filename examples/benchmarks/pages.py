@@ -26,6 +26,7 @@ import features
 import figures
 import file_sizes
 import first_step
+import heads
 import keep_zeros
 import learning_rates
 import memorized_images
@@ -46,6 +47,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "docs" / "guides" / "choosing_a_method.md",
     ROOT / "docs" / "guides" / "editing.md",
+    ROOT / "docs" / "guides" / "heads.md",
     ROOT / "docs" / "guides" / "pruned_models.md",
     *sorted((ROOT / "model_cards").glob("*.md")),
 ]
@@ -446,6 +448,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "first_step": ("first_step.json", lambda: first_step.table(timing.load("first_step"))),
     "flora": ("flora.json", flora),
     "inits": ("flora_inits.json", inits),
+    "heads": ("heads.json", lambda: heads.table(timing.load("heads"))),
     "keep_zeros": ("keep_zeros.json", lambda: keep_zeros.table(timing.load("keep_zeros"))),
     "directions": ("directions.json", lambda: directions.table(timing.load("directions"))),
     "learning_rates": (

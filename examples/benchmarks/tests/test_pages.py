@@ -21,6 +21,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "docs" / "guides" / "choosing_a_method.md",
     ROOT / "docs" / "guides" / "editing.md",
+    ROOT / "docs" / "guides" / "heads.md",
     ROOT / "docs" / "guides" / "pruned_models.md",
     *CARDS,
 ]
