@@ -3,12 +3,12 @@
     python examples/benchmarks/unlearning.py --data FOLDER --decoder DIRECTORY [--seeds 3]
 
 All weights train on 200 news texts until nearly all are recited from their first words. `edit_by_curvature`
-and `prune_by_contrast` then work on a few MLPs; beside them stand noise and a truncated SVD that change each
-of these weights as much as the curvature's edit does, and gradient ascent on the texts, alone and with
-descent on other news. Each goes from weak to strong, until nothing is recited. Told at each strength: texts
-recited word by word, and nearly; the perplexity of other news; the loss of worked answers of GSM8K; topics of
-news, chosen among four words. `FOLDER` holds text/agnews.{train,test}.jsonl.gz and math/gsm8k.test.jsonl.gz.
-An interrupted run goes on where it stopped.
+and `prune_by_contrast` then work on a few MLPs; beside them stand noise and a truncated SVD of the same
+weights, and gradient ascent on the texts, alone and with descent on other news. Each goes from weak to
+strong, until nothing is recited. Told at each strength: texts recited word by word, and nearly; the
+perplexity of other news; the loss of worked answers of GSM8K; topics of news, chosen among four words.
+`FOLDER` holds text/agnews.{train,test}.jsonl.gz and math/gsm8k.test.jsonl.gz. An interrupted run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ RATE, PASSES, BATCH = 2e-4, 8, 10
 STEPS = (1, 2, 3, 4, 6, 8, 12)
 KEEPS = (0.95, 0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
 SHARES = (0.003, 0.01, 0.03, 0.1)
+NORMS = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 ASCENTS = {
     f"gradient ascent{other}, {rate:g}": (rate, bool(other))
     for other in ("", " and descent on news")
@@ -54,29 +55,27 @@ ASCENTS = {
 }
 
 
-def noise(weight: Tensor, edit: Tensor, seed: int) -> Tensor:
-    """Noise of the norm of an edit."""
-    drawn = torch.randn(edit.shape, generator=torch.Generator().manual_seed(seed))
-    return drawn * (edit.norm() / drawn.norm())
+def noise(weight: Tensor, norm: float, seed: int) -> Tensor:
+    """Noise of a norm, relative to the weight's."""
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn * (norm * weight.detach().norm() / drawn.norm())
 
 
-def truncation(weight: Tensor, edit: Tensor, seed: int) -> Tensor:
-    """What a weight has in its smallest singular values, as many of them as an edit's norm allows."""
+def truncation(weight: Tensor, norm: float, seed: int) -> Tensor:
+    """What a weight has in its smallest singular values, as many of them as a relative norm allows."""
     u, values, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
-    dropped = values.flip(0).square().cumsum(0).flip(0) <= edit.square().sum()
+    dropped = values.flip(0).square().cumsum(0).flip(0) <= norm**2 * values.square().sum()
     return -(u * (values * dropped)) @ vh
 
 
-OF_NORM: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "edit_by_curvature": lambda weight, edit, seed: edit,
-    "noise of that norm": noise,
-    "truncated SVD of that norm": truncation,
-}
-BEFORE, AFTER, PRUNED = "before the texts are memorized", "as memorized", "prune_by_contrast"
+PLAIN: dict[str, Callable[[Tensor, float, int], Tensor]] = {"noise": noise, "truncated SVD": truncation}
+BEFORE, AFTER = "before the texts are memorized", "as memorized"
+CURVED, PRUNED = "edit_by_curvature", "prune_by_contrast"
 ENTRIES = (
     BEFORE,
     AFTER,
-    *OF_NORM,
+    CURVED,
+    *PLAIN,
     PRUNED,
     *ASCENTS,
 )
@@ -106,7 +105,6 @@ class Unlearning:
         self.kept, self.validation = news[: SIZES["statistics"]], news[SIZES["statistics"] : count]
         self.candidates = news[count:]
         self.memorized: dict[int, dict[str, Tensor]] = {}
-        self.moments: dict[int, Any] = {}
 
     def _news(self, split: str) -> Path:
         return self.options.data / "text" / f"agnews.{split}.jsonl.gz"
@@ -134,7 +132,8 @@ class Unlearning:
         points: list[Run] = []
         for strength, update in self.updates(entry, model, recited, seed):
             with changed(model, update):
-                points.append({"strength": strength, **self.told(model, recited)})
+                about = {"strength": strength, "norm": relative(model, update)}
+                points.append(about | self.told(model, recited))
             if not points[-1]["strict"]:
                 break
         return {"entry": entry, "seed": seed, "points": points}
@@ -162,19 +161,15 @@ class Unlearning:
             )
             for share in SHARES:
                 yield share, added(prune_by_contrast(model, target, reference, share=share))
-        else:
-            if seed not in self.moments:
-                options = {"gradients": True, "loss_fn": sampled_loss}
-                self.moments = {seed: self.statistics(model, self.kept, **options)}
+        elif entry == CURVED:
+            options = {"gradients": True, "loss_fn": sampled_loss}
+            moments = self.statistics(model, self.kept, **options)
             for keep in KEEPS:
-                edit = added(edit_by_curvature(model, self.moments[seed], keep=keep))
-                yield (
-                    keep,
-                    {
-                        name: OF_NORM[entry](model.get_submodule(name).weight, each, seed)
-                        for name, each in edit.items()
-                    },
-                )
+                yield keep, added(edit_by_curvature(model, moments, keep=keep))
+        else:
+            weights = {name: model.get_submodule(name).weight for name in self.targets}
+            for norm in NORMS:
+                yield norm, {name: PLAIN[entry](weight, norm, seed) for name, weight in weights.items()}
 
     def statistics(self, model: Any, rows: list[Tensor], **options: Any) -> Any:
         """Statistics of the edited layers."""
@@ -240,6 +235,15 @@ def recitation(model: Any, recited: list[Tensor]) -> dict[str, float]:
         "strict": sum(one == 1 for one in alike) / len(alike),
         "loose": sum(one >= 0.75 for one in alike) / len(alike),
     }
+
+
+def relative(model: Any, update: dict[str, Tensor]) -> float:
+    """Norm of what was added to weights, relative to theirs before."""
+    change = sum(float(each.square().sum()) for each in update.values())
+    before = sum(
+        float((model.get_submodule(name).weight - each).square().sum()) for name, each in update.items()
+    )
+    return (change / before) ** 0.5 if update else 0.0
 
 
 def chosen(run: Run) -> Run:

@@ -30,23 +30,25 @@ def test_row_is_the_point_of_least_perplexity_in_validation_where_texts_are_forg
     assert unlearning.table(content(*never)).splitlines()[2].split(" | ")[1] == "0.8"
 
 
-def test_others_change_a_weight_as_much_as_the_edit():
-    weight, edit = torch.randn(12, 8), torch.randn(12, 8) / 4
-    noise = unlearning.noise(weight, edit, seed=1)
-    torch.testing.assert_close(noise.norm(), edit.norm())
-    assert torch.equal(noise, unlearning.noise(weight, edit, seed=1))
-    left = weight + unlearning.truncation(weight, edit, seed=1)
+def test_noise_and_truncation_have_the_norm_that_is_asked_for():
+    weight, norm = torch.randn(12, 8), 0.3
+    noise = unlearning.noise(weight, norm, seed=1)
+    torch.testing.assert_close(noise.norm() / weight.norm(), torch.tensor(norm))
+    assert torch.equal(noise, unlearning.noise(weight, norm, seed=1))
+    left = weight + unlearning.truncation(weight, norm, seed=1)
     values, kept = (torch.linalg.svdvals(matrix) for matrix in (weight, left))
     rank = int((kept > 1e-4).sum())
     torch.testing.assert_close(kept[:rank], values[:rank])
-    assert values[rank:].norm() <= edit.norm() < values[rank - 1 :].norm()
+    assert values[rank:].norm() <= norm * weight.norm() < values[rank - 1 :].norm()
 
 
 def test_weights_are_changed_for_a_while():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
     before = model[0].weight.clone()
-    with unlearning.changed(model, {"0": torch.ones(2, 3)}):
+    update = {"0": torch.ones(2, 3)}
+    with unlearning.changed(model, update):
         torch.testing.assert_close(model[0].weight.detach(), before + 1)
+        assert abs(unlearning.relative(model, update) - 6**0.5 / float(before.norm())) < 1e-5
     assert torch.equal(model[0].weight, before)
 
 
@@ -54,7 +56,7 @@ def test_texts_are_memorized_and_forgotten(decoder, tmp_path, monkeypatch):
     sizes = {"recited": 4, "statistics": 6, "validation": 3, "news": 8, "tokens": 30, "begun": 24}
     for name, value in {"SIZES": sizes, "PROBLEMS": 2, "RATE": 3e-3, "PASSES": 60, "STEPS": (1, 2)}.items():
         monkeypatch.setattr(unlearning, name, value)
-    for name, value in {"BATCH": 2, "KEEPS": (0.9, 0.5), "SHARES": (0.1,)}.items():
+    for name, value in {"BATCH": 2, "KEEPS": (0.9, 0.5), "SHARES": (0.1,), "NORMS": (0.1,)}.items():
         monkeypatch.setattr(unlearning, name, value)
     rows = {
         label: f"{number} is where the {label} train stops" for number, label in enumerate(unlearning.TOPICS)
