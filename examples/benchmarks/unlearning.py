@@ -46,7 +46,7 @@ TOPICS = {
 RATE, PASSES, BATCH = 2e-4, 8, 10
 STEPS = (1, 2, 3, 4, 6, 8, 12)
 KEEPS = (0.95, 0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
-SHARES = (0.003, 0.01, 0.03, 0.1)
+SHARES = (0.01, 0.03, 0.1, 0.2, 0.3)
 NORMS = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 ASCENTS = {
     f"gradient ascent{other}, {rate:g}": (rate, bool(other))
