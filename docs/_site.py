@@ -55,8 +55,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         relative = posixpath.relpath(_site_path(target), posixpath.dirname(page.file.src_uri))
         return f"{found[1]}{relative}{found[3] or ''})"
 
-    parts = [part if part.startswith("```") else LINK.sub(link, part) for part in parts]
-    return "".join(parts).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    def prose(text: str) -> str:
+        return LINK.sub(link, text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+
+    return "".join(part if part.startswith("```") else prose(part) for part in parts)
 
 
 def _outside(page: Path, markdown: str) -> list[tuple[str, Path]]:

@@ -17,14 +17,12 @@ import argparse
 import itertools
 import os
 import random
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import torch
 from torch import nn
 
-import timing
 from claims import markdown, spread
 from peft_subspace import statistics
 from peft_subspace.edits import Fact, insert_facts
@@ -132,10 +130,8 @@ class Editing:
     def measure(self, entry: str, count: int, seed: int) -> dict[str, Any]:
         """Edit, and ask."""
         asked = countries(count + NEIGHBORS + QUESTIONS, seed)
-        facts, questions = (
-            [a.fact for a in asked[:count]],
-            [self.decoder.ids(a.fact.prompt) for a in asked[count:]],
-        )
+        facts = [a.fact for a in asked[:count]]
+        questions = [self.decoder.ids(a.fact.prompt) for a in asked[count:]]
         others, kept = questions[:NEIGHBORS], questions[NEIGHBORS:]
         base = self.decoder.load()
         begun = [ids[:, : NEWS["begun"]] for ids in self.news[: NEWS["continued"]]]
@@ -223,15 +219,11 @@ def table(content: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the news")
-    parser.add_argument("--decoder", type=Path, required=True, metavar="DIRECTORY", help="language model")
-    parser.add_argument("--layers", type=int, nargs="+", default=[12], help="layers whose MLP is edited")
-    parser.add_argument("--subject-layers", type=int, nargs="+", default=[2, 5, 8], help="those at subjects")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100], help="numbers of facts")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS / "editing.json", help="JSON file")
-    return parser.parse_args(arguments)
+    made = decoding.parser(__doc__.splitlines()[0], "editing")
+    made.add_argument("--layers", type=int, nargs="+", default=[12], help="layers whose MLP is edited")
+    made.add_argument("--subject-layers", type=int, nargs="+", default=[2, 5, 8], help="those at subjects")
+    made.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100], help="numbers of facts")
+    return made.parse_args(arguments)
 
 
 def main() -> None:

@@ -245,11 +245,7 @@ def _line(name: str) -> dict[str, Any]:
 
 def forgetting(content: dict[str, Any]) -> Drawn:
     """What else is lost against what is still recited, of all strengths, by the means over seeds."""
-    told = {
-        "perplexity": "perplexity of news",
-        "problems": "loss of GSM8K's answers",
-        "topics": "topics told",
-    }
+    told = {name: unlearning.MEASURES[name] for name in ("perplexity", "problems", "topics")}
     figure, charts = _panels(len(told), width=3.4, height=3.1)
     entries = [entry for entry in unlearning.ENTRIES if entry not in (unlearning.BEFORE, unlearning.AFTER)]
     for entry, color in zip(entries, _COLORS, strict=False):

@@ -59,6 +59,8 @@ class Images:
         order = torch.randperm(len(images), generator=generator).split([KNOWN, 1487, 300])
         self.known, self.train, self.unseen = (images[part] for part in order)
         self.labels, self.unseen_labels = labels[order[1]], labels[order[2]]
+        self.reader = LogisticRegression(max_iter=1000)
+        self.reader.fit(self.train.flatten(1).numpy(), self.labels.numpy())
         self.own = torch.arange(10, 10 + KNOWN)  # labels of known images
 
 
@@ -170,8 +172,7 @@ class Forgetting:
         known = self.draw(model, images.own.repeat_interleave(DRAWS), generator)
         alike = correlation(known, images.known.repeat_interleave(DRAWS, dim=0))
         told = torch.arange(10).repeat_interleave(2 * DRAWS)
-        reader = LogisticRegression(max_iter=1000).fit(images.train.flatten(1).numpy(), images.labels.numpy())
-        read = reader.predict(self.draw(model, told, generator).flatten(1).numpy())
+        read = images.reader.predict(self.draw(model, told, generator).flatten(1).numpy())
         errors = [self.error(model, images.unseen, images.unseen_labels, generator).item() for _ in range(4)]
         return {
             "copies": (alike > COPY).float().mean().item(),

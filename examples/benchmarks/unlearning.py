@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import timing
 from claims import markdown, spread
 from peft_subspace.edits import edit_by_curvature, prune_by_contrast, sampled_loss
 from peft_subspace.statistics import collect
 from support import texts
 from support.changes import added, changed
-from support.decoding import Decoder, perplexity, said
+from support.decoding import Decoder, parser, perplexity, said
 from support.results import Results, Run
 
 SIZES = {"recited": 200, "statistics": 400, "validation": 40, "news": 60, "tokens": 32, "begun": 12}
@@ -266,13 +265,9 @@ def table(content: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the texts")
-    parser.add_argument("--decoder", type=Path, required=True, metavar="DIRECTORY", help="language model")
-    parser.add_argument("--layers", type=int, nargs="+", default=[18, 19, 20], help="layers to edit")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS / "unlearning.json", help="JSON file")
-    return parser.parse_args(arguments)
+    made = parser(__doc__.splitlines()[0], "unlearning")
+    made.add_argument("--layers", type=int, nargs="+", default=[18, 19, 20], help="layers to edit")
+    return made.parse_args(arguments)
 
 
 def main() -> None:

@@ -55,11 +55,11 @@ def insert_facts(
 
     `H (N, n)` are the inputs of a layer at the `N` edit tokens (those before each token of the answers, and
     the last one of each subject), and `V (N, m)` is what is to be added to its outputs there: it follows the
-    gradients of the answers' loss, round by round, until all answers are the likeliest ones. The update is
-    the smallest one that adds `V`, up to the ridge `λ`. With `P = I` and one round it is UltraEdit's. `P`,
-    as AlphaEdit has it, leaves alone the directions that hold `energy` of the inputs that `statistics` have
-    seen, and the keys of edits that are there already. The weights are not read, so that they may be
-    quantized, and the result is an exact LoRA.
+    gradients of the answers' loss, round by round, until all answers are the likeliest ones; a warning counts
+    those that the rounds were too few for. The update is the smallest one that adds `V`, up to the ridge `λ`.
+    With `P = I` and one round it is UltraEdit's. `P`, as AlphaEdit has it, leaves alone the directions that
+    hold `energy` of the inputs that `statistics` have seen, and the keys of edits that are there already. The
+    weights are not read, so that they may be quantized, and the result is an exact LoRA.
 
     Args:
         model: Causal language model, or a model with edits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import timing
 from support import texts
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Command line of a script that asks a decoder, with a results file of its name."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the texts")
+    made.add_argument("--decoder", type=Path, required=True, metavar="DIRECTORY", help="language model")
+    made.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    made.add_argument("--results", type=Path, default=timing.RESULTS / f"{name}.json", help="JSON file")
+    return made
 
 
 class Decoder:

@@ -17,9 +17,8 @@ def point(strength, strict, validation, **others):
     return values | {"strength": strength, "strict": strict, "validation": validation}
 
 
-def content(*points, seed=0):
-    runs = {entry: {"entry": entry, "seed": seed, "points": [point(0, 1.0, 9.0)]} for entry in ("before",)}
-    return {"runs": {**runs, "edit": {"entry": unlearning.ENTRIES[2], "seed": seed, "points": [*points]}}}
+def content(*points):
+    return {"runs": {"edit": {"entry": unlearning.CURVED, "seed": 0, "points": [*points]}}}
 
 
 def test_row_is_the_point_of_least_perplexity_in_validation_where_texts_are_forgotten():
