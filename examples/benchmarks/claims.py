@@ -142,7 +142,7 @@ def runs_of(
 ) -> list[dict[str, Any]]:
     """Runs of an entry, by its label, with one rate; without it, with the one that validated best."""
     runs = [run for run in content["runs"].values() if (run["task"], run["entry"]) == (task, entry)]
-    tuning = [run for run in runs if run["seed"] == 0] or runs
+    tuning = [run for run in runs if run["seed"] == 0]
     if rate is None and tuning:
         rate = min(tuning, key=lambda run: run["validation_loss"])["rate"]
     return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])

@@ -157,7 +157,7 @@ class Grid:
             trying, best = self.rates(task, entry)
             jobs += [(task, entry, rate, 0, head) for rate in trying]
             if best is not None:
-                jobs += [(task, entry, best, seed, head) for seed in range(1, self.options.seeds)]
+                jobs += [(task, entry, best, seed, head) for seed in range(self.options.seeds)]
         return {
             f"{task} {label(entry)} {rate:g} {seed}": (task, entry, rate, seed, head)
             for task, entry, rate, seed, head in jobs

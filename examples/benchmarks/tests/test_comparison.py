@@ -475,6 +475,8 @@ def test_untuned_entries_wait_for_loras_rate_and_have_it_with_all_seeds(monkeypa
     found = jobs(*heads, *loras)
     assert {job for job in found if job[0] == "mos-default"} == {("mos-default", 1e-3, s) for s in (0, 1)}
     assert ("lora-default", 1e-3, 1) in found
+    options.tasks = ["trec6"]  # whose head has a rate that was found elsewhere
+    assert [job for job in jobs() if job[0] == "probe"] == [("probe", 1e-1, seed) for seed in (0, 1)]
 
 
 def test_the_length_that_was_found_is_told_beside_fixed_ones():
