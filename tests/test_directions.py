@@ -79,7 +79,8 @@ def bases(model, task):
 
 
 def orthonormal(basis):
-    return (basis.T @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() < 1e-6
+    """Whether columns are, as far as they were in single precision."""
+    return (basis.T @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() < 1e-5
 
 
 def by_loops(known, rows, energy):

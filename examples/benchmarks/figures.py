@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 import claims
+import dimension
 import learning_rates
 import pareto as parameters
 import timing
@@ -233,6 +234,27 @@ def converged(content: dict[str, Any]) -> Drawn:
     return figure, f"Test accuracy against trained parameters on {', '.join(tasks)}, by method"
 
 
+def dimensions(content: dict[str, Any]) -> Drawn:
+    """Accuracy against the size of a random subspace, beside that of the whole network."""
+    found = dimension.accuracies(content)
+    full = statistics.fmean(found.pop(dimension.FULL).values())
+    figure, (chart,) = _panels(1, width=5, height=3.1)
+    means, spreads = zip(*(_mean([*found[size].values()]) for size in sorted(found)), strict=True)
+    chart.errorbar(
+        sorted(found), means, spreads, marker="o", ms=4, capsize=2, color="#0072b2", label="subspace"
+    )
+    chart.axhline(full, color="black", lw=0.8, label="all parameters")
+    chart.axhline(
+        dimension.SHARE * full, color="black", lw=0.8, ls="--", label=f"{dimension.SHARE:.0%} of it"
+    )
+    chart.axvline(dimension.PUBLISHED, color=OTHERS, ls=":", label="published for MNIST")
+    chart.set(xscale="log", xlabel="dimensions", ylabel="test accuracy")
+    chart.xaxis.set_major_formatter(EngFormatter(sep=""))
+    chart.grid(alpha=0.25)
+    _legend(figure, [chart])
+    return figure, "Test accuracy on digits against the dimensions of the random subspace that trains"
+
+
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -303,6 +325,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Drawn | None]]] = {  # 
     "spectra": ("spectra", spectra),
     "learning_rates": ("learning_rates", rates),
     "converged": ("pareto", converged),
+    "dimensions": ("dimension", dimensions),
     "forgetting": ("unlearning", forgetting),
 }
 

@@ -3,10 +3,10 @@
     python examples/benchmarks/heads.py --data FOLDER [--tasks clinc150] [--seeds 3]
 
 `GrassmannHead` and `EquiangularHead` stand beside a linear head, one of cosines, and two layers with as many
-parameters as the subspaces. Each head has a rate of its own, the one of least validation loss on the frozen
-encoder with seed 0, and keeps it where the encoder is adapted (rank 16, rate 1e-3). Training stops when
-validation has not improved for three looks. `FOLDER` holds text/TASK.{train,test}.jsonl.gz. An interrupted
-run goes on where it stopped.
+parameters as the subspaces. The features of the frozen encoder are taken once, without dropout. Each head has
+a rate of its own, the one of least validation loss on them with seed 0, and keeps it where the encoder is
+adapted (rank 16, rate 1e-3). Training stops when validation has not improved for three looks. `FOLDER` is
+described in support/graded.py. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import default_data_collator
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import timing
 from claims import markdown, spread
 from peft_subspace.heads import EquiangularHead, GrassmannHead
 from support import graded, trial
 from support.results import Results, Run, tuned
-from support.task import Sizes, Task
+from support.task import Rows, Sizes, Task
 
 ROWS = {"train": 3000, "validation": 600, "test": 1500, "tokens": 32}
 SCHEDULE: dict[str, Any] = {"steps": 900, "batch_size": 32, "checks": 15, "patience": 3}
@@ -74,6 +76,47 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+class OnFeatures(nn.Module):
+    """A classifier on features that are known."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        """Loss and logits `(N, classes)` of features `(N, width)`."""
+        logits = self.classifier(features)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@torch.no_grad()
+def frozen(task: Task) -> Task:
+    """The task with what the frozen base model hands to its head in the place of inputs."""
+    base: Any = task.make_base().eval()
+    head, seen = base.get_submodule(*task.new_modules), []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    def features(rows: Rows) -> list[dict[str, Any]]:
+        seen.clear()
+        for start in range(0, len(rows), trial.TEST_BATCH):
+            base(**task.collate([rows[i] for i in range(start, min(start + trial.TEST_BATCH, len(rows)))]))
+        labels = [row["labels"] for row in rows]
+        return [{"features": x, "labels": y} for x, y in zip(torch.cat(seen), labels, strict=True)]
+
+    known = dataclasses.replace(
+        task,
+        make_base=lambda: OnFeatures(head.in_features, head.out_features),
+        train=features(task.train),
+        validation=features(task.validation),
+        test=features(task.test),
+        collate=default_data_collator,
+        new_modules=["classifier"],
+    )
+    hook.remove()
+    return known
+
+
 def with_head(task: Task, head: str) -> Task:
     """A task whose base model ends in another head."""
 
@@ -94,6 +137,7 @@ class Heads:
         self.options = options
         self.results = Results(options.results, {"rows": ROWS, "schedule": SCHEDULE, "rank": RANK})
         self.tasks = {task: graded.load(task, options.data, None, Sizes(**ROWS)) for task in options.tasks}
+        self.frozen = {task: frozen(whole) for task, whole in self.tasks.items()}
 
     def wanted(self) -> dict[str, tuple]:
         """Arguments of all runs of `measure` that can be named by now, by their keys."""
@@ -110,8 +154,8 @@ class Heads:
 
     def measure(self, task: str, tuning: str, head: str, rate: float, seed: int) -> Run:
         """Train once."""
-        schedule = trial.Schedule(**SCHEDULE)
-        found = trial.run(with_head(self.tasks[task], head), tuning, RANK, ADAPTED_RATE, seed, schedule, rate)
+        schedule, tasks = trial.Schedule(**SCHEDULE), self.frozen if tuning == "probe" else self.tasks
+        found = trial.run(with_head(tasks[task], head), tuning, RANK, ADAPTED_RATE, seed, schedule, rate)
         return {"task": task, "tuning": tuning, "head": head, "rate": rate, "seed": seed, **found}
 
 
@@ -147,8 +191,8 @@ def table(content: dict[str, Any]) -> str:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with the texts")
-    parser.add_argument("--tasks", nargs="+", default=["clinc150"], help="text tasks")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with more data")
+    parser.add_argument("--tasks", nargs="+", default=["clinc150"], help="tasks")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     parser.add_argument("--results", type=Path, default=timing.RESULTS / "heads.json", help="JSON file")

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ from support.results import Results
 from support.task import Sizes
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-HEAD_RATES = {"trec6": 1e-1, "agnews": 1e-1, "cifar10": 3e-3, "digits": 1e-2, "bbcnews": 1e-1}
+HEAD_RATES = {
+    **dict.fromkeys(("trec6", "agnews", "bbcnews"), 1e-1),
+    **dict.fromkeys(("digits", "resnet-digits"), 1e-2),
+    **dict.fromkeys(("cifar10", "resnet-cifar10"), 3e-3),
+}
 """Rates that `quality.py` found best for the head alone."""
 
-CONFIGS: dict[str, Any] = {
+CONFIGS: dict[str, Callable[..., Any]] = {
     "LoRA": peft.LoraConfig,
     "FLoRA": ps.FLoRAConfig,
     "MoS": ps.MoSConfig,
@@ -46,16 +51,17 @@ CONFIGS: dict[str, Any] = {
 PAPER: dict[str, Any] = {"FLoRA": {"scaling": "paper", "init_weights": "kaiming_uniform"}, "LoRA": {}}
 
 
-def contestant(name: str, *, before: bool) -> Contestant:
+def contestant(name: str, make: Callable[..., Any], *, before: bool) -> Contestant:
     """A method with its defaults, or with the constants of its authors."""
     options = PAPER.get(name, {"scaling": "paper"}) if before else {}
-    make = CONFIGS[name]
     made = Contestant(name, RATES[:3], lambda targets, _: make(target_modules=targets, **options))
     return dataclasses.replace(made, after=CONTESTANTS["lora-sb"].after) if name == "LoRA-SB" else made
 
 
 class Rates:
     """All runs, of which the results file has those that are done."""
+
+    configs: Mapping[str, Callable[..., Any]] = CONFIGS
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -77,13 +83,13 @@ class Rates:
             f"{task} {name} {when} {rate:g} {seed}": (task, name, rate, seed)
             for task in self.options.tasks
             for seed in range(self.options.seeds)
-            for name in CONFIGS
+            for name in self.configs
             for rate in self.options.rates
         }
 
     def measure(self, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Train once."""
-        CONTESTANTS[name] = contestant(name, before=self.options.before)
+        CONTESTANTS[name] = contestant(name, self.configs[name], before=self.options.before)
         head = HEAD_RATES.get(task)
         found = trial.run(self.tasks[task], name, 0, rate, seed, self.schedules[task], head)
         about = {"task": task, "entry": name, "rate": rate, "seed": seed, "before": self.options.before}
@@ -117,7 +123,7 @@ def table(content: dict[str, Any], *, before: bool) -> str:
     rows = []
     for task in dict.fromkeys(run["task"] for run in every):
         lora = by_rate(content, task, "LoRA", before=before)
-        for name in CONFIGS:
+        for name in dict.fromkeys(run["entry"] for run in every):
             found = by_rate(content, task, name, before=before)
             if not found:
                 continue
@@ -138,10 +144,12 @@ def table(content: dict[str, Any], *, before: bool) -> str:
     return markdown(header, rows)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    arguments: list[str] | None = None, description: str | None = __doc__, results: str = "learning_rates"
+) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder with more data")
     parser.add_argument("--decoder", type=Path, metavar="DIRECTORY", help="language model")
@@ -150,20 +158,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="runs for each rate")
     parser.add_argument("--before", action="store_true", help="the authors' constants")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS / "learning_rates.json")
+    parser.add_argument("--results", type=Path, default=timing.RESULTS / f"{results}.json")
     options = parser.parse_args(arguments)
     options.small, options.longer = options.data is None, 3
     return options
 
 
-def main() -> None:
+def run(kind: type[Rates], options: argparse.Namespace) -> None:
     """Run what is missing, and print what was found."""
-    options = parse_arguments()
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    rates = Rates(options)
+    rates = kind(options)
     rates.results.complete(rates, options.workers)
     print(table(rates.results.content, before=options.before))
 
 
 if __name__ == "__main__":
-    main()
+    run(Rates, parse_arguments())

@@ -20,6 +20,7 @@ from typing import Any
 import brief
 import cards
 import claims
+import dimension
 import directions
 import editing
 import features
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "docs" / "developer" / "coverage.md",
     ROOT / "docs" / "guides" / "choosing_a_method.md",
     ROOT / "docs" / "guides" / "editing.md",
     ROOT / "docs" / "guides" / "heads.md",
@@ -95,23 +97,6 @@ def flora() -> str:
         *[[f"trained parameters, {name}", f"{count:,}"] for name, count in run["counts"].items()],
     ]
     return markdown(["", "median (range)"], rows)
-
-
-def inits() -> str:
-    """Validation loss of each start."""
-    run = timing.load("flora_inits")
-    rows = [
-        [
-            row["task"],
-            f"`{row['init']}`",
-            f"{row['loss']:.3f} ± {row['loss_spread']:.3f}",
-            f"{row['accuracy']:.3f}",
-            f"{row['learning_rate']:g}",
-        ]
-        for row in run["rows"]
-    ]
-    title = f"validation loss after {run['steps']} steps, {len(run['seeds'])} seeds"
-    return markdown(["task", "start", title, "accuracy", "best learning rate"], rows)
 
 
 def mos() -> str:
@@ -436,6 +421,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "continual_svd": ("continual_svd.json", continual_svd),
     **{name: (f"{name}.json", partial(continual_tasks, name)) for name in verdicts.SEQUENCES},
     **{f"{name}_verdict": (f"{name}.json", partial(continual_verdict, name)) for name in verdicts.SEQUENCES},
+    "dimension": ("dimension.json", lambda: dimension.table(timing.load("dimension"))),
     "demos": ("demo_*.json", demos),
     "demo_mos": ("demo_*_mos.json", lambda: demos("mos")),
     "demo_lora_sb": ("demo_*_lora-sb.json", lambda: demos("lora-sb")),
@@ -447,7 +433,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # where their numbers are,
     "reach": ("reach.json", lambda: features.kinds(timing.load("reach"), markdown)),
     "first_step": ("first_step.json", lambda: first_step.table(timing.load("first_step"))),
     "flora": ("flora.json", flora),
-    "inits": ("flora_inits.json", inits),
+    "inits": (
+        "flora_inits.json",
+        lambda: learning_rates.table(timing.load("flora_inits"), before=False),
+    ),
     "heads": ("heads.json", lambda: heads.table(timing.load("heads"))),
     "keep_zeros": ("keep_zeros.json", lambda: keep_zeros.table(timing.load("keep_zeros"))),
     "directions": ("directions.json", lambda: directions.table(timing.load("directions"))),

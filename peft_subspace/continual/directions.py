@@ -20,6 +20,7 @@ from peft_subspace.methods.continual_svd.model import ContinualSVDModel
 from peft_subspace.runtime.progress import progress
 from peft_subspace.statistics import SecondMoment, Statistics
 from peft_subspace.statistics.moment import Rows
+from peft_subspace.statistics.record import GRADIENTS, INPUTS
 from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.patterns import patterns_of
@@ -173,21 +174,12 @@ def extended(
 
 def _moments(layers: Mapping[str, Any], source: str, statistics: Statistics) -> dict[str, SecondMoment]:
     """Moments of the layers, of the kind that the directions are from."""
-    kind = "gradients" if source == "gradients" else "inputs"
-    found = getattr(statistics, kind)
+    kind = GRADIENTS if source == GRADIENTS else INPUTS
+    moments = {}
     for name, layer in layers.items():
-        if name not in found:
-            raise ValueError(
-                f"statistics have no {kind} of {name}, but of {len(found)} other layers; gather them on this "
-                f"model, with {kind}=True, or exclude the layer from the adapter"
-            )
-        size = layer.kind.shape.columns if kind == "inputs" else layer.kind.shape.out_features
-        if found[name].size != size:
-            raise ValueError(
-                f"statistics of {name} are of {found[name].size} {kind}, and the layer has {size}; gather "
-                "them on this model"
-            )
-    return {name: found[name] for name in layers}
+        shape = layer.kind.shape
+        moments[name] = statistics.moment(kind, name, shape.columns if kind == INPUTS else shape.out_features)
+    return moments
 
 
 def _check_room(full: Mapping[str, int], directions: Directions) -> None:

