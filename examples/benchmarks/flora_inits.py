@@ -3,8 +3,9 @@
     python examples/benchmarks/flora_inits.py                 digits on two networks, about an hour on 2 cores
     python examples/benchmarks/flora_inits.py --data FOLDER --tasks cifar10 resnet-cifar10
 
-All have their defaults otherwise, so that rank and scaling are what an untuned user has. Rows, steps and early
-stopping are those of `quality.py`; heads train with the rate that is best for the head alone. The question: how does each do at LoRA's best rate, and how wide is the range of rates that it takes?
+All have their defaults otherwise, so that rank and scaling are what an untuned user has. Rows, steps and
+early stopping are those of `quality.py`; heads train with the rate that is best for the head alone. The
+question: how does each do at LoRA's best rate, and how wide is the range of rates that it takes?
 """
 
 from __future__ import annotations
