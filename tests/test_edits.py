@@ -195,9 +195,12 @@ def decoded(model, tokenizer, fact):
 
 
 def test_edited_model_gives_the_answers_by_free_decoding(tokenizer):
-    base = llama()
+    base = llama().train()
+    base.model.layers[0].eval()
+    modes = {module: module.training for module in base.modules()}
     assert not any(decoded(base, tokenizer, fact) == fact.answer.strip() for fact in FACTS)
     model = insert_facts(base, FACTS, tokenizer, TARGETS)
+    assert {module: module.training for module in modes} == modes
     assert all(decoded(model, tokenizer, fact) == fact.answer.strip() for fact in FACTS)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
