@@ -9,14 +9,16 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_subspace.core.delta import Delta
 from peft_subspace.core.shapes import ModuleSpec, WeightShape
 from peft_subspace.core.validation import check_choice, check_count, invalid
+from peft_subspace.tuner.adding import check_new_name, with_adapter
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.config_checks import check_patterned
+from peft_subspace.tuner.holder import adapted_layers
 from peft_subspace.tuner.layer import SubspaceLayer
 from peft_subspace.tuner.model import SubspaceModel
 from peft_subspace.tuner.target import analyze_module
@@ -122,16 +124,11 @@ def add_edit(
     of = {"chain": "right", "sparse": "values"}.get(form)
     sizes = {name: len(state[of]) for name, state in states.items()} if of else {}
     config = EditConfig(form=form, sizes=sizes, target_modules="|".join(map(re.escape, sorted(states))))
-    if isinstance(model, PeftModel):
-        active = [*model.base_model.active_adapters]
-        model.add_adapter(adapter_name, config)
-        model.base_model.set_adapter([*active, adapter_name])
-    else:
-        model = get_peft_model(model, config, adapter_name)
-    for layer in model.modules():
-        if isinstance(layer, SubspaceLayer) and adapter_name in layer.deltas:
-            delta = layer.deltas[adapter_name]
-            delta.load_state_dict(states[delta.spec.name])
+    active = model.base_model.active_adapters if isinstance(model, PeftModel) else []
+    model = with_adapter(model, config, adapter_name)
+    model.base_model.set_adapter([*active, adapter_name])
+    for name, layer in adapted_layers(model, adapter_name, SubspaceLayer).items():
+        layer.deltas[adapter_name].load_state_dict(states[name])
     return model
 
 
@@ -141,9 +138,8 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: If it has adapters that are no edits, or one of that name.
     """
+    check_new_name(model, adapter_name)
     configs: Any = getattr(model, "peft_config", {})
-    if adapter_name in configs:
-        raise invalid("adapter_name", adapter_name, "exists already on the model; choose a new name")
     if not all(isinstance(config, EditConfig) for config in configs.values()):
         raise ValueError("the model has adapters that are no edits; merge them first (merge_and_unload)")
 

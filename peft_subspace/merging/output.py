@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from peft_subspace.core.validation import invalid
 from peft_subspace.persistence.lora_export import lora_tensors, pad, taken_for_experts, write_lora
 from peft_subspace.runtime.files import atomic_write
+from peft_subspace.tuner.adding import check_new_name, with_adapter
 
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
 
@@ -53,12 +54,8 @@ def add_lora(merge: Any, model: nn.Module, adapter_name: str, pairs: Pairs) -> P
         ValueError: If the model has an adapter of the name.
     """
     config, state = _lora(merge, pairs, getattr(model, "base_model", model))
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            raise invalid("adapter_name", adapter_name, "exists already on the model; choose a new name")
-        model.add_adapter(adapter_name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name)
+    check_new_name(model, adapter_name)
+    model = with_adapter(model, config, adapter_name)
     set_peft_model_state_dict(model, state, adapter_name)
     return model
 

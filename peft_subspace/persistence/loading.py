@@ -21,6 +21,7 @@ from peft_subspace.core.names import in_base
 from peft_subspace.core.state import check_shapes, check_state
 from peft_subspace.persistence.folder import adapter_folder
 from peft_subspace.persistence.read_config import read_config
+from peft_subspace.tuner.adding import check_new_name
 from peft_subspace.tuner.apart import read_apart
 from peft_subspace.tuner.config import SubspaceConfig
 from peft_subspace.tuner.declared import base_name, check_declared
@@ -57,8 +58,8 @@ def load(model: nn.Module, path: str | Path, adapter_name: str = "default", **kw
     """
     folder = adapter_folder(str(path), kwargs)
     wrapped = isinstance(model, PeftModel)
-    if wrapped and adapter_name in model.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r} exists already on the model; choose a new name")
+    if wrapped:
+        check_new_name(model, adapter_name)
     base = model.get_base_model() if wrapped else model
     mapping = kwargs.get("key_mapping")
     if mapping is None and not wrapped:  # PEFT takes it from the model only there

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_subspace.core.validation import invalid
 from peft_subspace.merging import merge
+from peft_subspace.tuner.adding import check_new_name, with_adapter
 
 from .config import CompositionConfig
 from .delta import CompositionDelta
@@ -46,8 +46,7 @@ def compose(
     Reference:
         Zhang et al. (arXiv 2407.02880).
     """
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise invalid("adapter_name", adapter_name, "exists already on the model; choose a new name")
+    check_new_name(model, adapter_name)
     known: Any = model if base is None and not isinstance(model, PeftModel) else base
     merged = merge(sources, base=known, others="drop")
     stacks = dict(merged.stacks())
@@ -60,11 +59,8 @@ def compose(
         base_model_name_or_path=next((s.base for s in merged.sources if s.base), None),
         **options,
     )
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
-    else:
-        model = get_peft_model(model, config, adapter_name)
+    model = with_adapter(model, config, adapter_name)
+    model.set_adapter(adapter_name)
     for delta in model.modules():
         if isinstance(delta, CompositionDelta) and not delta.initialized:
             stack = stacks[delta.spec.name]
