@@ -9,7 +9,7 @@ from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from .edits import adapter as _edits  # noqa: F401 - registers what holds edits
+from .methods import edit as _edit  # noqa: F401 - registers what holds edits
 from .methods.composition import CompositionConfig, CompositionModel
 from .methods.continual_svd import ContinualSVDConfig, ContinualSVDModel
 from .methods.effort import EffortConfig, EffortModel

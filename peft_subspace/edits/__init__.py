@@ -1,6 +1,7 @@
 """Edits of weights as adapters: each can be switched off, scaled, stacked, merged and shared."""
 
-from .adapter import EditConfig, EditDelta, EditModel
+from peft_subspace.methods.edit import EditConfig, EditDelta, EditModel
+
 from .contrast import prune_by_contrast
 from .curvature import edit_by_curvature, sampled_loss
 from .facts import Fact, insert_facts

@@ -48,7 +48,7 @@ class Statistics:
         return list(dict.fromkeys(name for kind in KINDS for name in getattr(self, kind)))
 
     def moment(self, kind: str, name: str, size: int) -> SecondMoment:
-        """Return the moment of one layer that is used for a size.
+        """Return the moment of one layer, whose size is known.
 
         Raises:
             ValueError: If there is none, or it is of another size.
