@@ -78,9 +78,8 @@ def bases(model, task):
     return found
 
 
-def orthonormal(basis):
-    """Whether columns are, as far as they were in single precision."""
-    return (basis.T @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() < 1e-5
+def orthonormal(basis, limit=1e-6):
+    return (basis.T @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() < limit
 
 
 def by_loops(known, rows, energy):
@@ -342,7 +341,7 @@ def test_a_is_frozen_at_the_first_gradient_outside_what_is_protected():
         rank = int((torch.linalg.svdvals(rest) > 1e-6 * rest.norm()).sum().clamp(max=3))
         assert rank
         assert same_span(delta.A[:rank].T.double(), torch.linalg.svd(rest).Vh[:rank].T, 1e-3)
-        assert orthonormal(delta.A[:rank].T.double())
+        assert orthonormal(delta.A[:rank].T.double(), 1e-5)  # in fp32; processors differ about 1e-6
         assert not delta.B.any()
         assert {n for n, _ in delta.named_parameters()} == {"B"}
 

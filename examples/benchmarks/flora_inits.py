@@ -1,6 +1,6 @@
 """Which initialization of FLoRA trains best on convolutions: ours and the three of its authors, beside LoRA.
 
-    python examples/benchmarks/flora_inits.py                 digits on two networks, about an hour on 2 cores
+    python examples/benchmarks/flora_inits.py                 digits, about half an hour on 2 cores
     python examples/benchmarks/flora_inits.py --data FOLDER --tasks cifar10 resnet-cifar10
 
 All have their defaults otherwise, so that rank and scaling are what an untuned user has. Rows, steps and

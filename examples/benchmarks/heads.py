@@ -26,7 +26,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import timing
 from claims import markdown, spread
 from peft_subspace.heads import EquiangularHead, GrassmannHead
-from support import graded, trial
+from support import device, graded, trial
 from support.results import Results, Run, tuned
 from support.task import Rows, Sizes, Task
 
@@ -90,19 +90,18 @@ class OnFeatures(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-@torch.no_grad()
 def frozen(task: Task) -> Task:
     """The task with what the frozen base model hands to its head in the place of inputs."""
-    base: Any = task.make_base().eval()
+    base: Any = task.make_base()
+    base.to(device.best())
     head, seen = base.get_submodule(*task.new_modules), []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
 
     def features(rows: Rows) -> list[dict[str, Any]]:
         seen.clear()
-        for start in range(0, len(rows), trial.TEST_BATCH):
-            base(**task.collate([rows[i] for i in range(start, min(start + trial.TEST_BATCH, len(rows)))]))
-        labels = [row["labels"] for row in rows]
-        return [{"features": x, "labels": y} for x, y in zip(torch.cat(seen), labels, strict=True)]
+        trial.evaluate(base, task, rows, bf16=False)
+        found = torch.cat(seen).cpu().clone()  # a tensor to train with, which those of inference mode are not
+        return [{"features": x, "labels": row["labels"]} for x, row in zip(found, rows, strict=True)]
 
     known = dataclasses.replace(
         task,

@@ -38,6 +38,7 @@ def prune_by_contrast(
         adapter_name: Name of the new adapter.
 
     Raises:
+        TypeError: If `share` is no number.
         ValueError: If `share` is out of range or leaves nothing to prune, or statistics are of another model.
 
     Reference:

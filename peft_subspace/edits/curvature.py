@@ -39,6 +39,7 @@ def edit_by_curvature(
         adapter_name: Name of the new adapter.
 
     Raises:
+        TypeError: If `keep` is no number.
         ValueError: If `keep` is out of range, or the statistics are of another model.
 
     Reference:
